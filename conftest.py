@@ -1,0 +1,44 @@
+"""What every test and doctest runs under: eight simulated CPU devices, a compilation cache, and no silent broadcasting of ranks."""
+
+import contextlib
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent
+
+# Read by XLA and jax when they start, and by the processes that tests start: so they stand before the import of jax.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("MPLBACKEND", "agg")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Deprecation warnings that lines of this package cause are errors; those of other packages are not our business."""
+    for path in sorted((ROOT / "effattn_jax").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for category in ("DeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"error::{category}:{module}")
+
+
+def double_precision() -> contextlib.AbstractContextManager:
+    """A context in which jax computes in float64, by whichever name this jax has for it."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64  # jax < 0.8
+
+    return enable_x64()
+
+
+@pytest.fixture
+def x64():
+    """The test runs in float64."""
+    with double_precision():
+        yield
