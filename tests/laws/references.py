@@ -1,0 +1,157 @@
+"""Naive float64 references, written for correctness alone: T x T weights or one explicit step at a time.
+
+They share no code with the kernels, take clean inputs (B, T, N, H) and are differentiated by plain autodiff. A member of a
+table without an entry here is held against its own step-by-step form in float64 instead (`reference_of`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .subjects import Subject, stepwise
+
+
+def allowed(inputs, *, is_causal=True, window=None, mask=None, segment_ids=None):
+    """The (B, 1 or N, T, S) pairs that may interact; causal calls align the ends."""
+    T, S = inputs["query"].shape[1], inputs["key"].shape[1]
+    i, j = np.arange(T)[:, None] + (S - T), np.arange(S)[None, :]
+    pairs = np.ones((T, S), bool)
+    if is_causal:
+        pairs &= j <= i
+    if window is not None:
+        left, right = window if isinstance(window, tuple) else (window, window)
+        pairs &= (i - j <= left) & (j - i <= right)
+    pairs = jnp.asarray(pairs)[None, None]
+    if mask is not None:
+        pairs = pairs & four_axes(mask)
+    if segment_ids is not None:
+        query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+        pairs = pairs & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
+    return pairs
+
+
+def four_axes(array):
+    """A mask or bias of fewer axes, with leading axes of one."""
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def spread(array, heads):
+    """Key or value heads repeated so that query head n reads head n // (N / K)."""
+    return jnp.repeat(array, heads // array.shape[2], axis=2)
+
+
+def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, **pattern):
+    """o_i = sum_j exp(a_ij) v_j / sum_j exp(a_ij) over the allowed pairs; 0 where there are none."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    pairs = allowed(inputs, **pattern)
+    if bias is not None:
+        bias = four_axes(bias)
+        pairs = pairs & (bias > -jnp.inf)
+        logits = logits + jnp.where(bias > -jnp.inf, bias, 0.0)
+    pairs = jnp.broadcast_to(pairs, logits.shape)
+    logits = jnp.where(pairs, logits, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(pairs, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
+
+
+def linear(inputs, *, normalize=True, scale=None, **pattern):
+    """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j) with phi = elu + 1."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    assert scale is None
+
+    def phi(x):
+        return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.where(x > 0, 0.0, x)))
+
+    weights = jnp.where(allowed(inputs, **pattern), jnp.einsum("btnh,bsnh->bnts", phi(query), phi(key)), 0.0)
+    if normalize:
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("bnts,bsnv->btnv", weights, value)
+
+
+def restarts(segment_ids):
+    """(B, T): does a new segment begin at this step?"""
+    before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    return segment_ids != before
+
+
+def gated_linear(inputs, *, mask=None, segment_ids=None, is_causal=True):
+    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t; a masked key is not added."""
+    assert is_causal
+    keep = None if mask is None else jnp.broadcast_to(four_axes(mask), (inputs["key"].shape[0], 1, 1, inputs["key"].shape[1]))[:, 0, 0, :]
+    key = inputs["key"] if keep is None else jnp.where(keep[..., None, None], inputs["key"], 0.0)
+    return outer_product({**inputs, "key": key}, segment_ids=segment_ids)
+
+
+def outer_product(inputs, *, segment_ids=None):
+    """The same recurrence with any number of query heads to a key head."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    decay = inputs.get("log_decay")
+    if decay is not None and decay.ndim == 3:
+        decay = decay[..., None]
+    new = None if segment_ids is None else restarts(segment_ids)
+    state = jnp.zeros((query.shape[0], query.shape[2], key.shape[3], value.shape[3]), query.dtype)
+    outputs = []
+    for t in range(query.shape[1]):
+        if new is not None:
+            state = jnp.where(new[:, t, None, None, None], 0.0, state)
+        if decay is not None:
+            state = jnp.exp(spread(decay, query.shape[2])[:, t, :, :, None]) * state
+        state = state + key[:, t, :, :, None] * value[:, t, :, None, :]
+        outputs.append(jnp.einsum("bnhv,bnh->bnv", state, query[:, t]))
+    return jnp.stack(outputs, axis=1) if outputs else jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
+
+
+def diagonal(inputs, *, segment_ids=None, reverse=False):
+    """h_t = a_t h_{t-1} + x_t, elementwise, forward or backward in time."""
+    decay, x = inputs["decay"], inputs["inputs"]
+    state, outputs = jnp.zeros_like(x[:, 0]), {}
+    order = range(x.shape[1])[::-1] if reverse else range(x.shape[1])
+    last = None
+    for t in order:
+        if segment_ids is not None and last is not None:
+            same = (segment_ids[:, t] == segment_ids[:, last]).reshape((-1,) + (1,) * (x.ndim - 2))
+            state = jnp.where(same, state, 0.0)
+        state, last = decay[:, t] * state + x[:, t], t
+        outputs[t] = state
+    return jnp.stack([outputs[t] for t in range(x.shape[1])], axis=1)
+
+
+REFERENCES = {
+    "softmax": softmax,
+    "linear": linear,
+    "gated_linear": gated_linear,
+    "diagonal": diagonal,
+    "diagonal_complex": diagonal,
+    "outer_product": outer_product,
+    "outer_product_scalar_decay": outer_product,
+}
+
+
+LOOPED = (gated_linear, outer_product, diagonal)
+
+
+def is_looped(subject: Subject) -> bool:
+    """Does the reference unroll one Python step a time step, so that long rows are out of its reach?"""
+    return REFERENCES.get(subject.name) in (None, *LOOPED)
+
+
+def reference_of(subject: Subject):
+    """reference(inputs, **options): the entry above, or the member's own steps where there is none."""
+    if subject.name in REFERENCES:
+        return REFERENCES[subject.name]
+
+    def own_steps(inputs, *, mask=None, segment_ids=None, **options):
+        per_call = {"mask": mask, "segment_ids": segment_ids}
+        per_call = {name: array for name, array in per_call.items() if array is not None}
+        return stepwise(subject, inputs, per_call=per_call, **options)[0]
+
+    return own_steps

@@ -1,0 +1,139 @@
+"""Law 1, three forms agree: every form of the table and the steps equal a naive float64 reference, gradients included."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from . import checks, references
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_form, by_variant_and_form, label, stepwise, time_slice
+
+DTYPES = [pytest.param(np.float32, id="float32"), pytest.param(np.float64, id="float64")]
+LENGTH = 11
+
+
+@functools.cache
+def expected(subject, variant: str, length: int, **options):
+    """The reference's values and gradients, computed once for all the forms of a variant."""
+    options |= next(v for v in subject.variants if label(v) == variant)
+    reference = functools.partial(references.reference_of(subject), **options)
+    return checks.oracle(reference, subject.inputs(length=length))
+
+
+def check_against_reference(subject, variant, length, dtype, function, **options):
+    inputs = subject.inputs(length=length)
+    output, gradients = expected(subject, label(variant), length, **options)
+    with checks.x64(dtype == np.float64):
+        inputs = checks.widened(inputs) if dtype == np.float64 else inputs
+        actual = checks.value_and_grads(function, inputs)
+        actual = jax.tree.map(np.asarray, actual)
+    tolerance = checks.precision_of(dtype)
+    checks.assert_close(actual[0], output, tolerance[0])
+    checks.assert_close(actual[1], gradients, tolerance[1], "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
+def test_form_equals_reference(subject, variant, form, dtype):
+    function = functools.partial(subject.call, **variant, **form)
+    check_against_reference(subject, variant, LENGTH, dtype, function)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MIXER_SUBJECTS if s.bidirectional)))
+def test_bidirectional_form_equals_reference(subject, form, dtype):
+    function = functools.partial(subject.call, is_causal=False, **form)
+    check_against_reference(subject, {}, LENGTH, dtype, function, is_causal=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("subject, variant", [pytest.param(s, v, id=f"{s.name}-{label(v)}") for s in SUBJECTS for v in s.variants])
+def test_steps_equal_reference(subject, variant, dtype):
+    """T = 1 calls that hand the state on, gradients through the whole chain of states."""
+    length = 6
+
+    def function(inputs):
+        return stepwise(subject, inputs, **variant)[0]
+
+    check_against_reference(subject, variant, length, dtype, function)
+
+
+@pytest.mark.parametrize("subject, form", by_form())
+def test_states_and_their_gradients_agree_with_the_steps(subject, form):
+    """From one initial state: outputs, final state, and gradients by inputs and initial state equal those of the steps."""
+    with checks.x64():
+        inputs = subject.inputs(length=9, dtype=np.float64)
+        inputs = checks.widened(inputs)
+        _, initial = jax.jit(lambda x: subject.call(x, return_state=True))(time_slice(inputs, 0, 4))
+        rest = time_slice(inputs, 4, None)
+
+        def whole(tree):
+            return subject.call(tree[0], initial_state=tree[1], return_state=True, **form)
+
+        def steps(tree):
+            return stepwise(subject, *tree)
+
+        actual, expected = (checks.value_and_grads(function, (rest, initial)) for function in (whole, steps))
+        checks.assert_close(actual, expected, checks.DOUBLE, "output, final state and gradients")
+        assert jax.tree.structure(actual[0]) == jax.tree.structure(expected[0])
+
+
+@pytest.mark.parametrize("subject, form", by_form())
+def test_many_chunks_equal_reference(subject, form):
+    """A length of several default chunks and a ragged one, as users call it."""
+    inputs = subject.inputs(length=150, batch=1, heads=2, kv_heads=1)
+    table_form = subject.entry.forms[subject.forms.index(form)]
+    actual = checks.value_and_grads(functools.partial(subject.call, **table_form), inputs)
+    if references.is_looped(subject):
+        with checks.x64():
+            expected = checks.value_and_grads(functools.partial(subject.call, **subject.forms[0]), checks.widened(inputs))
+            expected = jax.tree.map(np.asarray, expected)
+    else:
+        expected = checks.oracle(references.reference_of(subject), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@st.composite
+def problems(draw):
+    """Random shapes, options and patterns of a mixer call."""
+    kv_heads = draw(st.integers(1, 3))
+    return {
+        "shape": {
+            "batch": draw(st.integers(1, 3)),
+            "length": draw(st.integers(1, 14)),
+            "kv_heads": kv_heads,
+            "heads": kv_heads * draw(st.integers(1, 3)),
+            "head_dim": draw(st.integers(1, 6)),
+            "value_dim": draw(st.integers(1, 6)),
+        },
+        "keys": draw(st.one_of(st.none(), st.integers(1, 14))),
+        "is_causal": draw(st.booleans()),
+        "masked": draw(st.booleans()),
+        "segmented": draw(st.booleans()),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+@pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
+@settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(problem=problems())
+def test_random_problems_equal_reference(subject, problem):
+    keys = problem["keys"] if subject.crosswise else None
+    inputs = subject.inputs(seed=problem["seed"], keys=keys, **problem["shape"])
+    rng = np.random.default_rng(problem["seed"])
+    B, T, S = problem["shape"]["batch"], problem["shape"]["length"], inputs["key"].shape[1]
+    options = {"is_causal": problem["is_causal"] or not subject.bidirectional}
+    if problem["masked"]:
+        options["mask"] = rng.random((B, 1, 1, S)) < 0.7
+    if problem["segmented"]:
+        ids = np.sort(rng.integers(0, 3, (B, max(S, T))), axis=1).astype(np.int32)
+        options["segment_ids"] = ids if T == S else (ids[:, :T], ids[:, :S])
+    form = subject.forms[problem["seed"] % len(subject.forms)]
+    actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
+    expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")

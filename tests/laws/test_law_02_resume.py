@@ -1,0 +1,151 @@
+"""Law 2, split and resume anywhere: f(x[:a]) then f(x[a:], initial_state=state) is f(x), gradients too, for every a.
+
+The last two steps are always a third call, so the final state is held to what it does, not to how it is laid out.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from . import checks, references
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_variant_and_form, label, slice_key, time_slice
+
+LENGTH, TAIL = 9, 2
+TOTAL = LENGTH + TAIL
+SEGMENTS = np.array([[5, 5, 5, 0, 0, 0, 0, 0, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4]], np.int32)
+KEY_MASK = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1]], bool)[:, None, None, :]
+
+
+def chain(subject, inputs, split: int, *, per_call=None, state=None, **options):
+    """Three calls, [0, split), [split, LENGTH) and [LENGTH, TOTAL), each from the state of the one before."""
+    outputs = []
+    for start, stop in ((0, split), (split, LENGTH), (LENGTH, TOTAL)):
+        now = {name: slice_key(array, start, stop) for name, array in (per_call or {}).items()}
+        piece = time_slice(inputs, start, stop)
+        output, state = subject.call(piece, initial_state=state, return_state=True, **now, **options)
+        outputs.append(output)
+    return jnp.concatenate(outputs, axis=1)
+
+
+@functools.cache
+def expected(subject, variant: str, situation: str):
+    options = next(v for v in subject.variants if label(v) == variant) | SITUATIONS[situation]
+    return checks.oracle(functools.partial(references.reference_of(subject), **options), subject.inputs(length=TOTAL))
+
+
+SITUATIONS = {"plain": {}, "segments": {"segment_ids": SEGMENTS}, "key_mask": {"mask": KEY_MASK}}
+
+
+def check(subject, variant, situation, split, form, gradients=True):
+    inputs = subject.inputs(length=TOTAL)
+    function = functools.partial(chain, subject, split=split, per_call=SITUATIONS[situation], **variant, **form)
+    values, slopes = expected(subject, label(variant), situation)
+    if not gradients:
+        checks.assert_close(jax.jit(function)(inputs), values, checks.OUTPUT, f"output, split at {split}")
+        return
+    actual = checks.value_and_grads(function, inputs)
+    checks.assert_close(actual[0], values, checks.OUTPUT, f"output, split at {split}")
+    checks.assert_close(actual[1], slopes, checks.GRADIENT, f"gradient, split at {split}")
+
+
+@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
+def test_every_split(subject, variant, form):
+    for split in range(LENGTH + 1):
+        check(subject, variant, "plain", split, form, gradients=split in (0, 1, 6, LENGTH))
+
+
+@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
+def test_every_split_with_segments(subject, variant, form):
+    """Splits inside segments and on their boundaries: a resumed call continues the last segment or starts the next."""
+    for split in range(LENGTH + 1):
+        check(subject, variant, "segments", split, form, gradients=split in (3, 6))
+
+
+@pytest.mark.parametrize("subject, variant, form", by_variant_and_form(MIXER_SUBJECTS))
+def test_every_split_with_a_key_mask(subject, variant, form):
+    """The mask of each call covers that call's keys; masked keys stay masked in every later call."""
+    for split in range(LENGTH + 1):
+        check(subject, variant, "key_mask", split, form, gradients=split in (3, 6))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+def test_resumed_call_without_ids_continues_the_last_segment(subject):
+    inputs = subject.inputs(length=8)
+    ids = np.array([[1, 1, 3, 3, 3, 3, 3, 3], [2] * 8], np.int32)
+
+    @jax.jit
+    def resumed(inputs):
+        _, state = subject.call(time_slice(inputs, 0, 5), segment_ids=ids[:, :5], return_state=True)
+        return subject.call(time_slice(inputs, 5, 8), initial_state=state)
+
+    whole = jax.jit(functools.partial(subject.call, segment_ids=ids))(inputs)
+    checks.assert_close(resumed(inputs), whole[:, 5:], checks.OUTPUT)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+def test_segments_may_begin_after_a_call_without_ids(subject):
+    """Ids given first on a resumed call: the boundaries inside that call still separate."""
+    inputs = subject.inputs(length=8)
+    ids = np.array([[7, 7, 7, 9], [7, 9, 9, 9]], np.int32)
+
+    @jax.jit
+    def resumed(inputs):
+        _, state = subject.call(time_slice(inputs, 0, 4), return_state=True)
+        return subject.call(time_slice(inputs, 4, 8), initial_state=state, segment_ids=ids)
+
+    alone = jax.jit(subject.call)(time_slice(inputs, 5, 8))
+    assert jnp.all(jnp.isfinite(resumed(inputs)))
+    checks.assert_close(resumed(inputs)[1, 1:], alone[1], checks.OUTPUT)
+
+
+@pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
+@pytest.mark.parametrize("prefill", [0, 1, 5])
+@pytest.mark.parametrize("situation", ["plain", "segments", "key_mask"])
+def test_prefill_then_decode_in_constant_memory(subject, prefill, situation):
+    """From the table's empty state: one prefill, then T = 1 steps in one compiled program, state shapes never changing."""
+    inputs = subject.inputs(length=TOTAL)
+    per_call = SITUATIONS[situation]
+    state = subject.entry.empty_state(2, TOTAL, 4, 2, 4, 3, np.float32)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
+    step = jax.jit(lambda x, now, state: subject.call(x, initial_state=state, return_state=True, **now))
+    outputs = []
+    for start, stop in [(0, prefill)] + [(t, t + 1) for t in range(prefill, TOTAL)]:
+        now = {name: slice_key(array, start, stop) for name, array in per_call.items()}
+        output, state = step(time_slice(inputs, start, stop), now, state)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
+        outputs.append(output)
+    checks.assert_close(np.concatenate(outputs, axis=1), expected(subject, "plain", situation)[0], checks.OUTPUT)
+    assert step._cache_size() <= 2, "one program for the prefill and one for all steps"
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+def test_decoding_scans(subject):
+    """A recurrence's state, and a cache made beforehand, are valid carries of lax.scan."""
+    inputs = subject.inputs(length=TOTAL)
+    if subject.is_mixer:
+        state = subject.entry.empty_state(2, TOTAL, 4, 2, 4, 3, np.float32)
+    else:
+        _, state = subject.call(time_slice(inputs, 0, 0), return_state=True)
+
+    def step(state, now):
+        output, state = subject.call({name: x[:, None] for name, x in now.items()}, initial_state=state, return_state=True)
+        return state, output[:, 0]
+
+    @jax.jit
+    def decode(inputs, state):
+        return jax.lax.scan(step, state, {name: jnp.moveaxis(x, 1, 0) for name, x in inputs.items()})[1]
+
+    checks.assert_close(jnp.moveaxis(decode(inputs, state), 0, 1), expected(subject, "plain", "plain")[0], checks.OUTPUT)
+
+
+@pytest.mark.parametrize("subject", [s for s in MIXER_SUBJECTS if "window" in s.parameters], ids=repr)
+def test_a_window_keeps_only_its_last_keys(subject):
+    """The state of a window is its last W keys, however long the history."""
+    sizes = set()
+    for length in (8, 40):
+        _, state = jax.eval_shape(lambda x: subject.call(x, window=3, return_state=True), subject.inputs(length=length))
+        sizes.add(sum(leaf.size for leaf in jax.tree.leaves(state)))
+    assert len(sizes) == 1

@@ -1,0 +1,101 @@
+"""Law 5, segments are independent: a packed row equals its documents run alone, gradients too."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from . import checks, references
+from .subjects import CHUNK, MIXER_SUBJECTS, SUBJECTS, by_form, by_variant_and_form, label, time_slice
+
+# Boundaries beside, on and away from chunk borders (CHUNK = 4), a document of one step, ids in no order.
+CUTS = (0, 3, 4, 5, 8, 12, 13)
+IDS = np.repeat([7, 2, 9, 0, 3, 1], np.diff(CUTS)).astype(np.int32)[None]
+assert CHUNK in CUTS and 2 * CHUNK in CUTS
+BIDIRECTIONAL = tuple(s for s in MIXER_SUBJECTS if s.bidirectional)
+
+
+@functools.cache
+def alone(subject, variant: str, is_causal: bool):
+    """Each document by a call of its own, joined; values and gradients."""
+    options = next(v for v in subject.variants if label(v) == variant) | ({} if is_causal else {"is_causal": False})
+
+    def documents(inputs):
+        pieces = [subject.call(time_slice(inputs, a, b), **options) for a, b in zip(CUTS, CUTS[1:])]
+        return jax.numpy.concatenate(pieces, axis=1)
+
+    return jax.tree.map(np.asarray, checks.value_and_grads(documents, subject.inputs(length=CUTS[-1], batch=1)))
+
+
+def check_packed(subject, variant, form, is_causal):
+    options = {**variant, **form} | ({} if is_causal else {"is_causal": False})
+    inputs = subject.inputs(length=CUTS[-1], batch=1)
+    packed = checks.value_and_grads(functools.partial(subject.call, segment_ids=IDS, **options), inputs)
+    expected = alone(subject, label(variant), is_causal)
+    checks.assert_close(packed[0], expected[0], checks.OUTPUT)
+    checks.assert_close(packed[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
+def test_packed_equals_alone(subject, variant, form):
+    check_packed(subject, variant, form, is_causal=True)
+
+
+@pytest.mark.parametrize("subject, form", by_form(BIDIRECTIONAL))
+def test_packed_equals_alone_without_causality(subject, form):
+    check_packed(subject, {}, form, is_causal=False)
+
+
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in SUBJECTS if "reverse" in s.parameters)))
+def test_packed_equals_alone_in_reverse(subject, form):
+    inputs = subject.inputs(length=CUTS[-1], batch=1)
+    packed = checks.value_and_grads(functools.partial(subject.call, segment_ids=IDS, reverse=True, **form), inputs)
+
+    def documents(inputs):
+        reference = functools.partial(references.reference_of(subject), reverse=True)
+        return jax.numpy.concatenate([reference(time_slice(inputs, a, b)) for a, b in zip(CUTS, CUTS[1:])], axis=1)
+
+    expected = checks.oracle(documents, inputs)
+    checks.assert_close(packed[0], expected[0], checks.OUTPUT)
+    checks.assert_close(packed[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject, form", by_form())
+def test_another_document_changes_nothing(subject, form):
+    """NaN in one document leaves the bits of the others alone, before and after it."""
+    inputs = subject.inputs(length=CUTS[-1], batch=1)
+    call = jax.jit(functools.partial(subject.call, segment_ids=IDS, **form))
+    clean = np.asarray(call(inputs))
+    inside = (IDS[0] == 9)[None, :, None, None]
+    bad = {name: np.where(inside.reshape(inside.shape[: array.ndim] + (1,) * (array.ndim - 4)), np.nan, array).astype(array.dtype)
+           for name, array in inputs.items()}
+    output = np.asarray(call(bad))
+    checks.assert_identical(output[:, IDS[0] != 9], clean[:, IDS[0] != 9])
+
+
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in BIDIRECTIONAL if s.crosswise)))
+def test_pairs_of_ids_for_cross_attention(subject, form):
+    """(query ids, key ids): a query sees the keys of its own id only; an id without keys gives 0."""
+    query_ids = np.array([[1, 1, 2, 2, 2, 4, 4], [3, 3, 3, 3, 5, 5, 5]], np.int32)
+    key_ids = np.array([[1, 2, 2, 2, 3, 3, 3, 3, 3], [3, 3, 4, 4, 4, 5, 5, 6, 6]], np.int32)
+    inputs = subject.inputs(length=7, keys=9)
+    options = {"is_causal": False, "segment_ids": (query_ids, key_ids)}
+    actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
+    expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    assert not np.any(np.asarray(actual[0])[0, 5:])
+
+
+@pytest.mark.parametrize("subject, form", by_form(MIXER_SUBJECTS))
+def test_segments_and_a_key_mask_together(subject, form):
+    """Padding inside a packed row, a document that is all padding included."""
+    inputs = subject.inputs(length=CUTS[-1], batch=1)
+    mask = np.ones((1, 1, 1, CUTS[-1]), bool)
+    mask[..., [3, 6, 12]] = False
+    options = {"mask": mask, "segment_ids": IDS}
+    actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
+    expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")

@@ -1,0 +1,115 @@
+"""Law 6, any length: empty, tiny, odd, long, keys fewer or more than queries, no batch axis or three, grouped heads."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from . import checks, references
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_form, time_slice
+
+LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 1000, 4097)
+CROSSWISE = tuple(s for s in MIXER_SUBJECTS if s.crosswise)
+LEADING = tuple(s for s in SUBJECTS if "query" in s.parameters)  # those with any number of batch axes
+
+
+@functools.cache
+def longest(subject):
+    """One row of the greatest length, and the reference over it: in float64, through the states of the first form."""
+    inputs = subject.inputs(length=max(LENGTHS), batch=1, heads=1, kv_heads=1)
+    with checks.x64():
+        return inputs, np.asarray(jax.jit(functools.partial(subject.call, **subject.entry.forms[0]))(checks.widened(inputs)))
+
+
+@pytest.mark.parametrize("subject, form", by_form())
+def test_every_length(subject, form):
+    """A causal row's first T outputs are those of its first T inputs, for every T, at the table's own chunk lengths."""
+    inputs, expected = longest(subject)
+    table_form = subject.entry.forms[subject.forms.index(form)]
+    call = jax.jit(functools.partial(subject.call, **table_form))
+    for length in LENGTHS:
+        output = call(time_slice(inputs, 0, length))
+        assert output.shape[1] == length
+        checks.assert_close(output, expected[:, :length], checks.OUTPUT, f"T = {length}")
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+def test_the_long_row_is_right(subject):
+    """The float64 row that the lengths are held against, against the naive reference on its first and last steps."""
+    if references.is_looped(subject):
+        inputs = subject.inputs(length=40, batch=1)
+        expected, _ = checks.oracle(references.reference_of(subject), inputs)
+        checks.assert_close(jax.jit(subject.call)(inputs), expected, checks.OUTPUT)
+        return
+    inputs, row = longest(subject)
+    last = {name: array[:, -5:] if name == "query" else array for name, array in inputs.items()}
+    expected, _ = checks.oracle(references.reference_of(subject), last)
+    checks.assert_close(row[:, -5:], expected, checks.DOUBLE)
+
+
+@pytest.mark.parametrize("length, keys", [(5, 12), (12, 5), (1, 9), (9, 1), (0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("subject, form", by_form(CROSSWISE))
+def test_other_numbers_of_keys(subject, form, is_causal, length, keys):
+    """S != T both ways; no keys at all give 0, and queries before the first aligned key too."""
+    if not (is_causal or subject.bidirectional):
+        return
+    inputs = subject.inputs(length=length, keys=keys)
+    actual = checks.value_and_grads(functools.partial(subject.call, is_causal=is_causal, **form), inputs)
+    expected = checks.oracle(functools.partial(references.reference_of(subject), is_causal=is_causal), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+def test_empty_rows_have_states_and_gradients(subject):
+    """T = 0: an empty output, gradients of the inputs' shapes, and a state from which a call starts afresh."""
+    inputs = subject.inputs(length=5)
+    empty = time_slice(inputs, 0, 0)
+    output, gradients = checks.value_and_grads(subject.call, empty)
+    assert output.shape[1] == 0
+    assert [g.shape for g in gradients] == [empty[name].shape for name in sorted(empty)]
+    _, state = jax.jit(functools.partial(subject.call, return_state=True))(empty)
+    checks.assert_close(subject.call(inputs, initial_state=state), subject.call(inputs), checks.OUTPUT)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 1, 3), (0,)], ids=str)
+@pytest.mark.parametrize("subject, form", by_form(LEADING))
+def test_batch_axes(subject, form, batch):
+    """No batch axis, three of them, or an empty one: the flat batch, reshaped; states and segment ids too."""
+    flat = subject.inputs(length=7, batch=int(np.prod(batch)))
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (int(np.prod(batch)), 7)), axis=1).astype(np.int32)
+    shaped = {name: array.reshape(batch + array.shape[1:]) for name, array in flat.items()}
+    axis = len(batch)
+
+    def resumed(inputs, ids, axis):
+        head = {name: jax.lax.slice_in_dim(array, 0, 3, axis=axis) for name, array in inputs.items()}
+        tail = {name: jax.lax.slice_in_dim(array, 3, 7, axis=axis) for name, array in inputs.items()}
+        first, state = subject.call(head, segment_ids=ids[..., :3], return_state=True, **form)
+        second, _ = subject.call(tail, segment_ids=ids[..., 3:], initial_state=state, return_state=True, **form)
+        return jnp.concatenate([first, second], axis=axis)
+
+    expected = jax.jit(resumed, static_argnums=2)(flat, ids, 1)
+    output = jax.jit(resumed, static_argnums=2)(shaped, ids.reshape(*batch, 7), axis)
+    checks.assert_close(output, np.asarray(expected).reshape(batch + expected.shape[1:]), checks.OUTPUT)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 3), (6, 2), (6, 1)])
+@pytest.mark.parametrize("subject, form", by_form(MIXER_SUBJECTS))
+def test_grouped_heads(subject, form, heads, kv_heads):
+    """Query head n reads key head n // (N / K), in values and in the gradients that the groups share."""
+    inputs = subject.inputs(length=7, heads=heads, kv_heads=kv_heads)
+    actual = checks.value_and_grads(functools.partial(subject.call, **form), inputs)
+    expected = checks.oracle(references.reference_of(subject), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject, form", by_form(MIXER_SUBJECTS))
+def test_grouped_heads_equal_repeated_heads(subject, form):
+    inputs = subject.inputs(length=7)
+    repeated = inputs | {name: np.repeat(inputs[name], 2, axis=2) for name in ("key", "value")}
+    call = jax.jit(functools.partial(subject.call, **form))
+    checks.assert_close(call(inputs), call(repeated), checks.OUTPUT)

@@ -1,0 +1,115 @@
+"""Law 7, dtype policy: the output has the value's dtype, sums are kept wide, half precision survives 65,536 steps."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from . import checks
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_form, time_slice
+
+HALVES = [pytest.param(ml_dtypes.bfloat16, id="bfloat16"), pytest.param(np.float16, id="float16")]
+LONG = 65_536
+
+
+def cast(inputs: dict, dtype) -> dict:
+    """Real arrays in this dtype; complex ones, which have no half precision, as they are."""
+    return {name: array if array.dtype.kind == "c" else array.astype(dtype) for name, array in inputs.items()}
+
+
+def is_complex(subject) -> bool:
+    return any(array.dtype.kind == "c" for array in subject.inputs(length=1).values())
+
+
+REAL = tuple(subject for subject in SUBJECTS if not is_complex(subject))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, pytest.param(np.float32, id="float32")])
+@pytest.mark.parametrize("subject, form", by_form(REAL))
+def test_output_has_the_value_dtype(subject, form, dtype):
+    inputs = cast(subject.inputs(length=6), dtype)
+    output, gradients = jax.eval_shape(lambda x: checks.value_and_grads(functools.partial(subject.call, **form), x), inputs)
+    assert output.dtype == dtype
+    assert [gradient.dtype for gradient in gradients] == [dtype] * len(gradients)
+
+
+@pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
+def test_mixed_dtypes_follow_the_value(subject):
+    inputs = subject.inputs(length=6)
+    for dtype in (ml_dtypes.bfloat16, np.float32):
+        other = np.float32 if dtype != np.float32 else ml_dtypes.bfloat16
+        mixed = cast(inputs, other) | {"value": inputs["value"].astype(dtype)}
+        assert jax.eval_shape(subject.call, mixed).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("subject", [s for s in REAL if not s.pairwise], ids=repr)
+def test_states_are_kept_in_float32(subject, dtype):
+    """And in float64 under x64; a state that goes around a loop of calls keeps its dtype."""
+    def dtypes(inputs):
+        state = jax.eval_shape(lambda x: subject.call(x, return_state=True), inputs)[1]
+        again = jax.eval_shape(lambda x, s: subject.call(x, initial_state=s, return_state=True), inputs, state)[1]
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), again)
+        return {leaf.dtype for leaf in jax.tree.leaves(state) if checks.is_float(leaf)}
+
+    assert dtypes(cast(subject.inputs(length=3), dtype)) == {np.dtype(np.float32)}
+    with checks.x64():
+        assert dtypes(subject.inputs(length=3, dtype=np.float64)) == {np.dtype(np.float64)}
+
+
+def long_row(subject, dtype):
+    """65,536 steps whose features add up far beyond 65,504; only the last queries where each costs a pass over all keys."""
+    inputs = subject.inputs(length=LONG, batch=1, heads=1, kv_heads=1, head_dim=8, value_dim=8)
+    if subject.is_mixer:
+        inputs |= {"key": inputs["key"] + 1, "value": inputs["value"] + 1}
+    if subject.pairwise:
+        inputs |= {"query": inputs["query"][:, -64:]}
+    return cast(inputs, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("subject", REAL, ids=repr)
+def test_half_precision_over_65536_steps(subject, dtype):
+    """Within 1e-2 of float64 on the same numbers, values and gradients, and nothing overflows."""
+    inputs = long_row(subject, dtype)
+    last = 256
+
+    def function(inputs):
+        return subject.call(inputs)[:, -last:]
+
+    def mean_of_squares(inputs):
+        output = function(inputs).astype(jnp.promote_types(jnp.float32, next(iter(inputs.values())).dtype))
+        return jnp.mean(output**2), output
+
+    with checks.x64():
+        (_, expected), expected_slopes = jax.jit(jax.value_and_grad(mean_of_squares, has_aux=True))(checks.widened(inputs))
+        expected, expected_slopes = jax.tree.map(np.asarray, (expected, expected_slopes))
+    (_, output), slopes = jax.jit(jax.value_and_grad(mean_of_squares, has_aux=True))(inputs)
+    checks.assert_close(output, expected, 1e-2)
+    assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("subject", REAL, ids=repr)
+def test_float32_over_65536_steps(subject):
+    """The same rows in float32 stay within 1e-5 of float64: sums are hierarchical or compensated, not one long addition."""
+    inputs = long_row(subject, np.float32)
+    with checks.x64():
+        expected = np.asarray(jax.jit(subject.call)(checks.widened(inputs)))
+    checks.assert_close(jax.jit(subject.call)(inputs), expected, 1e-5)
+
+
+@pytest.mark.parametrize("subject", REAL, ids=repr)
+def test_half_precision_resumes_from_a_wide_state(subject):
+    """A half-precision row in two calls equals the row in one: the state between them loses nothing."""
+    inputs = cast(subject.inputs(length=12), ml_dtypes.bfloat16)
+
+    @jax.jit
+    def resumed(inputs):
+        first, state = subject.call(time_slice(inputs, 0, 5), return_state=True)
+        return jnp.concatenate([first, subject.call(time_slice(inputs, 5, 12), initial_state=state)], axis=1)
+
+    whole = np.asarray(jax.jit(subject.call)(inputs), np.float32)
+    checks.assert_close(np.asarray(resumed(inputs), np.float32), whole, 2**-8)
