@@ -1,0 +1,35 @@
+"""Data: byte text, token files, procedural tasks, digits. NumPy only; nothing here writes but `prepare`.
+
+Every dataset gives `batch(seed, step, shard, num_shards)`, a pure function of its arguments, so the step is the whole
+state of the input, and `validation_batches()`, a fixed set that shares nothing with training.
+To add a task: write a function from `DataConfig` to `Dataset` and add a line to `TASKS`.
+"""
+
+from collections.abc import Callable
+
+from effattn_jax.data.config import DataConfig, choice
+from effattn_jax.data.sampling import Batch, Dataset
+from effattn_jax.data.text import text
+
+TASKS: dict[str, Callable[[DataConfig], Dataset]] = {
+    "text": text,
+}
+
+
+def load(config: DataConfig) -> Dataset:
+    """The dataset that a config describes.
+
+    Raises:
+      ValueError: one line that names the field, what was given and the rule; an unknown task is answered with the
+        nearest name.
+
+    >>> dataset = load(DataConfig(batch_size=4, context=16))
+    >>> dataset.batch(seed=0, step=3)["tokens"].shape
+    (4, 16)
+    """
+    choice("task", config.task, TASKS)
+    config.validate()
+    return TASKS[config.task](config)
+
+
+__all__ = ["TASKS", "Batch", "DataConfig", "Dataset", "load"]
