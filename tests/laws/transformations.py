@@ -1,0 +1,304 @@
+"""Every JAX transformation as a check that a member passes or not; `table` writes the outcome into the documentation.
+
+Each check takes the same call, as hard as the contract allows: split in two with the state handed on, packed segments, a key mask
+for mixers, several chunks and a ragged one. Its docstring is its line in the legend of the generated table.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from . import checks
+from .subjects import Subject, slice_key, time_slice
+
+LENGTH, SPLIT = 11, 5
+PATTERNS = ("mask", "segment_ids")
+CHECKS: dict[str, Callable] = {}
+
+
+def check(name: str):
+    """Enters a check under the name it has in the table."""
+
+    def enter(function):
+        CHECKS[name] = function
+        return function
+
+    return enter
+
+
+def sample(subject: Subject, *, batch=2, dtype=np.float32, copies=1) -> dict:
+    """Inputs, key mask and segment ids of one call; `copies` repeats the axis after time, so that it divides among devices."""
+    inputs = subject.inputs(length=LENGTH, batch=batch, dtype=dtype)
+    inputs = {name: np.concatenate([array] * copies, axis=2) for name, array in inputs.items()}
+    rng = np.random.default_rng(7)
+    inputs["segment_ids"] = np.sort(rng.integers(0, 3, (batch, LENGTH)), axis=1).astype(np.int32)
+    if subject.is_mixer:
+        inputs["mask"] = rng.random((batch, 1, 1, LENGTH)) < 0.8
+    return inputs
+
+
+def call_of(subject: Subject, form: dict) -> Callable:
+    """f(inputs): two calls, the second from the state of the first."""
+
+    def call(inputs):
+        outputs, state = [], None
+        for start, stop in ((0, SPLIT), (SPLIT, LENGTH)):
+            patterns = {name: slice_key(inputs[name], start, stop) for name in PATTERNS if name in inputs}
+            arrays = time_slice({name: a for name, a in inputs.items() if name not in PATTERNS}, start, stop)
+            output, state = subject.call(arrays, initial_state=state, return_state=True, **patterns, **form)
+            outputs.append(output)
+        return jnp.concatenate(outputs, axis=1)
+
+    return call
+
+
+def assert_same(actual, expected) -> None:
+    """(output, gradients) against (output, gradients)."""
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+def stacked(trees) -> dict:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+@check("jit")
+def jit(subject, form):
+    """compiled equals eager"""
+    call, inputs = call_of(subject, form), sample(subject)
+    checks.assert_close(jax.jit(call)(inputs), call(inputs), checks.OUTPUT)
+
+
+@check("one compile")
+def one_compile(subject, form):
+    """one trace and one program for all calls of one shape, whatever the numbers, masks and ids"""
+    traces = []
+
+    def counted(inputs):
+        traces.append(None)
+        return call_of(subject, form)(inputs)
+
+    function, inputs = jax.jit(counted), sample(subject)
+    for shift in range(3):
+        function({name: np.roll(array, shift, axis=0) for name, array in inputs.items()})
+    assert len(traces) == 1 and function._cache_size() == 1
+
+
+@check("grad")
+def grad(subject, form):
+    """compiled gradients equal central differences in float64"""
+    with checks.x64():
+        floats, loss, tangents = problem(subject, form)
+        slopes = jax.jit(jax.grad(loss))(floats)
+        along = sum(jnp.sum(jnp.real(slope * tangent)) for slope, tangent in zip(slopes, tangents))
+        np.testing.assert_allclose(along, difference(loss, floats, tangents), rtol=1e-6)
+
+
+@check("jvp")
+def jvp(subject, form):
+    """forward mode equals central differences in float64, and reverse mode to 1e-12"""
+    with checks.x64():
+        floats, loss, tangents = problem(subject, form)
+        value, along = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,)))(floats, tangents)
+        slopes = jax.jit(jax.grad(loss))(floats)
+        backward = sum(jnp.sum(jnp.real(slope * tangent)) for slope, tangent in zip(slopes, tangents))
+        np.testing.assert_allclose(along, backward, rtol=1e-10)
+        np.testing.assert_allclose(along, difference(loss, floats, tangents), rtol=1e-6)
+        np.testing.assert_allclose(value, loss(floats), rtol=1e-12)
+
+
+@check("grad of grad")
+def second_order(subject, form):
+    """Hessian-vector products, reverse over reverse and forward over reverse, equal differences of the gradient in float64"""
+    with checks.x64():
+        floats, loss, tangents = problem(subject, form)
+
+        def curved(x):
+            return loss(x) ** 2
+
+        def slope_along(x):
+            return sum(jnp.sum(jnp.real(s * t)) for s, t in zip(jax.grad(curved)(x), tangents))
+
+        twice_reverse = jax.jit(jax.grad(slope_along))(floats)
+        mixed = jax.jit(lambda x, t: jax.jvp(jax.grad(curved), (x,), (t,))[1])(floats, tangents)
+        gradient = jax.jit(jax.grad(curved))
+        step = 1e-5
+        ahead, behind = (gradient([x + s * step * t for x, t in zip(floats, tangents)]) for s in (1, -1))
+        expected = [np.asarray(a - b) / (2 * step) for a, b in zip(ahead, behind)]
+        checks.assert_close(mixed, expected, 1e-6)
+        if not any(jnp.iscomplexobj(x) for x in floats):
+            checks.assert_close(twice_reverse, expected, 1e-6)
+
+
+def problem(subject, form):
+    """(real and complex inputs, scalar loss of them, random directions) in float64."""
+    floats, rebuild = checks.split_floats(checks.widened(sample(subject)))
+    call, rng = call_of(subject, form), np.random.default_rng(3)
+
+    def loss(floats):
+        return checks.probe(jnp.tanh(call(rebuild(floats))))
+
+    floats = [jnp.asarray(x) for x in floats]
+    tangents = [rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if jnp.iscomplexobj(x) else 0) for x in floats]
+    return floats, loss, [jnp.asarray(t, x.dtype) for t, x in zip(tangents, floats)]
+
+
+def difference(loss, floats, tangents, step=1e-6):
+    """The central difference of the loss along the tangents."""
+    loss = jax.jit(loss)
+    ahead, behind = (loss([x + s * step * t for x, t in zip(floats, tangents)]) for s in (1, -1))
+    return (ahead - behind) / (2 * step)
+
+
+@check("vmap")
+def vmap(subject, form):
+    """an added axis in front, or an inner axis of one input alone, in values and gradients"""
+    call = call_of(subject, form)
+    rows = [sample(subject), jax.tree.map(lambda a: np.roll(a, 1, axis=0), sample(subject))]
+    expected = [checks.value_and_grads(call, row) for row in rows]
+    gradients = jax.jit(jax.vmap(lambda row: checks.value_and_grads(call, row)))(stacked(rows))
+    assert_same(gradients, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
+    for name in (name for name in rows[0] if name not in PATTERNS):
+        one = np.stack([rows[0][name], rows[1][name]], axis=2)
+        axes = {other: 2 if other == name else None for other in rows[0]}
+        output = jax.jit(jax.vmap(call, in_axes=(axes,), out_axes=1))(rows[0] | {name: one})
+        checks.assert_close(output[:, 1], jax.jit(call)(rows[0] | {name: rows[1][name]}), checks.OUTPUT)
+
+
+@check("remat")
+def remat(subject, form):
+    """`jax.checkpoint` around the call, gradients unchanged"""
+    call, inputs = call_of(subject, form), sample(subject)
+    assert_same(checks.value_and_grads(jax.checkpoint(call), inputs), checks.value_and_grads(call, inputs))
+
+
+@check("scan")
+def scan(subject, form):
+    """`lax.scan` over layers, with and without remat, gradients equal a Python loop's"""
+    call, layers = call_of(subject, form), stacked([sample(subject)] * 3)
+
+    def layer(carry, inputs):
+        scaled = {name: array if name in PATTERNS else array * (1 + 0.1 * jnp.tanh(carry)) for name, array in inputs.items()}
+        output = call(scaled)
+        return jnp.mean(jnp.real(output)), output
+
+    def looped(layers):
+        carry, outputs = jnp.float32(0), []
+        for index in range(3):
+            carry, output = layer(carry, jax.tree.map(lambda a, index=index: a[index], layers))
+            outputs.append(output)
+        return jnp.stack(outputs)
+
+    expected = checks.value_and_grads(looped, layers)
+    for body in (layer, jax.checkpoint(layer)):
+        scanned = functools.partial(jax.lax.scan, body, jnp.float32(0))
+        assert_same(checks.value_and_grads(lambda layers, scanned=scanned: scanned(layers)[1], layers), expected)
+
+
+@check("pmap")
+def pmap(subject, form):
+    """eight devices, gradients inside"""
+    call, devices = call_of(subject, form), jax.device_count()
+    inputs = sample(subject, batch=2 * devices)
+    split = jax.tree.map(lambda a: a.reshape(devices, 2, *a.shape[1:]), inputs)
+    output, gradients = jax.pmap(lambda x: checks.value_and_grads(call, x))(split)
+    one = [checks.value_and_grads(call, jax.tree.map(lambda a, i=i: a[i], split)) for i in (0, devices - 1)]
+    for index, expected in zip((0, devices - 1), one):
+        assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
+
+
+def specs(inputs: dict, batch: str | None, heads: str | None) -> dict:
+    """Partition specs: the batch is axis 0 of everything, heads (or channels) are axis 2 of the sequences."""
+    return {name: P(batch) if name in PATTERNS else P(batch, None, heads) for name in inputs}
+
+
+def over_shards(subject, form, shape, batch, heads, copies=1):
+    """The call inside shard_map (check_vma on), differentiated inside and outside of it."""
+    mesh = jax.make_mesh(shape, ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+    inputs, call = sample(subject, batch=8, copies=copies), call_of(subject, form)
+    spec = specs(inputs, batch, heads)
+    mapped = functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,))
+    sharded = mapped(call, out_specs=P(batch, None, heads))
+    assert_same(checks.value_and_grads(sharded, inputs), checks.value_and_grads(call, inputs))
+
+    def squares(inputs, function):
+        floats, rebuild = checks.split_floats(inputs)
+        return jax.grad(lambda floats: jnp.sum(jnp.abs(function(rebuild(floats))) ** 2))(floats)
+
+    names = sorted(name for name in inputs if name not in PATTERNS)
+    inside = mapped(functools.partial(squares, function=call), out_specs=[spec[name] for name in names])
+    checks.assert_close(jax.jit(inside)(inputs), jax.jit(functools.partial(squares, function=call))(inputs), checks.GRADIENT)
+
+
+@check("shard_map, batch")
+def shard_batch(subject, form):
+    """`jax.shard_map` with check_vma over eight shards of the batch, gradients inside and outside"""
+    over_shards(subject, form, (8, 1), "data", None)
+
+
+@check("shard_map, heads")
+def shard_heads(subject, form):
+    """the same over heads or channels, masks and ids replicated"""
+    over_shards(subject, form, (4, 2), None, "heads", copies=2)
+
+
+@check("shard_map, both")
+def shard_both(subject, form):
+    """the same over batch and heads at once"""
+    over_shards(subject, form, (4, 2), "data", "heads", copies=2)
+
+
+@check("Explicit mesh")
+def explicit_mesh(subject, form):
+    """batch and heads sharded in the types (`AxisType.Explicit`), in values and gradients; the output keeps the sharding"""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
+    expected = checks.value_and_grads(call, inputs)
+    with jax.set_mesh(mesh):
+        spec = specs(inputs, "data", "heads")
+        placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
+        assert jax.typeof(jax.jit(call)(placed)).sharding.spec[0] == "data"
+        actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
+    assert_same(actual, expected)
+
+
+@check("sharded jit")
+def sharded_jit(subject, form):
+    """`jax.jit` over an Auto mesh with batch and heads sharded: no collective in the forward program, same values and gradients"""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
+    inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
+    spec = specs(inputs, "data", "heads")
+    placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
+    program = jax.jit(call).lower(placed).compile().as_text()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert f"{collective}(" not in program and f"{collective}-start(" not in program, f"{collective} between shards"
+    actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
+    assert_same(actual, checks.value_and_grads(call, inputs))
+
+
+@check("eval_shape")
+def eval_shape(subject, form):
+    """shapes and dtypes without arrays, state included"""
+    arrays = {name: array for name, array in sample(subject).items() if name not in PATTERNS}
+    call = functools.partial(subject.call, return_state=True, **form)
+    shapes, run = jax.eval_shape(call, arrays), call(arrays)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), run)
+
+
+@check("export")
+def export(subject, form):
+    """`jax.export` of the value and of the gradients for cpu, cuda and tpu from a CPU host; read back, it gives the same numbers"""
+    floats, rebuild = checks.split_floats(sample(subject))
+    call = call_of(subject, form)
+
+    def value_and_slopes(floats):
+        return checks.value_and_grads(lambda x: call(rebuild(x)), floats)
+
+    exported = jax.export.export(jax.jit(value_and_slopes), platforms=("cpu", "cuda", "tpu"))(floats)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    assert_same(jax.export.deserialize(exported.serialize()).call(floats), jax.jit(value_and_slopes)(floats))
