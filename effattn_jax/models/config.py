@@ -1,0 +1,180 @@
+"""What a model is made of: one frozen record, read by the models, the command line and the run folder."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from typing import Literal, get_args, get_type_hints
+
+from effattn_jax import nn
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and parts of a stack of blocks.
+
+    >>> ModelConfig(layers=2, mixers="softmax,linear").layer_mixers()
+    ('softmax', 'linear')
+    >>> ModelConfig(mixer="sofmax").validate()
+    Traceback (most recent call last):
+    ...
+    ValueError: mixer must be among softmax, linear, gated_linear, min_gru; got 'sofmax'. Perhaps you meant 'softmax'
+    """
+
+    layers: int = 4
+    """Number of blocks."""
+    width: int = 128
+    """Features of the residual stream."""
+    heads: int = 4
+    """Query heads of each attention layer; they divide the width."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); they divide the heads. None: as many as heads."""
+    mixer: str = "softmax"
+    """What exchanges information between tokens, in every layer: a name of nn.MIXERS."""
+    mixers: str = ""
+    """One mixer a layer instead, separated by commas, such as softmax,linear,linear,softmax."""
+    window: int | None = None
+    """How many tokens to the left softmax layers see, besides the token itself. None: all."""
+    chunk_size: int | None = None
+    """Chunk length of the chunked forms. None: the kernel's own choice."""
+    conv_width: int = 0
+    """Tokens seen by the short convolution before each mixer, the token itself included. 0: no convolution."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation of the residual stream."""
+    residual: Literal["pre", "post", "rezero"] = "pre"
+    """Block form: x + f(norm(x)), norm(x + f(x)), or x + alpha f(x) with alpha starting at 0."""
+    mlp: Literal["mlp", "gated"] = "mlp"
+    """Feed-forward layer: gelu, or gated by silu (SwiGLU)."""
+    mlp_ratio: float = 4.0
+    """Inner width of the feed-forward layer over the width; a gated one takes two thirds, for equal parameters."""
+    positions: Literal["none", "learned", "sinusoidal", "rotary"] = "rotary"
+    """How a token's place is told; rotary turns the queries and keys of attention layers, recurrent ones need none."""
+    rotary_base: float = 10000.0
+    """Longest wavelength of rotary positions over 2 pi."""
+    max_length: int = 1024
+    """Rows of the table of learned positions, the longest sequence that they allow."""
+    tie_embeddings: bool = True
+    """Whether the output layer is the token embedding."""
+    use_bias: bool = False
+    """Whether projections and layer norms have biases."""
+    dropout: float = 0.0
+    """Dropout rate on the embedding and on what each mixer and feed-forward layer adds."""
+    remat: bool = False
+    """Whether blocks are computed again in the backward pass, to store only their inputs."""
+    scan_layers: bool = False
+    """Whether blocks are one loop over stacked parameters, which compiles faster; all layers then share one mixer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of activations; norms, softmax, recurrent states and logits are float32 in any case."""
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of parameters."""
+
+    def layer_mixers(self) -> tuple[str, ...]:
+        """The mixer's name of each layer, first to last."""
+        if not self.mixers:
+            return (self.mixer,) * self.layers
+        return tuple(name.strip() for name in self.mixers.split(","))
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads, kv_heads resolved."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F: the feed-forward layer's inner width, a multiple of 8 when gated."""
+        if self.mlp == "gated":
+            return max(8, round(self.mlp_ratio * self.width * 2 / 3 / 8) * 8)
+        return max(1, round(self.mlp_ratio * self.width))
+
+    def make_mixer(self, layer: int, *, causal: bool = True, **module_options) -> nn.SequenceMixer:
+        """The mixer module of one layer; `module_options` such as name= or parent= go to Linen."""
+        name = self.layer_mixers()[layer]
+        options = self._mixer_options(causal)
+        if self.window is not None and nn.MIXERS[name](**options, parent=None).accepts_window():
+            options["window"] = self.window
+        return nn.MIXERS[name](**options, **module_options)
+
+    def _mixer_options(self, causal: bool) -> dict:
+        return {
+            "width": self.width,
+            "heads": self.heads,
+            "kv_heads": self.num_kv_heads,
+            "causal": causal,
+            "rotary_base": self.rotary_base if self.positions == "rotary" else None,
+            "chunk_size": self.chunk_size,
+            "output_scale": self.output_scale,
+            "use_bias": self.use_bias,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+
+    @property
+    def output_scale(self) -> float:
+        """Factor on the initial weights that write into the stream: 1 / sqrt(2 L) keeps its variance, as in GPT-2."""
+        return (2 * self.layers) ** -0.5 if self.residual == "pre" else 1.0
+
+    def validate(self) -> "ModelConfig":
+        """Returns itself, or raises a ValueError that names the field, what it holds and the rule."""
+        self._validate_choices()
+        for field in ("layers", "width", "heads", "num_kv_heads", "max_length"):
+            _require(getattr(self, field) >= 1, field.removeprefix("num_"), getattr(self, field), "at least 1")
+        _require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of the width {self.width}")
+        _require(self.heads % self.num_kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of the heads {self.heads}")
+        _require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
+        _require(self.conv_width >= 0, "conv_width", self.conv_width, "at least 0")
+        _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "positive")
+        _require(self.rotary_base > 0, "rotary_base", self.rotary_base, "positive")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        self._validate_mixers()
+        if self.positions == "rotary":
+            size = self.width // self.heads
+            _require(
+                size % 2 == 0,
+                "positions",
+                "rotary",
+                f"another option, since the head dimension width / heads = {size} is odd",
+            )
+        if self.positions == "sinusoidal":
+            _require(self.width % 2 == 0, "width", self.width, "even for sinusoidal positions")
+        return self
+
+    def _validate_choices(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            choices = get_args(hints[field.name])
+            if choices and all(isinstance(choice, str) for choice in choices):
+                _check_name(field.name, getattr(self, field.name), choices)
+
+    def _validate_mixers(self) -> None:
+        names = self.layer_mixers()
+        for name in names:
+            _check_name("mixers" if self.mixers else "mixer", name, nn.MIXERS)
+        _require(
+            len(names) == self.layers,
+            "mixers",
+            self.mixers,
+            f"one name a layer: layers is {self.layers}, names are {len(names)}",
+        )
+        rule = "the same mixer in every layer when scan_layers is set"
+        _require(not self.scan_layers or len(set(names)) == 1, "mixers", self.mixers, rule)
+        if self.window is not None:
+            _require(self.window >= 0, "window", self.window, "at least 0")
+            windowed = any(nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_window() for name in names)
+            _require(
+                windowed,
+                "window",
+                self.window,
+                f"None, since no layer can limit itself to a window: {', '.join(names)}",
+            )
+
+
+def _require(condition: bool, field: str, given: object, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{field} must be {rule}; got {given!r}")
+
+
+def _check_name(field: str, given: str, known: Iterable[str]) -> None:
+    if given in known:
+        return
+    nearest = difflib.get_close_matches(str(given), list(known), n=1)
+    hint = f". Perhaps you meant {nearest[0]!r}" if nearest else ""
+    raise ValueError(f"{field} must be among {', '.join(known)}; got {given!r}{hint}")

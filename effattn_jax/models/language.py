@@ -1,0 +1,144 @@
+"""Decoder language model: the next token's logits from the tokens so far, in one call or one token a call.
+
+x = E[tokens] + positions;   x = block_l(x) for each layer;   logits = norm(x) E^T
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from effattn_jax.models.config import ModelConfig
+from effattn_jax.models.inputs import InputEmbedding, check_length, count_positions
+from effattn_jax.models.stack import Stack
+from effattn_jax.nn import Embedding
+from effattn_jax.nn.layers import float32_product
+from effattn_jax.nn.mixer import check_inputs
+
+
+class LanguageState(NamedTuple):
+    """What a language model remembers: tokens of the current segment so far (B,), that segment's id (B,), and the blocks' states."""
+
+    position: jax.Array
+    segment_id: jax.Array
+    blocks: Any
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of `config` over `vocab_size` tokens.
+
+    Attributes:
+      config: see `ModelConfig`; checked when the model is called.
+      vocab_size: A.
+
+    The state's size is the mixers': constant for recurrences, capacity keys and values for softmax. A call with a state
+    continues
+    from it, whatever its length: a prompt at once, then a token a call, give what one call on everything gives.
+
+    >>> import jax, jax.numpy as jnp
+    >>> model = LanguageModel(ModelConfig(layers=1, width=8, heads=2), vocab_size=11)
+    >>> tokens = jnp.array([[1, 2, 3]])
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> model.apply({"params": params}, tokens).shape
+    (1, 3, 11)
+    >>> logits, state = model.step(params, tokens, model.init_state(batch=1, capacity=10))
+    >>> logits, state = model.step(params, jnp.array([[4]]), state)
+    >>> state.position.tolist()
+    [4]
+    """
+
+    config: ModelConfig
+    vocab_size: int
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deterministic: bool = True,
+        state: LanguageState | None = None,
+        return_state: bool = False,
+    ) -> jax.Array | tuple[jax.Array, LanguageState]:
+        """Logits (B, T, A), float32, of the token after each one; with return_state also the state.
+
+        Args:
+          tokens_BxT: integer ids in [0, A); one out of range gives NaN.
+          segment_ids: (B, T); tokens see their own segment only and positions restart, so packed documents are as if
+            alone. None continues the segment of the state.
+          mask: (B, T) bool, False at padding, which nothing sees and which has no position of its own.
+          positions: (B, T) to overrule the counted ones.
+          deterministic: False applies dropout, with rngs={"dropout": key}.
+          state: from `init_state` or an earlier call.
+          return_state: whether to return (logits, state).
+
+        Raises:
+          ValueError: wrong shapes or types, a sequence beyond max_length with learned positions, an invalid config.
+        """
+        c = self.config.validate()
+        if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
+            raise ValueError(f"tokens must be integers of shape (B, T); got {tokens_BxT.dtype}{list(tokens_BxT.shape)}")
+        check_length(c, tokens_BxT.shape[1])
+        embed = Embedding(self.vocab_size, c.width, c.dtype, c.param_dtype, name="tokens")
+        x_BxTxD = embed(tokens_BxT)
+        check_inputs(x_BxTxD, c.width, mask, segment_ids)
+        if positions is None:
+            positions = count_positions(tokens_BxT.shape, mask, segment_ids, *(state[:2] if state is not None else ()))
+        x_BxTxD = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
+        x_BxTxD, blocks = Stack(c, name="stack")(
+            x_BxTxD,
+            mask=mask,
+            segment_ids=segment_ids,
+            positions=positions,
+            state=None if state is None else state.blocks,
+            deterministic=deterministic,
+            return_state=return_state,
+        )
+        logits_BxTxA = embed.attend(x_BxTxD) if c.tie_embeddings else self._head(x_BxTxD)
+        if not return_state:
+            return logits_BxTxA
+        return logits_BxTxA, LanguageState(*_advance(tokens_BxT, positions, mask, segment_ids, state), blocks)
+
+    def _head(self, x_BxTxD):
+        init = nn.initializers.variance_scaling(0.04, "fan_in", "normal")  # small logits: the first loss is about ln A
+        kernel = partial(nn.Dense, use_bias=False, dtype=self.config.dtype, param_dtype=self.config.param_dtype)
+        return kernel(self.vocab_size, kernel_init=init, dot_general=_float32_dot_general, name="head")(x_BxTxD)
+
+    @nn.nowrap
+    def init_state(self, batch: int, capacity: int) -> LanguageState:
+        """The state before the first token of `batch` rows, with room for `capacity` tokens; its shapes never change.
+
+        Raises:
+          ValueError: capacity beyond max_length with learned positions.
+        """
+        check_length(self.config.validate(), capacity)
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return LanguageState(zeros, zeros, Stack(self.config, parent=None).init_state(batch, capacity))
+
+    @nn.nowrap
+    def step(
+        self, params: Any, tokens_BxT: jax.Array, state: LanguageState, **inputs: Any
+    ) -> tuple[jax.Array, LanguageState]:
+        """(logits, state) after more tokens: what `decoding.generate` takes as its step."""
+        return self.apply({"params": params}, tokens_BxT, state=state, return_state=True, **inputs)
+
+
+def _float32_dot_general(x, kernel, dimension_numbers, precision=None, **_):
+    del dimension_numbers, precision  # a Dense layer's: last axis by first
+    return float32_product(x, kernel)
+
+
+def _advance(tokens_BxT, positions, mask, segment_ids, state):
+    """(position, segment_id) of the new state: those that the next token would have."""
+    batch, length = tokens_BxT.shape
+    zeros = jnp.zeros_like(tokens_BxT, jnp.int32, shape=(batch,))
+    position, segment_id = (zeros, zeros) if state is None else state[:2]
+    if length == 0:
+        return position, segment_id
+    is_real = 1 if mask is None else mask[:, -1].astype(jnp.int32)
+    position = zeros + positions[:, -1].astype(jnp.int32) + is_real
+    return position, segment_id if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)

@@ -1,0 +1,74 @@
+"""Rotary position embedding (RoPE): each pair of features is turned by an angle that grows with the position.
+
+(x_a, x_b) -> (x_a cos u - x_b sin u, x_a sin u + x_b cos u),   u = t * w_i,   w_i = base^(-2i / dim)
+so that R(t) q . R(s) k = q . R(s - t) k: scores depend on the distance only.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effattn_jax.position.angles import angles, inverse_frequencies
+
+
+def rotary(
+    x: jax.Array,
+    positions: jax.Array,
+    *,
+    base: float = 10000.0,
+    interleaved: bool = False,
+    scaling: float | np.ndarray | jax.Array | None = None,
+    dim: int | None = None,
+) -> jax.Array:
+    """Turns pairs of features of queries or keys by angles proportional to their positions.
+
+    (x_a, x_b) -> (x_a cos u - x_b sin u, x_a sin u + x_b cos u) with u = t * scaling * base^(-2i / dim). Pairs are (i,
+    i + dim/2) by default (Llama, NeoX) or (2i, 2i + 1) with `interleaved` (the paper); both are the same up to a
+    permutation of features.
+
+    Args:
+      x: (*B, T, N, H), any floating type.
+      positions: (*B, T), or any shape that broadcasts to it such as (T,); integers (exact up to 2^31) or floats.
+      base: sets the lowest frequency, base^(-1 + 2 / dim).
+      interleaved: the layout of the pairs.
+      scaling: factor on the frequencies, a number or (dim/2,): 1/k is position interpolation by k. None is 1.
+      dim: only the first `dim` features are turned, the others pass unchanged. None is all of H.
+
+    Returns:
+      Array like x: same shape, same dtype (the rotation itself is computed in float32 at least).
+
+    Raises:
+      ValueError: dim odd or larger than H, positions not broadcastable to (*B, T), x of fewer than three axes.
+
+    Cost: O(H) a token and head, no state. Source: RoFormer, arXiv 2104.09864.
+
+    >>> import jax, jax.numpy as jnp
+    >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    >>> score = lambda t, s: jnp.sum(rotary(q, jnp.array([t])) * rotary(k, jnp.array([s])))
+    >>> bool(jnp.allclose(score(5, 3), score(1_000_005, 1_000_003), atol=1e-5))
+    True
+    """
+    if x.ndim < 3:
+        raise ValueError(f"x must have the shape (*B, T, N, H); got {x.shape}")
+    positions = jnp.asarray(positions)
+    lead = x.shape[:-2]
+    if positions.ndim > len(lead) or np.broadcast_shapes(positions.shape, lead) != lead:
+        raise ValueError(f"positions must broadcast to (*B, T) = {lead}; got {positions.shape}")
+    dim = x.shape[-1] if dim is None else dim
+    if dim > x.shape[-1]:
+        raise ValueError(f"dim must be at most the head dimension {x.shape[-1]}; got {dim}")
+    frequencies = inverse_frequencies(dim, base)
+    if scaling is not None:
+        frequencies = frequencies * scaling
+    if positions.dtype != x.dtype and x.dtype == jnp.float64:
+        positions = positions.astype(x.dtype)
+    angle = angles(positions.reshape((1,) * (len(lead) - positions.ndim) + positions.shape), frequencies)[..., None, :]
+    turned = _turn(x[..., :dim].astype(jnp.promote_types(x.dtype, jnp.float32)), angle, interleaved).astype(x.dtype)
+    return turned if dim == x.shape[-1] else jnp.concatenate([turned, x[..., dim:]], axis=-1)
+
+
+def _turn(x: jax.Array, angle: jax.Array, interleaved: bool) -> jax.Array:
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    pair = first * cos - second * sin, first * sin + second * cos
+    return jnp.stack(pair, axis=-1).reshape(x.shape) if interleaved else jnp.concatenate(pair, axis=-1)
