@@ -1,4 +1,4 @@
-"""Decoding: from a step function and its state to tokens. Pure functions of jax; the model is whatever `step` says it is."""
+"""Decoding: from a step function and its state to tokens. The model is whatever `step` says it is."""
 
 from effattn_jax.decoding.generation import generate
 from effattn_jax.decoding.sampling import filter_logits, sample_logits

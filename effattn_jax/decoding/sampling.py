@@ -28,8 +28,8 @@ def filter_logits(logits: jax.Array, *, top_k: int | None = None, top_p: float |
     Cost: O(A log A) a row. Source: Holtzman et al., arXiv 1904.09751.
 
     >>> import jax.numpy as jnp
-    >>> print(jax.nn.softmax(filter_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.6)))
-    [0.    0.625 0.375]
+    >>> filter_logits(jnp.array([0.0, 2.0, 1.0]), top_k=2).tolist()
+    [-inf, 2.0, 1.0]
     """
     check_limits(top_k, top_p)
     num_tokens = logits.shape[-1]

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, counted on paper: compilers count a loop's body once, so they cannot be asked."""
+"""Floating-point operations of a model, counted on paper, since compilers count a loop's body once."""
 
 from effattn_jax.models.config import ModelConfig
 from effattn_jax.nn import ShortConvolution

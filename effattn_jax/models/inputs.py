@@ -45,9 +45,8 @@ def count_positions(
         return before - start
     previous = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
     boundary = segment_ids != jnp.concatenate([previous, segment_ids[:, :-1]], axis=1)
-    # The count at the latest boundary is the largest so far, and no earlier one can be negative; before any, `start`
-    # holds. return before - jax.lax.cummax(jnp.where(boundary, before, jnp.broadcast_to(start, boundary.shape)),
-    # axis=1)
+    # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
+    return before - jax.lax.cummax(jnp.where(boundary, before, jnp.broadcast_to(start, boundary.shape)), axis=1)
 
 
 class InputEmbedding(nn.Module):

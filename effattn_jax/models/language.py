@@ -19,7 +19,7 @@ from effattn_jax.nn.mixer import check_inputs
 
 
 class LanguageState(NamedTuple):
-    """What a language model remembers: tokens of the current segment so far (B,), that segment's id (B,), and the blocks' states."""
+    """What a language model remembers: real tokens of the current segment (B,), its id (B,), and the blocks' states."""
 
     position: jax.Array
     segment_id: jax.Array

@@ -22,8 +22,9 @@ def make_norm(
 
     >>> import jax, jax.numpy as jnp
     >>> norm = make_norm("rmsnorm", name="norm")
-    >>> print(norm.init_with_output(jax.random.key(0), jnp.array([[3.0, 4.0]]))[0].round(3))
-    [[0.849 1.131]]
+    >>> y, params = norm.init_with_output(jax.random.key(0), jnp.array([3.0, 4.0]))
+    >>> [round(float(y_i), 3) for y_i in y]
+    [0.849, 1.131]
     """
     if kind == "layernorm":
         return nn.LayerNorm(epsilon=1e-5, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, name=name)

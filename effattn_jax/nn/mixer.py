@@ -10,8 +10,8 @@ import jax.numpy as jnp
 class SequenceMixer(nn.Module):
     """Base of every sequence mixer: tokens exchange information along time, (B, T, D) -> (B, T, D).
 
-    Called as mixer(x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False) -> y or (y,
-    state):
+    Called as mixer(x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False),
+    giving y, or (y, state) with return_state:
 
       mask: (B, T) bool, False where a token is padding: the others then get what they would get without it.
       segment_ids: (B, T) int: tokens interact within equal ids only, the state restarts at a boundary.
@@ -81,8 +81,8 @@ def check_inputs(x: jax.Array, width: int, mask: jax.Array | None, segment_ids: 
         raise ValueError(f"x must have the shape (B, T, D) with D = {width}; got {x.shape}")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != bool):
         raise ValueError(
-            f"mask must be bool of shape (B, T) = {x.shape[:2]}, True where a token is real; got
-            {mask.dtype}{mask.shape}"
+            f"mask must be bool of shape (B, T) = {x.shape[:2]}, True where a token is real; "
+            f"got {mask.dtype}{mask.shape}"
         )
     if segment_ids is not None and (
         segment_ids.shape != x.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer)

@@ -79,8 +79,8 @@ class MultiHeadAttention(SequenceMixer):
     def _positions(self, x_BxTxD, positions, state):
         if positions is None and state is not None:
             raise ValueError(
-                "positions must be given on a call with a state when rotary_base is set: the state does not count
-                tokens"
+                "positions must be given on a call with a state when rotary_base is set: "
+                "the state does not count tokens"
             )
         return jnp.arange(x_BxTxD.shape[1])[None] if positions is None else positions
 
