@@ -8,11 +8,22 @@ To add a task: write a function from `DataConfig` to `Dataset` and add a line to
 from collections.abc import Callable
 
 from effattn_jax.data.config import DataConfig, choice
+from effattn_jax.data.digits import load_digits
+from effattn_jax.data.listops import ListOps
+from effattn_jax.data.recall import AssociativeRecall, Copying, InductionHeads, SelectiveCopying
 from effattn_jax.data.sampling import Batch, Dataset
-from effattn_jax.data.text import text
+from effattn_jax.data.text import load_text
+from effattn_jax.data.tokens import load_tokens
 
 TASKS: dict[str, Callable[[DataConfig], Dataset]] = {
-    "text": text,
+    "text": load_text,
+    "tokens": load_tokens,
+    "copying": Copying,
+    "selective_copying": SelectiveCopying,
+    "induction_heads": InductionHeads,
+    "mqar": AssociativeRecall,
+    "listops": ListOps,
+    "digits": load_digits,
 }
 
 
@@ -32,4 +43,18 @@ def load(config: DataConfig) -> Dataset:
     return TASKS[config.task](config)
 
 
-__all__ = ["TASKS", "Batch", "DataConfig", "Dataset", "load"]
+__all__ = [
+    "TASKS",
+    "AssociativeRecall",
+    "Batch",
+    "Copying",
+    "DataConfig",
+    "Dataset",
+    "InductionHeads",
+    "ListOps",
+    "SelectiveCopying",
+    "load",
+    "load_digits",
+    "load_text",
+    "load_tokens",
+]

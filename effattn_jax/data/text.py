@@ -81,7 +81,7 @@ class Windows(Dataset):
         return {"tokens": crops[:, :-1], "targets": crops[:, 1:], "weights": inside[:, 1:].astype(np.float32)}
 
 
-def text(config: DataConfig) -> Dataset:
+def load_text(config: DataConfig) -> Dataset:
     """Bytes or characters of `path`, or of the documentation that Python itself carries.
 
     A file is read as UTF-8. Of a folder, all files below it with a text suffix (`SUFFIXES`) are read in the order of
@@ -92,7 +92,7 @@ def text(config: DataConfig) -> Dataset:
     Raises:
       ValueError: missing, unreadable, empty or too short text, bytes that are no UTF-8, a folder without text files.
 
-    >>> text(DataConfig(context=32)).batch(seed=0, step=0)["tokens"].shape
+    >>> load_text(DataConfig(context=32)).batch(seed=0, step=0)["tokens"].shape
     (32, 32)
     """
     if config.path is None:
@@ -115,7 +115,7 @@ def text(config: DataConfig) -> Dataset:
 
 
 def read_text(path: str) -> str:
-    """The text of a file or folder (rules at `text`), line ends as they are.
+    """The text of a file or folder (rules at `load_text`), line ends as they are.
 
     Raises:
       ValueError: one line that names path and, for broken UTF-8, the byte offset.
