@@ -79,34 +79,51 @@ def batch_spec(rank: int) -> PartitionSpec:
     return PartitionSpec(("data", "fsdp"), *["sequence"][: rank - 1])
 
 
-def place_batch(mesh: Mesh, load_rows: Any, num_rows: int) -> Any:
-    """Put one global batch on the mesh, each process loading only the rows that its own devices hold.
+def local_shard(mesh: Mesh, num_rows: int) -> tuple[int, int]:
+    """Which part of a global batch this process must load: shard i of n holds rows [i B / n, (i + 1) B / n).
 
-    Args:
-      mesh: the mesh.
-      load_rows: `load_rows(shard, num_shards)` -> dict of numpy arrays (num_rows / num_shards, ...), the rows
-        [shard * n, (shard + 1) * n) of the global batch.
-      num_rows: rows of the global batch.
-
-    Returns:
-      A dict of global arrays (num_rows, ...), sharded by `batch_spec`.
+    The smallest such part that covers every row of this process's devices: with one process it is (0, 1).
 
     Example:
       >>> from effattn_jax.parallel import make_mesh
-      >>> place_batch(make_mesh(batch_size=4), lambda shard, num_shards: {"x": np.arange(4)}, 4)["x"].shape
-      (4,)
+      >>> local_shard(make_mesh(), 8)
+      (0, 1)
     """
-    first, count = _local_rows(mesh, num_rows)
-    local = load_rows(first // count, num_rows // count)
+    sharding = NamedSharding(mesh, batch_spec(1))
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((num_rows,)).values()]
+    first = min(s.start or 0 for s in slices)
+    last = max(num_rows if s.stop is None else s.stop for s in slices)
+    count = next(n for n in range(last - first, num_rows + 1) if num_rows % n == 0 and first // n == (last - 1) // n)
+    return first // count, num_rows // count
 
-    def place(rows: np.ndarray) -> jax.Array:
-        shape = (num_rows, *rows.shape[1:])
-        sharding = NamedSharding(mesh, _fitting(batch_spec(rows.ndim), shape, mesh))
+
+def place_batch(mesh: Mesh, rows: dict[str, np.ndarray], num_rows: int) -> dict[str, jax.Array]:
+    """Put one batch on the mesh, where each process has loaded its `local_shard` only.
+
+    Args:
+      mesh: the mesh.
+      rows: arrays (num_rows / n, ...), this process's shard.
+      num_rows: rows of the global batch.
+
+    Returns:
+      Global arrays (num_rows, ...), sharded by `batch_spec`; the time axis stays whole where `sequence` does not divide it.
+
+    Example:
+      >>> from effattn_jax.parallel import make_mesh
+      >>> place_batch(make_mesh(), {"x": np.arange(8)}, 8)["x"].shape
+      (8,)
+    """
+    shard, num_shards = local_shard(mesh, num_rows)
+    first = shard * (num_rows // num_shards)
+
+    def place(local: np.ndarray) -> jax.Array:
+        shape = (num_rows, *local.shape[1:])
+        sharding = NamedSharding(mesh, _fitting(batch_spec(local.ndim), shape, mesh))
         if sharding.is_fully_addressable:
-            return jax.device_put(rows, sharding)
-        return jax.make_array_from_callback(shape, sharding, lambda index: rows[_shift(index[0], first), *index[1:]])
+            return jax.device_put(local, sharding)
+        return jax.make_array_from_callback(shape, sharding, lambda index: local[_shift(index[0], first), *index[1:]])
 
-    return {name: place(np.asarray(rows)) for name, rows in local.items()}
+    return {name: place(np.asarray(local)) for name, local in rows.items()}
 
 
 def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -114,16 +131,6 @@ def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> Partiti
     if len(spec) > 1 and shape[1] % mesh.shape["sequence"]:
         return PartitionSpec(*spec[:1])
     return spec
-
-
-def _local_rows(mesh: Mesh, num_rows: int) -> tuple[int, int]:
-    """First row and number of rows of the smallest aligned block that covers this process's devices."""
-    sharding = NamedSharding(mesh, batch_spec(1))
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((num_rows,)).values()]
-    first = min(s.start or 0 for s in slices)
-    last = max(num_rows if s.stop is None else s.stop for s in slices)
-    count = next(n for n in range(last - first, num_rows + 1) if num_rows % n == 0 and first // n == (last - 1) // n)
-    return first // count * count, count
 
 
 def _shift(rows: slice, first: int) -> slice:

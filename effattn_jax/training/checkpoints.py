@@ -1,0 +1,204 @@
+"""Checkpoints: Orbax steps named by number in the run folder, the two newest and the best by validation loss.
+
+Saving is asynchronous; a step counts only once it is complete. Restoring verifies a checksum of every bit of the state,
+sets a damaged step aside with a warning, and takes the one before. The mesh may be another one than at saving.
+"""
+
+import json
+import logging
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from effattn_jax.training.errors import UserError, one_line
+from effattn_jax.training.folder import RunFolder
+
+
+class Checkpoints:
+    """The checkpoints of one run; every process of the run takes part in each call."""
+
+    def __init__(self, folder: RunFolder):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._folder = folder
+        self._last: int | None = None
+        if folder.writes:
+            self._set_unreadable_aside()
+        _barrier("checkpoints")
+        self._manager = ocp.CheckpointManager(folder.path, options=_options())
+
+    def steps(self) -> list[int]:
+        """Steps that are complete on disk, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss, the newest where none was evaluated."""
+        best = self._manager.best_step()
+        return self._manager.latest_step() if best is None else best
+
+    def save(self, step: int, state: Any, val_loss: float | None = None) -> None:
+        """Begin to save the state of a step; it is copied before this returns, and may then be donated.
+
+        Raises:
+          UserError: this or the save before could not be written (a full disk, say); complete steps stay as they are.
+        """
+        if step == self._last or step in self._manager.all_steps():
+            return
+        meta = {"step": step, "val_loss": val_loss, "checksum": int(checksum(state))}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        # Orbax keeps a checkpoint's metric in memory and on disk only where one is given.
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        with self._writing(step):
+            self._manager.save(step, args=items, metrics=metrics)
+        self._last = step
+
+    def wait(self) -> None:
+        """Wait until the last save is complete.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        with self._writing(self._last):
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        """Wait for the last save and release the threads; an error under way is not hidden by one of these."""
+        try:
+            with self._writing(self._last):
+                self._manager.close()
+        except UserError:
+            if error is None:
+                raise
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole checkpoint, or None where there is none.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings to restore to.
+          step: a certain step instead of the newest.
+
+        Returns:
+          (state, {"step", "val_loss", "checksum"}).
+
+        Warns:
+          for each damaged step, which is renamed to STEP.damaged.
+        """
+        wanted = [step] if step is not None else self.steps()[::-1]
+        for candidate in wanted:
+            restored, problem = self._attempt(candidate, abstract_state)
+            if _agreed(restored is not None):
+                return restored
+            warnings.warn(f"checkpoint {candidate} is damaged ({problem}); taking the one before.", stacklevel=2)
+            self._set_aside(candidate)
+        return None
+
+    def _attempt(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=items)
+            if int(checksum(restored.state)) == restored.meta["checksum"]:
+                return (restored.state, restored.meta), ""
+            return None, "its checksum is wrong"
+        except Exception as error:  # Orbax and TensorStore raise many types for one thing: these bytes are no checkpoint.
+            return None, one_line(error)[:120]
+
+    def _set_aside(self, step: int) -> None:
+        if self._folder.writes:
+            _rename_damaged(self._folder, step)
+        _barrier(f"aside-{step}")
+        self._manager.reload()
+
+    def _set_unreadable_aside(self) -> None:
+        """Orbax reads every step's metrics when it opens a folder, and fails as a whole on a damaged one."""
+        for path in self._folder.path.glob("[0-9]*/metrics/metrics"):
+            try:
+                json.loads(path.read_text())
+            except ValueError:
+                step = int(path.parent.parent.name)
+                warnings.warn(f"checkpoint {step} is damaged (its metrics are unreadable); not using it.", stacklevel=4)
+                _rename_damaged(self._folder, step)
+
+    def _writing(self, step: int | None) -> "_Writing":
+        return _Writing(self._folder, step)
+
+
+class _Writing:
+    """Turns whatever fails while a checkpoint is written into one line that says what is still safe."""
+
+    def __init__(self, folder: RunFolder, step: int | None):
+        self.folder, self.step = folder, step
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        reason = "No space left on device" if _disk_is_full(error) else one_line(error)
+        kept = self.folder.newest(before=self.step)
+        raise UserError(f"checkpoint {self.step} could not be written to {self.folder.path} ({reason}); {kept}.") from error
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) == 28 or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _options() -> ocp.CheckpointManagerOptions:
+    keep = ocp.checkpoint_managers
+    best = keep.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
+    return ocp.CheckpointManagerOptions(
+        best_fn=lambda m: m["val_loss"],
+        best_mode="min",
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
+    )
+
+
+def _rename_damaged(folder: RunFolder, step: int) -> None:
+    source = folder / str(step)
+    number = sum(1 for _ in folder.path.glob(f"{step}.damaged*"))
+    if source.exists():
+        source.rename(folder / f"{step}.damaged{number or ''}")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _agreed(success: bool) -> bool:
+    if jax.process_count() == 1:
+        return success
+    return bool(np.all(multihost_utils.process_allgather(np.array(success))))
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """A 32-bit checksum of every bit of a tree of arrays, the same on every mesh.
+
+    Example:
+      >>> bool(checksum({"a": jnp.ones(3)}) == checksum({"a": jnp.array([1.0, 1.0, 1.0])}))
+      True
+      >>> bool(checksum({"a": jnp.ones(3)}) == checksum({"a": jnp.array([1.0, 1.0, 1.0000001])}))
+      False
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        width = min(leaf.dtype.itemsize, 4)
+        bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}")) if leaf.dtype != bool else leaf
+        # Odd multipliers are invertible modulo 2^32, so no single change of a word can cancel.
+        total += jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
+    return total

@@ -1,0 +1,151 @@
+"""The command line: a preset by name, overrides by dotted field names, one line for every mistake."""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import io
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_PRESET = "quickstart"
+
+
+def main(folder: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+      folder: the folder of the presets, one Python file each.
+      arguments: the command's arguments, `sys.argv` by default.
+
+    Returns:
+      The exit code: 0 when the run is finished, 2 for a mistake, 128 + n after signal n.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(presets_help(folder))
+        return 0
+    from effattn_jax.training.errors import Interrupted, UserError
+
+    warnings.showwarning = _short_warning
+    try:
+        return _run(folder, arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+
+
+def _run(folder: Path, arguments: list[str]) -> int:
+    name = DEFAULT_PRESET
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0).replace("_", "-")
+    config = parse(load_preset(folder, name), name, arguments)
+    from effattn_jax.training.folder import RunFolder
+
+    run = RunFolder(config.train.run_dir)
+    summary = run.finished(config.train.steps)
+    if summary is not None:
+        run.compare(config)
+        print(f"{name} is finished already: {summary}; {config.train.run_dir}")
+        return 0
+    from effattn_jax.training.loop import train
+
+    train(config, name)
+    return 0
+
+
+def presets(folder: Path) -> dict[str, str]:
+    """Names of the presets with the first line of each file's docstring; nothing is imported.
+
+    Example:
+      >>> presets(Path("no such folder"))
+      {}
+    """
+    found = {}
+    for path in sorted(folder.glob("[a-z]*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem.replace("_", "-")] = docstring.partition("\n")[0]
+    return dict(sorted(found.items(), key=lambda item: (item[0] != DEFAULT_PRESET, item[0])))
+
+
+def presets_help(folder: Path) -> str:
+    """The text of `train.py --help`."""
+    lines = ["usage: python train.py [PRESET] [--model.FIELD VALUE] [--data.FIELD VALUE] [--optim.FIELD VALUE] ...", ""]
+    lines += ["presets:"]
+    lines += [f"  {name:<18} {summary}" for name, summary in presets(folder).items()]
+    lines += ["", f"Without a preset: {DEFAULT_PRESET}. Every field of a preset: python train.py PRESET --help"]
+    lines += ["The run folder is runs/PRESET (--train.run-dir); the same command resumes what it finds there."]
+    return "\n".join(lines)
+
+
+def load_preset(folder: Path, name: str):
+    """The config that a preset's file makes.
+
+    Raises:
+      UserError: an unknown preset; the message has the nearest name.
+    """
+    from effattn_jax.training.errors import UserError
+
+    known = presets(folder)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+        hint = f"nearest: {near[0]}; " if near else ""
+        raise UserError(f"there is no preset {name!r}; {hint}presets: {', '.join(known)}.")
+    path = folder / f"{name.replace('-', '_')}.py"
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    if config.train.run_dir is None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=f"runs/{name}"))
+    return config
+
+
+def parse(config, name: str, arguments: Sequence[str]):
+    """A config with the command line's overrides; `--help` prints every field and exits.
+
+    Raises:
+      UserError: an unknown field (the message has the nearest one) or a value of the wrong type.
+    """
+    import tyro
+
+    from effattn_jax.training.config import flat
+    from effattn_jax.training.errors import UserError
+
+    _check_names([field for field, _ in flat(config)], arguments)
+    errors = io.StringIO()
+    options = {"prog": f"train.py {name}", "default": config, "args": list(arguments), "config": (tyro.conf.FlagConversionOff,)}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(type(config), **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        words = re.sub(r"[─│╭╮╰╯┌┐└┘]+", " ", errors.getvalue())
+        words = " ".join(words.split()).removeprefix("Parsing error").strip()
+        raise UserError(f"{words.split(' For full helptext')[0]}") from None
+
+
+def _check_names(fields: list[str], arguments: Sequence[str]) -> None:
+    from effattn_jax.training.errors import UserError
+
+    known = [f"--{field}".replace("_", "-") for field in fields]
+    for argument in arguments:
+        option = argument.partition("=")[0].replace("_", "-")
+        if not option.startswith("--") or option in (*known, "--help"):
+            continue
+        by_last_part = [k for k in known if k.rpartition(".")[2] == option.lstrip("-").rpartition(".")[2]]
+        near = by_last_part or difflib.get_close_matches(option, known, n=1, cutoff=0.3)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise UserError(f"there is no option {option}{hint} (all of them: python train.py PRESET --help).")
+
+
+def _short_warning(message, category, filename, lineno, file=None, line=None):
+    print(f"warning: {message}", file=file or sys.stderr)

@@ -1,0 +1,224 @@
+"""The configuration of a run: five frozen records, every field documented where it stands.
+
+The command line, the help, `config.json` and the comparison of a run folder with a command are all made from these.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from effattn_jax.data import DataConfig
+from effattn_jax.models import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer, its schedule and the clipping before it."""
+
+    name: str = "adamw"
+    """Optimizer: adamw, lion, sgd."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up, reaching its end at the last step."""
+    final_learning_rate: float = 1e-4
+    """Learning rate at the last step (cosine and linear)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment (sgd: the momentum)."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings, times the learning rate; biases and norms are left out."""
+    clip_norm: float | None = 1.0
+    """Longest global gradient norm; None turns clipping off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, what is written, and when."""
+
+    steps: int = 1000
+    """Number of updates. The schedule ends there, so another number is another run."""
+    seed: int = 0
+    """Seed of the initial parameters, of the order of the data and of dropout."""
+    microbatches: int = 1
+    """Parts in which a batch is computed (gradient accumulation); a divisor of data.batch-size."""
+    run_dir: str | None = None
+    """Folder of the run; None means runs/PRESET. The same command resumes what it finds there."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step is always saved. The two newest and the best are kept."""
+    eval_every: int = 250
+    """Steps between evaluations; the last step is always evaluated."""
+    eval_batches: int | None = 20
+    """Validation batches in an evaluation, evenly spaced over the validation set; None takes all of it."""
+    log_every: int = 10
+    """Steps between rows of metrics.csv and lines on a screen that is no terminal."""
+    sample_tokens: int = 200
+    """Tokens of text sampled at each evaluation; 0 samples nothing."""
+    sample_prompt: str | None = None
+    """Text that samples continue; None takes the beginning of the validation data."""
+    sample_temperature: float = 0.8
+    """Temperature of the samples; 0 is greedy."""
+    profile_steps: str | None = None
+    """START,STOP: write a profiler trace of these steps into the run folder."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: str | None = None
+    """Weights & Biases project to log to; None logs nothing there."""
+    compile_cache: str | None = "auto"
+    """Folder of compiled programs; auto is JAX_COMPILATION_CACHE_DIR or the user's cache folder, None keeps none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices and processes. A run may go on with another mesh."""
+
+    data: int = -1
+    """Groups of devices with rows of their own; -1 takes all devices that the other axes leave."""
+    fsdp: int = 1
+    """Groups with rows of their own that also share the parameters out."""
+    tensor: int = 1
+    """Devices that share the heads and features of a layer."""
+    sequence: int = 1
+    """Devices that share the time axis of a row."""
+    coordinator: str | None = None
+    """host:port of process 0, where several processes train together (TPU pods need none of these three)."""
+    num_processes: int | None = None
+    """Number of processes that train together."""
+    process_id: int | None = None
+    """Number of this process, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run is made from."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        """Check what can be checked before any data is read.
+
+        Raises:
+          ValueError: naming the field, its value and the rule.
+
+        Example:
+          >>> Config(train=TrainConfig(steps=0)).validate()
+          Traceback (most recent call last):
+          ValueError: train.steps must be positive, got 0.
+        """
+        self.data.validate()
+        self.model.validate()
+        for name in ("steps", "microbatches", "checkpoint_every", "eval_every", "log_every"):
+            if getattr(self.train, name) < 1:
+                raise ValueError(f"train.{name} must be positive, got {getattr(self.train, name)}.")
+        if self.train.seed < 0 or self.train.seed >= 2**32:
+            raise ValueError(f"train.seed must lie in 0 ... 2**32 - 1, got {self.train.seed}.")
+        if self.data.batch_size % self.train.microbatches:
+            raise ValueError(
+                f"train.microbatches must divide data.batch_size, got {self.train.microbatches} and {self.data.batch_size}."
+            )
+        if self.optim.clip_norm is not None and not self.optim.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be positive or None, got {self.optim.clip_norm}.")
+        if not self.optim.learning_rate > 0:
+            raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}.")
+        if not 0 <= self.optim.warmup_steps <= self.train.steps:
+            raise ValueError(f"optim.warmup_steps must lie in 0 ... train.steps, got {self.optim.warmup_steps}.")
+        profile_window(self.train.profile_steps)
+
+
+FREE = (
+    "train.run_dir",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.log_every",
+    "train.sample_",
+    "train.profile_steps",
+    "train.tensorboard",
+    "train.wandb",
+    "train.compile_cache",
+    "mesh.",
+    "data.path",
+)
+"""Fields (by prefix) that may change between two starts of a run, because they change no update. The text behind
+`data.path` is compared by its contents instead, so it may be moved but not edited."""
+
+
+def profile_window(text: str | None) -> tuple[int, int] | None:
+    """START,STOP as two numbers of steps.
+
+    Raises:
+      ValueError: if it is not two increasing whole numbers.
+
+    Example:
+      >>> profile_window("10,20")
+      (10, 20)
+    """
+    if text is None:
+        return None
+    try:
+        start, stop = (int(part) for part in text.split(","))
+    except ValueError:
+        start, stop = 0, 0
+    if not 0 <= start < stop:
+        raise ValueError(f"train.profile_steps must be START,STOP with 0 <= START < STOP, got {text!r}.")
+    return start, stop
+
+
+def flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs (dotted name, value) of every field.
+
+    Example:
+      >>> dict(flat(Config()))["train.seed"]
+      0
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def from_dict(values: Mapping[str, Any], kind: type = Config) -> Any:
+    """The inverse of `dataclasses.asdict`; fields that are missing take their defaults.
+
+    Raises:
+      ValueError: for a name that is no field.
+
+    Example:
+      >>> from_dict(dataclasses.asdict(Config())) == Config()
+      True
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}.")
+    arguments = {
+        name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
+        for name, value in values.items()
+    }
+    return kind(**arguments)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines `name: old -> new` for the fields that make the two different runs.
+
+    With a constant schedule `train.steps` only says where to stop, and may change.
+
+    Example:
+      >>> differences(Config(), Config(train=TrainConfig(seed=1, log_every=3)))
+      ['train.seed: 0 -> 1']
+    """
+    free = FREE + (("train.steps",) if old.optim.schedule == new.optim.schedule == "constant" else ())
+    pairs = zip(flat(old), flat(new))
+    return [f"{name}: {a!r} -> {b!r}" for (name, a), (_, b) in pairs if a != b and not name.startswith(free)]

@@ -1,0 +1,86 @@
+"""What the model has learned, for people: text that it writes, or its answers beside the expected ones."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from effattn_jax.data import Dataset
+from effattn_jax.decoding import generate
+
+
+def continue_tokens(
+    model: Any,
+    params: Any,
+    prompt: np.ndarray,
+    num_tokens: int,
+    context: int,
+    key: jax.Array,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> np.ndarray:
+    """Continue a prompt by any number of tokens without leaving the positions that the model was trained on.
+
+    The text is made in pieces: each starts from the last half context as its prompt, and fills the other half, so a
+    token costs at most two steps of the model and one program serves every length.
+
+    Args:
+      model: a `LanguageModel`.
+      params: its parameters.
+      prompt: token ids (T,), T >= 1; its last half context is used.
+      num_tokens: how many to add.
+      context: longest sequence that the model was trained on, at least 2.
+      key: source of the samples.
+      temperature, top_k, top_p: as in `decoding.generate`.
+
+    Returns:
+      The new tokens (num_tokens,), int32.
+
+    Raises:
+      ValueError: for an empty prompt, or what `decoding.generate` refuses.
+    """
+    if prompt.size == 0:
+        raise ValueError("the prompt is empty.")
+    half = max(context // 2, 1)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    text = np.asarray(prompt, np.int32)
+    end = text.size + num_tokens
+    while text.size < end:
+        seen = text[-half:]
+        padded = np.pad(seen, (half - seen.size, 0))
+        key, use = jax.random.split(key)
+        piece = _piece(model, params, padded[None], (np.arange(half) >= half - seen.size)[None], use, half, options)
+        text = np.concatenate([text, np.asarray(piece)[0]])
+    return text[prompt.size : end]
+
+
+def _piece(model, params, prompt, mask, key, half, options):
+    state = model.init_state(1, 2 * half)
+    make = partial(generate, model.step, params, state, num_tokens=half, key=key, **options)
+    return make(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask))
+
+
+def sample_text(model: Any, params: Any, codec: Any, prompt: str, num_tokens: int, context: int, **options: Any) -> str:
+    """`continue_tokens` from text to text; the prompt is not repeated."""
+    tokens = continue_tokens(model, params, np.asarray(codec.encode(prompt)), num_tokens, context, **options)
+    return codec.decode(tokens)
+
+
+def show_answers(task: Any, params: Any, dataset: Dataset, rows: int = 3) -> str:
+    """A few validation rows of a task that is no text: what was asked, what was expected, what the model says."""
+    batch = dataset.validation_items(np.arange(rows))
+    predicted = np.asarray(jax.jit(task.predict)(params, batch))
+    lines = []
+    for row in range(rows):
+        if dataset.kind == "classification":
+            lines.append(f"expected {batch['labels'][row]}  model says {predicted[row]}")
+            continue
+        asked = batch["weights"][row] > 0
+        lines.append(f"input    {dataset.decode(batch['tokens'][row])}")
+        lines.append(f"expected {dataset.decode(batch['targets'][row][asked])}")
+        lines.append(f"model    {dataset.decode(predicted[row][asked])}")
+    return "\n".join(lines)

@@ -1,0 +1,93 @@
+"""From a config to compiled functions on a mesh: everything between the data and the loop."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effattn_jax.data import Dataset
+from effattn_jax.parallel import local_shard, make_mesh, place_batch, shard_tree
+from effattn_jax.training.config import Config
+from effattn_jax.training.errors import user_errors
+from effattn_jax.training.optimizer import make_optimizer
+from effattn_jax.training.step import init_state, make_train_step
+from effattn_jax.training.tasks import make_task
+
+
+class Setup(NamedTuple):
+    """The parts of a run, made once.
+
+    Attributes:
+      config, dataset, task, mesh: what the names say.
+      abstract_state: shapes, dtypes and shardings of the state.
+      init: seed -> state before the first step.
+      train_step: (state, batch, step) -> (state, metrics); the state given is used up.
+      eval_step: (params, batch) -> sums.
+    """
+
+    config: Config
+    dataset: Dataset
+    task: Any
+    mesh: Mesh
+    abstract_state: Any
+    init: Any
+    train_step: Any
+    eval_step: Any
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The training batch of a step, on the mesh: a pure function of (seed, step)."""
+        shard = local_shard(self.mesh, self.dataset.batch_size)
+        rows = self.dataset.batch(self.config.train.seed, step, *shard)
+        return place_batch(self.mesh, rows, self.dataset.batch_size)
+
+    def validation_batches(self) -> Iterator[dict[str, jax.Array]]:
+        """The validation batches of an evaluation, on the mesh."""
+        shard = local_shard(self.mesh, self.dataset.batch_size)
+        for rows in self.dataset.validation_batches(self.config.train.eval_batches, *shard):
+            yield place_batch(self.mesh, rows, self.dataset.batch_size)
+
+    def evaluate(self, params: Any) -> dict[str, float]:
+        """Validation metrics, named as in metrics.csv; sums over batches are taken in float64."""
+        sums = jax.device_get([self.eval_step(params, batch) for batch in self.validation_batches()])
+        loss, correct, weight = (sum(float(s[name]) for s in sums) for name in ("loss", "correct", "weight"))
+        values = {"val/loss": loss / weight, "val/accuracy": correct / weight}
+        if self.dataset.bytes_per_token:
+            values["val/bits_per_byte"] = values["val/loss"] / np.log(2) / self.dataset.bytes_per_token
+        return values
+
+
+def prepare(config: Config, dataset: Dataset) -> Setup:
+    """Make the mesh, the model, the optimizer and the compiled functions.
+
+    Raises:
+      UserError: a mesh that does not fit the devices or the batch, or a model that cannot be built.
+    """
+    with user_errors():
+        mesh = _make_mesh(config)
+        task = make_task(config.model, dataset)
+        optimizer, schedule = make_optimizer(config.optim, config.train.steps)
+        example = jax.tree.map(np.asarray, dataset.batch(config.train.seed, 0))
+        init = partial(init_state, task, optimizer, batch=jax.tree.map(lambda x: x[:1], example))
+        shapes = jax.eval_shape(init, np.uint32(config.train.seed))
+    shardings = shard_tree(shapes, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    step = make_train_step(task, optimizer, schedule, config.train.microbatches)
+    return Setup(
+        config=config,
+        dataset=dataset,
+        task=task,
+        mesh=mesh,
+        abstract_state=abstract,
+        init=jax.jit(init, out_shardings=shardings),
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        eval_step=jax.jit(task.evaluate, out_shardings=everywhere),
+    )
+
+
+def _make_mesh(config: Config) -> Mesh:
+    axes = config.mesh
+    return make_mesh(axes.data, axes.fsdp, axes.tensor, axes.sequence, batch_size=config.data.batch_size)
