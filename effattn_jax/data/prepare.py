@@ -200,8 +200,8 @@ def command(
     """Turn a text file or folder into a token file for `--data.task tokens`.
 
     Args:
-      input: A text file, or a folder whose text files are joined.
-      output: Where to write: OUTPUT.bin and OUTPUT.json.
+      input: INPUT, a text file, or a folder whose text files are joined.
+      output: OUTPUT, where to write: OUTPUT.bin and OUTPUT.json.
       tokenizer: A Hugging Face tokenizers file (tokenizer.json); empty: bytes.
       validation_fraction: Share of the text, at its end, that is kept for validation.
       overwrite: Replace an output that exists.
@@ -209,7 +209,8 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("tokenizing", total=None)
         meta = prepare(
             input,

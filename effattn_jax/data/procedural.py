@@ -11,7 +11,7 @@ from effattn_jax.data.config import at_least, invalid
 from effattn_jax.data.sampling import SPLIT, TRAINING, VALIDATION, Batch, Dataset, digest, generator, shard_rows
 
 MOST_TOKENS = 1 << 22  # drawn at a time, which bounds the memory of a large validation set
-MOST_FRUITLESS = 50  # rounds without a new row after which the task is said to be too small
+MOST_EXPECTED = 30.0  # rows that should have been found since the last one: a miss by chance has probability e^-30
 
 
 @functools.lru_cache(maxsize=8)
@@ -100,15 +100,15 @@ class Procedural(Dataset):
         rng = generator(seed, step, VALIDATION if validation else TRAINING)
         share = self.config.validation_fraction if validation else 1 - self.config.validation_fraction
         found: list[Batch] = []
-        missing, fruitless = count, 0
-        while missing and fruitless < MOST_FRUITLESS:
+        missing, expected = count, 0.0
+        while missing and expected < MOST_EXPECTED:
             tries = min(int(1.1 * missing / share) + 8, max(8, MOST_TOKENS // self.context))
             batch = self.draw(rng, tries)
             side = held_out(batch[self.identifying], self.config.validation_fraction) == validation
             chosen = np.flatnonzero(side)[:missing]
             found.append({name: array[chosen] for name, array in batch.items()})
             missing -= len(chosen)
-            fruitless = 0 if len(chosen) else fruitless + 1
+            expected = 0.0 if len(chosen) else expected + tries * share
         if missing:
             raise self.too_small(validation)
         return {name: np.concatenate([batch[name] for batch in found])[kept] for name in found[0]}

@@ -134,9 +134,13 @@ def text_files(path: str) -> list[Path]:
       ValueError: nothing there, or a folder without text files.
     """
     root = Path(path).expanduser()
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
+    try:
+        if root.is_file():
+            return [root]
+        is_folder = root.is_dir()
+    except OSError as error:
+        raise invalid("path", path, f"must be an existing file or folder ({error.strerror})") from error
+    if not is_folder:
         raise invalid("path", path, "must be an existing file or folder")
     found = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]

@@ -44,6 +44,14 @@ def load_tokens(config: DataConfig) -> Dataset:
     Raises:
       ValueError: no path, missing files, a meta file of another kind, a file of the wrong size (cut short), too few
         tokens for the context.
+
+    >>> import tempfile
+    >>> from effattn_jax.data.prepare import prepare
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "a.txt").write_text("so it goes, " * 100)
+    ...     _ = prepare(f"{folder}/a.txt", f"{folder}/a")
+    ...     load_tokens(DataConfig(path=f"{folder}/a", batch_size=2)).batch(seed=0, step=0)["tokens"].shape
+    (2, 64)
     """
     if config.path is None:
         raise invalid("path", None, "must name a token file for the task tokens")
