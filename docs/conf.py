@@ -8,6 +8,7 @@ import pkgutil
 import re
 import shutil
 import sys
+import typing
 from collections.abc import Mapping
 
 from sphinx.errors import ExtensionError
@@ -32,6 +33,7 @@ autodoc_typehints = "none"  # the signature shows them once
 autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 100
 napoleon_use_rtype = False
+smartquotes = False
 myst_enable_extensions = ["dollarmath"]
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
@@ -53,8 +55,8 @@ def entry(room: str, name: str) -> list[str]:
     member = getattr(importlib.import_module(room), name)
     if isinstance(member, Mapping):
         return table(name, member)
-    if not callable(member):
-        return [f"## {name}", "", f"`{room}.{name}`", ""]
+    if not callable(member) or typing.get_origin(member):  # a constant, or the name of a type
+        return [f"## {name}", "", f"`{member}`", ""]
     if not inspect.getdoc(member):
         raise ExtensionError(f"{room}.{name} is public and has no docstring")
     kind = "autoclass" if inspect.isclass(member) else "autofunction"
