@@ -162,7 +162,7 @@ def python_topics(validation_fraction: float) -> tuple[str, str]:
     """Training and validation text from `pydoc_data.topics`, the language reference in every CPython.
 
     Many topics repeat parts of others word for word, so each paragraph is kept only once, in the longest
-    topic that has it. Whole topics then go to validation, in an order fixed by a hash of their names, as long as they
+    topic that has it, and a topic of which less than half is left is dropped. Whole topics then go to validation, in an order fixed by a hash of their names, as long as they
     fit into the fraction: the validation text is spread over the subjects, and shares no paragraph with training.
     About 370,000 characters; they differ a little from one Python version to the next.
 
@@ -176,8 +176,10 @@ def python_topics(validation_fraction: float) -> tuple[str, str]:
     kept = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = {" ".join(p.split()): p for p in re.split(r"\n\s*\n", topics[name].strip("\n"))}
-        kept[name] = "\n\n".join(p for key, p in paragraphs.items() if key not in seen)
+        new = "\n\n".join(p for key, p in paragraphs.items() if key not in seen)
         seen.update(paragraphs)
+        if 2 * len(new) >= len(topics[name]):  # else a few leftovers of a topic that stands elsewhere
+            kept[name] = new
     room = validation_fraction * sum(map(len, kept.values()))
     validation = set()
     for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -185,4 +187,4 @@ def python_topics(validation_fraction: float) -> tuple[str, str]:
             validation.add(name)
             room -= len(kept[name])
     parts = [[kept[name] for name in sorted(kept) if (name in validation) is held] for held in (False, True)]
-    return "\n\n".join(filter(None, parts[0])), "\n\n".join(filter(None, parts[1]))
+    return "\n\n".join(parts[0]), "\n\n".join(parts[1])
