@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pathlib
 import pkgutil
@@ -177,3 +178,40 @@ def test_nothing_left_over():
         text = path.read_text(errors="ignore")
         found = [word for word in words if word in text and path != pathlib.Path(__file__)]
         assert not found, f"{relative(path)} holds {found}"
+
+
+# The README
+
+
+def test_readme_examples_run():
+    """The Python of the README runs, top to bottom."""
+    namespace: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
+        exec(block, namespace)
+
+
+def tables() -> dict[str, set[str]]:
+    """The rows of the README's table, by the code they stand for."""
+    rooms = ("recurrence", "attention", "position", "objectives", "decoding", "optim", "nn", "models")
+    rows = {f"effattn_jax.{room}": set(importlib.import_module(f"effattn_jax.{room}").__all__) for room in rooms}
+    rows["--model.mixer"] = set(importlib.import_module("effattn_jax.nn").MIXERS)
+    rows["--data.task"] = set(importlib.import_module("effattn_jax.data").TASKS)
+    rows["train.py"] = {path.stem.replace("_", "-") for path in (ROOT / "configs").glob("[a-z]*.py")}
+    return rows
+
+
+@pytest.mark.parametrize("row", tables())
+def test_readme_lists_what_there_is(row):
+    listed = re.search(rf"^\| `{re.escape(row)}` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert listed, f"the README has no row for {row}"
+    assert set(re.findall(r"`([^`]+)`", listed[1])) == tables()[row]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.py")), ids=relative)
+def test_notebooks_are_built_from_their_sources(path):
+    """The .ipynb beside each source is what `make notebooks` makes of it, badge aside."""
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / "scripts" / "notebook.py")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    target = path.with_suffix(".ipynb").read_text()
+    assert re.sub(rf"\]\({builder.COLAB}[^)]*\)", f"]({builder.COLAB})", target) == builder.build(path)
