@@ -1,0 +1,216 @@
+"""The contract every sequence mixer keeps: what a line of a table says, and the checks that come before any tracing.
+
+    f(query, key, value, bias=None, mask=None, *, scale, is_causal, segment_ids, initial_state, return_state, ...)
+
+    query (*B, T, N, H)   key (*B, S, K, H)   value (*B, S, K, V)   ->   out (*B, T, N, V)
+"""
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+__all__: list[str] = []
+
+ArrayLike = Any
+
+
+class Mixer(NamedTuple):
+    """One line of a room's table of mixers; tests, benchmarks, docs and `--model.mixer` follow from it.
+
+    Attributes:
+      function: the mixer, under the contract.
+      forms: keyword sets whose results must agree: the parallel form, the chunked one, and so on.
+      pairwise: whether it takes a bias and any mask over (query, key) pairs; if not, only masks over keys.
+      empty_state: `empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype)` -> the state before the first token,
+        whose shapes stay the same from call to call.
+      extras: `extras(rng, query)` -> further inputs with time on the axis that query has it, by argument name; None where there are none.
+    """
+
+    function: Callable
+    forms: tuple[dict[str, Any], ...]
+    pairwise: bool
+    empty_state: Callable
+    extras: Callable | None = None
+
+
+class Recurrence(NamedTuple):
+    """One line of the table of recurrences.
+
+    Attributes:
+      function: the recurrence.
+      forms: keyword sets whose results must agree.
+      sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1.
+    """
+
+    function: Callable
+    forms: tuple[dict[str, Any], ...]
+    sample: Callable
+
+
+class Call(NamedTuple):
+    """The arguments of a mixer with batch axes flattened to one; sizes by the package's legend."""
+
+    query: jax.Array  # (B, T, N, H)
+    key: jax.Array  # (B, S, K, H)
+    value: jax.Array  # (B, S, K, V)
+    bias: jax.Array | None  # (B | 1, N | 1, T | 1, S' | 1)
+    mask: jax.Array | None  # same, boolean
+    query_segments: jax.Array | None  # (B, T)
+    key_segments: jax.Array | None  # (B, S)
+    batch: tuple[int, ...]
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """Puts the caller's batch axes back in place of axis 0."""
+        return x.reshape(*self.batch, *x.shape[1:])
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """The dtype of states, normalisers and softmaxes: float32, float64 or complex where an input is."""
+    return jnp.result_type(jnp.float32, *dtypes)
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def nearest(name: str, known: Any) -> str:
+    """The known names as text, the closest one suggested first."""
+    import difflib
+
+    known = [k for k in known if k is not None]
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(sorted(known))}"
+
+
+def choose(argument: str, name: Any, known: Any) -> None:
+    """Raises the ValueError for a name that is not in a table."""
+    _require(name in known, f"{argument}={name!r} is unknown; {nearest(name, known)}")
+
+
+def floating(**arrays: ArrayLike) -> list[jax.Array]:
+    """Arrays of floating dtype, or the ValueError that names the one that is not."""
+    out = []
+    for name, array in arrays.items():
+        array = jnp.asarray(array)
+        _require(
+            jnp.issubdtype(array.dtype, jnp.floating), f"{name} must be a floating array; got {array.dtype} of shape {array.shape}"
+        )
+        out.append(array)
+    return out
+
+
+def positive(**sizes: int | None) -> None:
+    """Raises a ValueError for a size that is given and is not a positive integer."""
+    for name, size in sizes.items():
+        _require(size is None or (isinstance(size, int) and size > 0), f"{name} must be a positive int; got {size!r}")
+
+
+def _pair_shape(name: str, array: jax.Array, batch: tuple[int, ...], pair: tuple[int, int, int], totals: tuple[int, ...]) -> jax.Array:
+    """A bias or mask broadcastable to (*B, N, T, S) as (B | 1, N | 1, T | 1, S | 1)."""
+    full = (*batch, *pair)
+    rule = f"{name} must broadcast to (*B, N, T, S) = {full}; got shape {array.shape}"
+    _require(1 <= array.ndim <= len(full), rule)
+    shape = (1,) * (len(full) - array.ndim) + array.shape
+    sizes_ok = all(a in (1, b) for a, b in zip(shape[:-1], full[:-1], strict=True)) and shape[-1] in (1, full[-1], *totals)
+    _require(sizes_ok, rule)
+    array = array.reshape(shape)
+    lead, tail = shape[: len(batch)], shape[len(batch) :]
+    if prod(lead) == 1:
+        return array.reshape(1, *tail)
+    return jnp.broadcast_to(array, (*batch, *tail)).reshape(prod(batch), *tail)
+
+
+def _segments(segment_ids: Any, batch: tuple[int, ...], length: int, keys: int) -> tuple[jax.Array | None, jax.Array | None]:
+    if segment_ids is None:
+        return None, None
+    is_pair = isinstance(segment_ids, tuple | list)
+    if not is_pair:
+        _require(length == keys, f"segment_ids must be a pair (query ids, key ids) when T != S; got one array with T={length}, S={keys}")
+    pair = tuple(segment_ids) if is_pair else (segment_ids, segment_ids)
+    _require(len(pair) == 2, f"segment_ids must be one array or a pair; got {len(pair)} entries")
+    out = []
+    for ids, size, what in zip(pair, (length, keys), ("query", "key"), strict=True):
+        ids = jnp.asarray(ids)
+        want = (*batch, size)
+        _require(
+            ids.shape == want and jnp.issubdtype(ids.dtype, jnp.integer),
+            f"segment_ids of the {what} must be integers of shape (*B, {'T' if what == 'query' else 'S'}) = {want}; got {ids.dtype} {ids.shape}",
+        )
+        out.append(ids.astype(jnp.int32).reshape(prod(batch), size))
+    return out[0], (out[0] if not is_pair or pair[0] is pair[1] else out[1])
+
+
+def check_call(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    *,
+    is_causal: bool,
+    segment_ids: Any,
+    stateful: bool,
+    totals: tuple[int, ...] = (),
+) -> Call:
+    """The arguments of a mixer, checked and with one batch axis.
+
+    Args:
+      stateful: whether a state comes in or goes out, which needs `is_causal=True`.
+      totals: further sizes that the key axis of a bias or mask may have (the slots of a cache).
+
+    Raises:
+      ValueError: names the argument, its shape and the rule it breaks.
+    """
+    query, key, value = floating(query=query, key=key, value=value)
+    for name, array, dims in (("query", query, "(*B, T, N, H)"), ("key", key, "(*B, S, K, H)"), ("value", value, "(*B, S, K, V)")):
+        _require(array.ndim >= 3, f"{name} must have shape {dims}; got rank {array.ndim}, shape {array.shape}")
+    (*batch, length, heads, dim), (*key_batch, keys, kv_heads, key_dim) = query.shape, key.shape
+    batch = tuple(batch)
+    _require(
+        batch == tuple(key_batch) == value.shape[:-3],
+        f"query, key and value must share their batch axes *B; got shapes {query.shape}, {key.shape}, {value.shape}",
+    )
+    _require(dim == key_dim, f"key must have the head dim H of query; got query {query.shape}, key {key.shape}")
+    _require(
+        value.shape[-3:-1] == (keys, kv_heads), f"value must have the length S and heads K of key; got key {key.shape}, value {value.shape}"
+    )
+    _require(
+        kv_heads > 0 and heads % kv_heads == 0,
+        f"the heads of key must divide those of query (K divides N); got N={heads} in query {query.shape}, K={kv_heads} in key {key.shape}",
+    )
+    _require(is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only")
+    pair = (heads, length, keys)
+    if bias is not None:
+        bias = _pair_shape("bias", floating(bias=bias)[0], batch, pair, totals)
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        _require(
+            mask.dtype == jnp.bool_, f"mask must be boolean, True = attend; got {mask.dtype} of shape {mask.shape} (a float array is a bias)"
+        )
+        mask = _pair_shape("mask", mask, batch, pair, totals)
+    q_ids, k_ids = _segments(segment_ids, batch, length, keys)
+    flat = [x.reshape(prod(batch), *x.shape[-3:]) for x in (query, key, value)]
+    return Call(*flat, bias, mask, q_ids, k_ids, batch)
+
+
+def key_mask(call: Call, name: str) -> jax.Array | None:
+    """The mask of a linear-time mixer, (B, S) over keys; a mask over pairs, or a bias, is refused with what to pass instead."""
+    _require(
+        call.bias is None,
+        f"{name} has no pairwise scores to add a bias to; got bias {None if call.bias is None else call.bias.shape}. "
+        "Use dot_product_attention, or put the bias into query and key",
+    )
+    if call.mask is None:
+        return None
+    shape = call.mask.shape
+    _require(
+        shape[1] == shape[2] == 1,
+        f"{name} runs in linear time and cannot honour a mask over (query, key) pairs; got mask {shape}. Pass a mask over keys, "
+        "(*B, 1, 1, S), with is_causal or segment_ids for the rest",
+    )
+    return jnp.broadcast_to(call.mask[:, 0, 0, :], (call.key.shape[0], call.key.shape[1]))

@@ -1,0 +1,85 @@
+"""One derivative rule for every kernel: a fast forward pass, a hand-arranged backward pass, and still every JAX transformation.
+
+`jax.custom_vjp` gives reverse mode a backward pass of its own and takes forward mode away; `jax.custom_jvp` keeps both but lets JAX
+arrange the backward pass. Here the tangent map L of a kernel enters as the linear system
+
+    [ I   0 ] [t]   [t]
+    [-L   I ] [y] = [0]          so that  y = L t
+
+given to `jax.lax.custom_linear_solve`, whose solution is differentiable to any order, batches under vmap, and whose transposed
+solution is ours to write: that is where the O(T)-memory backward pass goes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__: list[str] = []
+
+
+def linear_zero(*arrays: jax.Array) -> jax.Array:
+    """The scalar 0 as a function of all arrays: sums over nothing, so that no NaN of theirs enters.
+
+    Adding it makes a constant depend on the arrays: inside `jax.shard_map` it then varies over every mesh axis that one of them
+    varies over, and in a tangent map it counts as linear.
+    """
+    zero = jnp.float32(0)
+    for array in arrays:
+        zero = zero + jnp.sum(array[..., :0])
+    return zero
+
+
+def tie(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays, each varying over every mesh axis that any of them varies over."""
+    zero = linear_zero(*(a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)))
+    return tuple(_plus(a, zero) for a in arrays)
+
+
+def _plus(array: jax.Array, zero: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.bool_):
+        return array | (zero != 0)
+    return array + (zero.real if jnp.issubdtype(zero.dtype, jnp.complexfloating) and jnp.isrealobj(array) else zero).astype(array.dtype)
+
+
+def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Callable:
+    """A function `f(arrays, aux)` computed by `forward`, differentiated backwards by `backward` and in every other way through `plain`.
+
+    Args:
+      forward: `forward(arrays, aux) -> out`; pytrees of inexact arrays of rank >= 1 in and out. `aux` is a pytree of integer or
+        boolean arrays, which carry no derivative.
+      plain: the same function in operations that JAX can differentiate any number of times (scan and checkpoint, no while loop).
+        It is traced but never compiled in a first-order gradient.
+      backward: `backward(arrays, aux, out, cotangents_of_out) -> cotangents_of_arrays`.
+    """
+
+    @jax.custom_jvp
+    def call(arrays: Any, aux: Any) -> Any:
+        return forward(arrays, aux)
+
+    @call.defjvp
+    def rule(primals, tangents):
+        (arrays, aux), (tangents, _) = primals, tangents
+        out = call(arrays, aux)
+
+        def tangent_map(t):
+            return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
+
+        def matvec(x):
+            t, y = x
+            return t, jax.tree.map(jnp.subtract, y, tangent_map(t))
+
+        def solve(_, b):
+            t, y = b
+            return t, jax.tree.map(jnp.add, y, tangent_map(t))
+
+        def transpose_solve(_, c):
+            ct_in, ct_out = c
+            return jax.tree.map(jnp.add, ct_in, backward(arrays, aux, out, ct_out)), ct_out
+
+        zero = linear_zero(*jax.tree.leaves(tangents))
+        right_side = (jax.tree.map(lambda t: _plus(t, zero), tangents), jax.tree.map(lambda y: _plus(jnp.zeros_like(y), zero), out))
+        return out, jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)[1]
+
+    return call

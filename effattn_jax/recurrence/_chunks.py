@@ -1,0 +1,97 @@
+"""A loop over chunks of time that reads its inputs where they lie and writes its outputs where they belong.
+
+    carry, out[:, c] = body(carry, inputs[:, c], aux[:, c])        c = 0, 1, ..., n - 1
+
+`lax.scan` wants time first and stacks its outputs into fresh memory; here every chunk is a slice of axis 1 and every output chunk is
+written into one carried buffer. The backward pass walks the chunks again: once forwards for the carries at the chunk starts, once
+backwards through the vector-Jacobian product of one chunk. Memory beside the gradients: one carry a chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effattn_jax._derivatives import with_backward
+
+__all__: list[str] = []
+
+
+def _chunk(tree: Any, index: jax.Array | int, size: int) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size, axis=1), tree)
+
+
+def _store(buffers: Any, chunks: Any, index: jax.Array, size: int) -> Any:
+    return jax.tree.map(lambda b, x: lax.dynamic_update_slice_in_dim(b, x.astype(b.dtype), index * size, axis=1), buffers, chunks)
+
+
+def _zeros_over_time(chunks: Any, count: int) -> Any:
+    """Zeros of `count` chunks, made from one chunk so that sharding and varying axes are its own."""
+
+    def widen(x):
+        wide = jnp.broadcast_to(jnp.zeros_like(x)[:, None], (x.shape[0], count, *x.shape[1:]))
+        return wide.reshape(x.shape[0], count * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(widen, chunks)
+
+
+def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int) -> tuple[Any, Any]:
+    """Runs `body(carry, inputs, aux) -> (carry, outputs)` over chunks of `size` steps; time is axis 1 and a multiple of `size`.
+
+    `inputs` is a pytree of inexact arrays, `aux` one of integer or boolean arrays. Returns the last carry and the outputs over all of time.
+    """
+    count = jax.tree.leaves(inputs)[0].shape[1] // size
+    if count == 1:
+        return body(carry, inputs, aux)
+
+    def forward(arrays, aux):
+        carry, inputs = arrays
+        _, first = body(carry, _chunk(inputs, 0, size), _chunk(aux, 0, size))
+
+        def step(i, state):
+            carry, buffers = state
+            carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size))
+            return carry, _store(buffers, out, i, size)
+
+        return lax.fori_loop(0, count, step, (carry, _zeros_over_time(first, count)))
+
+    def plain(arrays, aux):
+        carry, inputs = arrays
+
+        def split(x):
+            return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+        def join(x):
+            x = jnp.moveaxis(x, 0, 1)
+            return x.reshape(x.shape[0], count * size, *x.shape[3:])
+
+        step = jax.checkpoint(lambda carry, x: body(carry, *x))
+        carry, out = lax.scan(step, carry, jax.tree.map(split, (inputs, aux)))
+        return carry, jax.tree.map(join, out)
+
+    def backward(arrays, aux, _, cotangents):
+        first, inputs = arrays
+        d_carry, d_out = cotangents
+
+        def keep(i, state):
+            carry, kept = state
+            kept = jax.tree.map(lambda k, c: lax.dynamic_update_index_in_dim(k, c, i, axis=0), kept, carry)
+            return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size))[0], kept
+
+        kept = jax.tree.map(lambda c: jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)), first)
+        _, kept = lax.fori_loop(0, count, keep, (first, kept))
+
+        def step(j, state):
+            i = count - 1 - j
+            d_carry, d_inputs = state
+            carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
+            aux_chunk = _chunk(aux, i, size)
+            _, pull = jax.vjp(lambda c, x: body(c, x, aux_chunk), carry, _chunk(inputs, i, size))
+            d_carry, d_chunk = pull((d_carry, _chunk(d_out, i, size)))
+            return d_carry, _store(d_inputs, d_chunk, i, size)
+
+        return lax.fori_loop(0, count, step, (d_carry, jax.tree.map(jnp.zeros_like, inputs)))
+
+    return with_backward(forward, plain, backward)((carry, inputs), aux)
