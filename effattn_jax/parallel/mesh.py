@@ -31,11 +31,11 @@ def make_mesh(
       devices: the devices to use, all of them by default.
 
     Returns:
-      A mesh with axes `AXES`, all of `AxisType.Auto`.
+      A mesh with axes `AXES`, all of `AxisType.Auto`. In one process it may leave devices over; with several it
+      covers all of them.
 
     Raises:
-      ValueError: if an axis is not positive, the sizes do not multiply to the number of devices, or the rows do not
-        divide over data x fsdp.
+      ValueError: if an axis is not positive, the sizes do not fit the devices, or the rows do not divide over data x fsdp.
 
     Example:
       >>> make_mesh().axis_names
@@ -47,10 +47,10 @@ def make_mesh(
             raise ValueError(f"mesh axis {name} must be positive, got {size}.")
     rest = fsdp * tensor * sequence
     if data == -1:
-        data = _largest_data_axis(len(devices) // rest, fsdp, batch_size)
-        if jax.process_count() == 1:
-            devices = devices[: data * rest]
+        data = max(1, _largest_data_axis(len(devices) // rest, fsdp, batch_size))
     shape = (data, fsdp, tensor, sequence)
+    if jax.process_count() == 1:
+        devices = devices[: math.prod(shape)]
     if data < 1 or math.prod(shape) != len(devices):
         sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape))
         raise ValueError(f"the mesh {sizes} needs {math.prod(shape)} devices, and there are {len(devices)}.")

@@ -128,9 +128,14 @@ def parse(config, name: str, arguments: Sequence[str]):
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[─│╭╮╰╯┌┐└┘]+", " ", errors.getvalue())
-        words = " ".join(words.split()).removeprefix("Parsing error").strip()
-        raise UserError(f"{words.split(' For full helptext')[0]}") from None
+        raise UserError(_inside_box(errors.getvalue())) from None
+
+
+def _inside_box(text: str) -> str:
+    """The first paragraph inside the box that tyro draws around an error, on one line."""
+    lines = text.splitlines()[1:]
+    end = next((i for i, line in enumerate(lines) if re.search("──|Argument helptext", line)), len(lines))
+    return " ".join(" ".join(re.sub("[│╭╮╰╯]", " ", line) for line in lines[:end]).split())
 
 
 def _check_names(fields: list[str], arguments: Sequence[str]) -> None:

@@ -143,8 +143,9 @@ def plot_losses(folder: RunFolder, title: str, unit: str = "nats a token") -> No
     temporary.replace(folder / "loss.png")
 
 
-def _smooth(points: list[tuple[int, float]], share: float = 0.9) -> list[tuple[int, float]]:
-    """Exponential running mean, corrected for its start."""
+def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Exponential running mean over about a twentieth of the run, corrected for its start."""
+    share = max(0.0, 1 - 20 / len(points))
     out, total, weight = [], 0.0, 0.0
     for step, value in points:
         total, weight = share * total + (1 - share) * value, share * weight + (1 - share)

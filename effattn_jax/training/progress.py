@@ -61,8 +61,9 @@ class Screen:
         self._last_line = -SECONDS_BETWEEN_LINES
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """A line (or several) above the bar."""
-        self._console.print(text, style=style, markup=False)
+        """A line (or several) above the bar; control characters, which samples may hold, are not sent to the terminal."""
+        shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+        self._console.print(shown, style=style, markup=False)
 
     def table(self, params: Any, shardings: Any) -> None:
         """The parameters: layers that are alike share a line."""
