@@ -144,12 +144,12 @@ print("128 outputs identical to the bit")
 # %%
 jax.config.update("jax_default_matmul_precision", None)  # training has no need of it
 run_dir = pathlib.Path(tempfile.mkdtemp()) / "notebook"
-steps = 60 if QUICK else 400
+steps = 60 if QUICK else 300
 config = Config(
     model=ModelConfig(layers=2, width=128, heads=4, mixer="linear", conv_width=4),
     data=DataConfig(batch_size=16, context=128),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=steps // 10),
-    train=TrainConfig(steps=steps, run_dir=str(run_dir), eval_every=steps // 2, tensorboard=False),
+    train=TrainConfig(steps=steps, run_dir=str(run_dir), eval_every=steps // 3, sample_prompt="The ", tensorboard=False),
 )
 final = train(config, "notebook")
 

@@ -131,12 +131,12 @@ def test_version():
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[-2] not in ("tests", "laws")], ids=relative)
 def test_page_rule(path):
-    """No file over 400 lines, no function over 70."""
+    """No file over 400 lines, no function whose end is more than 70 lines below its first."""
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno < 70, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            assert node.end_lineno - node.lineno <= 70, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
 
 
 # What fails, or warns, on some jax from 0.7.2 to 0.12; each pattern with what to write instead.
@@ -190,21 +190,26 @@ def test_readme_examples_run():
         exec(block, namespace)
 
 
-def tables() -> dict[str, set[str]]:
-    """The rows of the README's table, by the code they stand for."""
-    rooms = ("recurrence", "attention", "position", "objectives", "decoding", "optim", "nn", "models")
-    rows = {f"effattn_jax.{room}": set(importlib.import_module(f"effattn_jax.{room}").__all__) for room in rooms}
-    rows["--model.mixer"] = set(importlib.import_module("effattn_jax.nn").MIXERS)
-    rows["--data.task"] = set(importlib.import_module("effattn_jax.data").TASKS)
-    rows["train.py"] = {path.stem.replace("_", "-") for path in (ROOT / "configs").glob("[a-z]*.py")}
+def tables() -> dict[str, list[str]]:
+    """The rows of the README's table, by the code they stand for: the functions of the kernels' rooms, and the tables by name."""
+    rows = {}
+    for room in ("recurrence", "attention", "position", "objectives", "decoding", "optim"):
+        names = importlib.import_module(f"effattn_jax.{room}").__all__
+        rows[f"effattn_jax.{room}"] = [name for name in names if name.islower()]
+    models = importlib.import_module("effattn_jax.models")
+    rows["effattn_jax.models"] = [name for name in models.__all__ if hasattr(getattr(models, name), "apply")]
+    rows["--model.mixer"] = list(importlib.import_module("effattn_jax.nn").MIXERS)
+    rows["--data.task"] = list(importlib.import_module("effattn_jax.data").TASKS)
+    rows["train.py"] = sorted(path.stem.replace("_", "-") for path in (ROOT / "configs").glob("[a-z]*.py"))
     return rows
 
 
 @pytest.mark.parametrize("row", tables())
 def test_readme_lists_what_there_is(row):
     listed = re.search(rf"^\| `{re.escape(row)}` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert listed, f"the README has no row for {row}"
-    assert set(re.findall(r"`([^`]+)`", listed[1])) == tables()[row]
+    expected = tables()[row]
+    line = f"| `{row}` | {', '.join(f'`{name}`' for name in expected)} |"
+    assert listed and set(re.findall(r"`([^`]+)`", listed[1])) == set(expected), f"the README's table needs the row\n{line}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.py")), ids=relative)
@@ -214,4 +219,4 @@ def test_notebooks_are_built_from_their_sources(path):
     builder = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(builder)
     target = path.with_suffix(".ipynb").read_text()
-    assert re.sub(rf"\]\({builder.COLAB}[^)]*\)", f"]({builder.COLAB})", target) == builder.build(path)
+    assert re.sub(rf"\]\({builder.COLAB}github/[^)]*\)", f"]({builder.COLAB})", target) == builder.build(path)
