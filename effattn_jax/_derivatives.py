@@ -27,20 +27,23 @@ def linear_zero(*arrays: jax.Array) -> jax.Array:
     """
     zero = jnp.float32(0)
     for array in arrays:
-        zero = zero + jnp.sum(array[..., :0])
+        nothing = jnp.sum(jnp.atleast_1d(array)[..., :0])
+        zero = zero + (nothing if jnp.issubdtype(array.dtype, jnp.inexact) else nothing.astype(jnp.float32))
     return zero
 
 
-def tie(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The same arrays, each varying over every mesh axis that any of them varies over."""
-    zero = linear_zero(*(a for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact)))
-    return tuple(_plus(a, zero) for a in arrays)
+def tie(tree: Any) -> Any:
+    """The same pytree of arrays, each varying over every mesh axis that any of them varies over."""
+    zero = linear_zero(*jax.tree.leaves(tree))
+    return jax.tree.map(lambda x: _plus(x, zero), tree)
 
 
 def _plus(array: jax.Array, zero: jax.Array) -> jax.Array:
-    if jnp.issubdtype(array.dtype, jnp.bool_):
-        return array | (zero != 0)
-    return array + (zero.real if jnp.issubdtype(zero.dtype, jnp.complexfloating) and jnp.isrealobj(array) else zero).astype(array.dtype)
+    if array.dtype == jnp.bool_:
+        return array ^ (zero.real > 0)
+    if jnp.iscomplexobj(zero) and not jnp.iscomplexobj(array):
+        zero = zero.real
+    return array + zero.astype(array.dtype)
 
 
 def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Callable:

@@ -164,11 +164,11 @@ def diagonal_recurrence(
         state = jnp.zeros(slice_shape, dtype) if initial_state is None else initial_state
         return (inputs.astype(out_dtype), state) if return_state else inputs.astype(out_dtype)
     if initial_state is not None:
-        decay, inputs, initial_state = tie(decay, inputs, initial_state)
+        decay, inputs, initial_state = tie((decay, inputs, initial_state))
         first = -1 if reverse else 0
         inputs = inputs.at[:, first].add(_forget(decay[:, first], initial_state))
     else:
-        decay, inputs = tie(decay, inputs)
+        decay, inputs = tie((decay, inputs))
     h = _solve(decay, inputs, reverse, _FORMS[implementation])
     state = h[:, 0 if reverse else -1]
     h = h.astype(out_dtype)

@@ -33,6 +33,9 @@ class Options(NamedTuple):
     feature_map: Callable | None = None  # applied to query and key inside the chunk, where they are still in cache
 
 
+_DEFAULT = Options()
+
+
 class Marks(NamedTuple):
     """Integers and booleans (B, T) that say which steps may interact; None where all may."""
 
@@ -159,7 +162,7 @@ def outer_product(
     last_segment: jax.Array | None = None,
     key_mask: jax.Array | None = None,
     size: int | None = None,
-    options: Options = Options(),
+    options: Options = _DEFAULT,
 ) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
     """The chunked kernel behind every member of the family: query (B, T, K, G, H), key (B, T, K, H), value (B, T, K, V), T >= 1.
 
@@ -173,11 +176,8 @@ def outer_product(
         k0 = key[:, 0] if options.feature_map is None else options.feature_map(key[:, 0].astype(dtype))
         z = jnp.zeros_like(k0, dtype)
         state = (jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))), z if options.normalize else None)
-    names = [query, key, value, *([] if log_decay is None else [log_decay]), *(s for s in state if s is not None)]
-    tied = list(tie(*names))
-    query, key, value = tied[:3]
-    log_decay = tied[3] if log_decay is not None else None
-    state = (tied[3 + (log_decay is not None)], tied[-1] if state[1] is not None else None)
+    arrays = (query, key, value, log_decay, state, segments, last_segment, key_mask)
+    query, key, value, log_decay, state, segments, last_segment, key_mask = tie(arrays)
     missing = -length % size
 
     def pad(x):
@@ -191,7 +191,7 @@ def outer_product(
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
 
 
-def _step_by_step(query, key, value, log_decay, state, *, segments=None, options=Options(), **_):
+def _step_by_step(query, key, value, log_decay, state, *, segments=None, options=_DEFAULT, **_):
     """The recurrence as it is written, one step at a time."""
     dtype = accumulator(query, key, value)
     begins = jnp.zeros(query.shape[:2], bool)

@@ -1,0 +1,195 @@
+"""Softmax attention: dense, or by blocks in O(T) memory with windows, biases, segments, caches and grouped heads.
+
+    o_i = sum_j p_ij v_j        p_i = softmax_j(cap(scale q_i . k_j + b_ij))  over the keys j that i may see; o_i = 0 where there are none
+
+Cost O(T S) for all pairs, O(T W) for a window; state: the cache, (H + V) K numbers a token. Beside jax.nn.dot_product_attention: no T x S
+buffer in either pass, total masks, ends aligned when T < S, bias gradients, windows, segments and a state.
+Source: Vaswani et al., arXiv:1706.03762.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, choose, positive
+from effattn_jax.attention import kv_cache as caches
+from effattn_jax.attention._blocks import Arrays, Marks, Spec, by_blocks, whole_rows
+
+__all__ = ["dot_product_attention"]
+
+_FORMS = (None, "dense", "chunked")
+_DENSE_PAIRS = 256 * 512  # up to so many (query, key) pairs a head all scores are formed at once
+
+
+def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]:
+    """(left, right) counts of neighbours, None without bound, from an int, a pair or None."""
+    pair = window if isinstance(window, tuple | list) else (window, window)
+    ok = len(pair) == 2 and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in pair)
+    if not ok:
+        raise ValueError(f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}")
+    left, right = pair
+    return left, (0 if is_causal else right)
+
+
+def _block_sizes(length: int, keys: int, groups: int, bounds: tuple[int | None, int | None], chunk_size: int | None) -> tuple[int, int]:
+    """Rows and columns of a block: as large as fits a cache (about 4 MiB of scores over the heads), no wider than a window makes sense of."""
+    if chunk_size is not None:
+        return min(chunk_size, length), min(chunk_size, keys)
+    rows, columns = 256, 512
+    while groups * rows * columns > 2**21 and rows > 64:
+        rows, columns = rows // 2, columns // 2
+    left, right = bounds
+    if left is not None and right is not None:
+        while rows > 64 and left + right < rows // 2:
+            rows //= 2
+        columns = min(columns, -(-(left + right + rows) // 64) * 64)
+    return min(rows, length), min(columns, keys)
+
+
+def _with_state(call: Call, state: caches.Cache | None, valid: jax.Array | None, left: int | None, return_state: bool) -> Any:
+    """The call over all keys there are, the marks of the keys, and the state to return."""
+    if state is None:
+        after = caches.start(call, valid) if return_state else None
+        marks = Marks(jnp.int32(call.key.shape[1] - call.query.shape[1]), None, valid, call.query_segments, call.key_segments)
+        full = call
+    else:
+        grown = caches.extend(state, call, valid)
+        q_ids = call.query_segments
+        if q_ids is None:
+            q_ids = jnp.broadcast_to(state.last[:, None], call.query.shape[:2])
+        end = grown.key.shape[1] if grown.length is None else grown.length
+        seen = grown.valid
+        if grown.length is not None:
+            seen = seen & (jnp.arange(seen.shape[1]) < grown.length)
+        marks = Marks(jnp.asarray(end - call.query.shape[1], jnp.int32), None, seen, q_ids, grown.segment)
+        full = call._replace(key=grown.key.astype(call.key.dtype), value=grown.value.astype(call.value.dtype))
+        after = grown
+    if after is not None and left is not None and after.length is None:
+        after = caches.last_slots(after, left)
+    return full, marks, after
+
+
+def _split_mask(call: Call, state: caches.Cache | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """(mask over this call's keys alone, which a state remembers; mask over pairs, its columns those of the state after the call)."""
+    mask, keys = call.mask, call.key.shape[1]
+    if mask is None:
+        return None, None
+    if mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] in (1, keys):
+        return jnp.broadcast_to(mask[:, 0, 0], (call.key.shape[0], keys)), None
+    if state is None or mask.shape[3] != keys:
+        return None, mask
+    total = state.key.shape[1] + (keys if state.length is None else 0)
+    everything = jnp.ones((*mask.shape[:3], total), bool)
+    begin = state.key.shape[1] if state.length is None else state.length
+    return None, jax.lax.dynamic_update_slice_in_dim(everything, mask, begin, axis=3)
+
+
+def _overfull(state: caches.Cache | None, out: jax.Array) -> jax.Array:
+    """NaN where a cache of fixed size was written past its end."""
+    if state is None or state.length is None:
+        return out
+    return jnp.where(state.length > state.key.shape[1], jnp.nan, out)
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    segment_ids: Any = None,
+    initial_state: caches.Cache | None = None,
+    return_state: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    chunk_size: int | None = None,
+    return_weights: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    r"""Softmax attention o_i = sum_j softmax_j(scale q_i . k_j + bias_ij) v_j over the keys that i may see.
+
+    Args:
+      query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N: each key head serves N / K query heads.
+      bias: float, broadcastable to (*B, N, T, S), added to the scaled scores; -inf masks. Gradients have its own shape.
+      mask: boolean, broadcastable to (*B, N, T, S); True = attend. A row with nothing to attend gives 0 and no gradient.
+      scale: factor on the scores; None is 1 / sqrt(H).
+      is_causal: query i sees keys up to its own, ends aligned: with T < S the last query sees every key.
+      segment_ids: (*B, T) integers, or a pair for query and key; only equal ids interact.
+      initial_state: `attention.cache(...)` or the state of an earlier call (causal only). bias and mask then cover this call's keys, or with a
+        last axis of all slots the whole cache; a mask over keys alone, (*B, 1, 1, S), is remembered. Without segment_ids the last segment goes on.
+      return_state: also return the cache: the one given, filled further; else one that grows; with a causal window the last W keys.
+      window: W neighbours on each side, the query's own key besides (causal: to the left), or (left, right), None for no bound.
+      logits_soft_cap: c: scores s become c tanh(s / c), before masking.
+      chunk_size: rows and columns of a block; None picks.
+      return_weights: also return p, (*B, N, T, S), from the dense form.
+      implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks by size.
+
+    Returns:
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.
+
+    Raises:
+      ValueError: names the argument, its shape and the rule.
+
+    Cost O(T S (H + V)) a head, O(T W (H + V)) with a window; memory O(T + S) when chunked. Source: arXiv:1706.03762, arXiv:2205.14135.
+
+    >>> import jax, jax.numpy as jnp
+    >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 8))
+    >>> kv = jax.random.normal(jax.random.key(1), (1, 6, 2, 8))
+    >>> out = dot_product_attention(q, kv, kv, is_causal=True, window=2)
+    >>> out.shape, bool(jnp.allclose(out[:, 0], jnp.repeat(kv[:, 0], 2, axis=1), atol=1e-6))
+    ((1, 6, 4, 8), True)
+    """
+    choose("implementation", implementation, _FORMS)
+    positive(chunk_size=chunk_size)
+    left, right = window_bounds(window, is_causal)
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap!r}")
+    totals = ()
+    if isinstance(initial_state, caches.Cache):
+        slots = initial_state.key.shape[-3]
+        totals = (slots if initial_state.length is not None else slots + jnp.shape(key)[-3],)
+    stateful = return_state or initial_state is not None
+    call = check_call(
+        query, key, value, bias, mask, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful, totals=totals
+    )  # fmt: skip
+    state = None if initial_state is None else caches.flat(initial_state, call)
+    valid, pair_mask = _split_mask(call, state)
+    full, marks, after = _with_state(call, state, valid, left if is_causal else None, return_state)
+    if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
+        raise ValueError(f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}")
+    out, weights = _attend(full, marks._replace(mask=pair_mask), (left, right), scale, logits_soft_cap, chunk_size, implementation, return_weights)
+    out = call.restore(_overfull(after, out))
+    results = [out]
+    if return_state:
+        results.append(caches.restored(after, call))
+    if return_weights:
+        results.append(call.restore(weights))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _attend(
+    call: Call, marks: Marks, bounds: tuple, scale: Any, cap: float | None, chunk_size: int | None, implementation: str | None, want_weights: bool
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
+    query, key, value = call.query, call.key, call.value
+    (batch, length, heads, dim), (keys, kv_heads) = query.shape, key.shape[1:3]
+    if scale is not None and not isinstance(scale, int | float):
+        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
+    scale = 1 / math.sqrt(dim) if scale is None else float(scale)
+    if length == 0 or keys == 0:
+        return jnp.zeros((batch, length, heads, value.shape[-1]), value.dtype), jnp.zeros((batch, heads, length, keys))
+    rows, columns = _block_sizes(length, keys, batch * heads, bounds, chunk_size)
+    spec = Spec(*bounds, cap, scale, rows, columns, accumulator(query, key, value))
+    arrays = Arrays(query.reshape(batch, length, kv_heads, heads // kv_heads, dim), key, value, call.bias)
+    small = implementation is None and chunk_size is None and length * keys <= _DENSE_PAIRS
+    if want_weights or implementation == "dense" or small:
+        out, _, weights = whole_rows(spec, arrays, marks)
+        weights = weights.reshape(batch, heads, length, keys)
+    else:
+        out, weights = by_blocks(spec, arrays, marks)[0], None
+    return out.reshape(batch, length, heads, -1), weights
