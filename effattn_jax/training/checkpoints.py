@@ -4,6 +4,7 @@ Saving is asynchronous; a step counts only once it is complete. Restoring verifi
 sets a damaged step aside with a warning, and takes the one before. The mesh may be another one than at saving.
 """
 
+import contextlib
 import json
 import logging
 import warnings
@@ -24,21 +25,21 @@ class Checkpoints:
 
     def __init__(self, folder: RunFolder):
         logging.getLogger("absl").setLevel(logging.ERROR)
-        self._folder = folder
+        self.folder = folder
         self._last: int | None = None
         if folder.writes:
             self._set_unreadable_aside()
         _barrier("checkpoints")
-        self._manager = ocp.CheckpointManager(folder.path, options=_options())
+        self.manager = ocp.CheckpointManager(folder.path, options=_options())
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, oldest first."""
-        return sorted(self._manager.all_steps())
+        return sorted(self.manager.all_steps())
 
     def best(self) -> int | None:
         """The step with the lowest validation loss, the newest where none was evaluated."""
-        best = self._manager.best_step()
-        return self._manager.latest_step() if best is None else best
+        best = self.manager.best_step()
+        return self.manager.latest_step() if best is None else best
 
     def save(self, step: int, state: Any, val_loss: float | None = None) -> None:
         """Begin to save the state of a step; it is copied before this returns, and may then be donated.
@@ -46,14 +47,14 @@ class Checkpoints:
         Raises:
           UserError: this or the save before could not be written (a full disk, say); complete steps stay as they are.
         """
-        if step == self._last or step in self._manager.all_steps():
+        if step == self._last or step in self.manager.all_steps():
             return
         meta = {"step": step, "val_loss": val_loss, "checksum": int(checksum(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         # Orbax keeps a checkpoint's metric in memory and on disk only where one is given.
         metrics = None if val_loss is None else {"val_loss": val_loss}
         with self._writing(step):
-            self._manager.save(step, args=items, metrics=metrics)
+            self.manager.save(step, args=items, metrics=metrics)
         self._last = step
 
     def wait(self) -> None:
@@ -63,8 +64,8 @@ class Checkpoints:
           UserError: it could not be written.
         """
         with self._writing(self._last):
-            self._manager.wait_until_finished()
-            self._manager.check_for_errors()
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -73,7 +74,7 @@ class Checkpoints:
         """Wait for the last save and release the threads; an error under way is not hidden by one of these."""
         try:
             with self._writing(self._last):
-                self._manager.close()
+                self.manager.close()
         except UserError:
             if error is None:
                 raise
@@ -103,7 +104,7 @@ class Checkpoints:
     def _attempt(self, step: int, abstract_state: Any) -> tuple[Any, str]:
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=items)
+            restored = self.manager.restore(step, args=items)
             if int(checksum(restored.state)) == restored.meta["checksum"]:
                 return (restored.state, restored.meta), ""
             return None, "its checksum is wrong"
@@ -111,30 +112,30 @@ class Checkpoints:
             return None, one_line(error)[:120]
 
     def _set_aside(self, step: int) -> None:
-        if self._folder.writes:
-            _rename_damaged(self._folder, step)
+        if self.folder.writes:
+            _rename_damaged(self.folder, step)
         _barrier(f"aside-{step}")
-        self._manager.reload()
+        self.manager.reload()
 
     def _set_unreadable_aside(self) -> None:
         """Orbax reads every step's metrics when it opens a folder, and fails as a whole on a damaged one."""
-        for path in self._folder.path.glob("[0-9]*/metrics/metrics"):
+        for path in self.folder.path.glob("[0-9]*/metrics/metrics"):
             try:
                 json.loads(path.read_text())
             except ValueError:
                 step = int(path.parent.parent.name)
                 warnings.warn(f"checkpoint {step} is damaged (its metrics are unreadable); not using it.", stacklevel=4)
-                _rename_damaged(self._folder, step)
+                _rename_damaged(self.folder, step)
 
     def _writing(self, step: int | None) -> "_Writing":
-        return _Writing(self._folder, step)
+        return _Writing(self, step)
 
 
 class _Writing:
     """Turns whatever fails while a checkpoint is written into one line that says what is still safe."""
 
-    def __init__(self, folder: RunFolder, step: int | None):
-        self.folder, self.step = folder, step
+    def __init__(self, checkpoints: Checkpoints, step: int | None):
+        self.checkpoints, self.step = checkpoints, step
 
     def __enter__(self) -> None:
         return None
@@ -142,9 +143,12 @@ class _Writing:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if error is None or not isinstance(error, Exception):
             return
+        folder = self.checkpoints.folder
+        with contextlib.suppress(Exception):  # the save before this one may still be on its way
+            self.checkpoints.manager.wait_until_finished()
         reason = "No space left on device" if _disk_is_full(error) else one_line(error)
-        kept = self.folder.newest(before=self.step)
-        raise UserError(f"checkpoint {self.step} could not be written to {self.folder.path} ({reason}); {kept}.") from error
+        kept = folder.newest(before=self.step)
+        raise UserError(f"checkpoint {self.step} could not be written to {folder.path} ({reason}); {kept}.") from error
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

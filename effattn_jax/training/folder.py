@@ -142,6 +142,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "kind": dataset.kind,
         "vocab_size": dataset.vocab_size,
+        "num_classes": dataset.num_classes,
         "context": dataset.context,
         "codec": dataset.codec.spec(),
     }

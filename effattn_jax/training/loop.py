@@ -33,21 +33,21 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
       UserError: something that a person can put right, a loss that is not finite included; nothing on disk is lost.
       Interrupted: SIGTERM or SIGINT; the state is saved.
     """
-    # ------------------------------------------------------------------ processes, data, folder
+    # ------------------------------------------------------------------ processes, data, mesh, model, optimizer
     use_compile_cache(config.train.compile_cache)
     join_processes(config.mesh)
     first_process = jax.process_index() == 0
     with user_errors():
         config.validate()
         dataset = load(config.data)
+    setup = prepare(config, dataset)
+
+    # ------------------------------------------------------------------ folder, state, steps
     folder = RunFolder(config.train.run_dir, writes=first_process)
     folder.open(config, dataset)
     screen = Screen(name, config.train.steps, visible=first_process)
     screen.say(f"{name}: {device_summary()}; run folder {config.train.run_dir}")
-
-    # ------------------------------------------------------------------ mesh, model, optimizer, state, steps
     try:
-        setup = prepare(config, dataset)
         checkpoints = Checkpoints(folder)
         with jax.set_mesh(setup.mesh), checkpoints:
             state, step = _first_state(setup, checkpoints, screen)

@@ -41,10 +41,12 @@ def continue_tokens(
       The new tokens (num_tokens,), int32.
 
     Raises:
-      ValueError: for an empty prompt, or what `decoding.generate` refuses.
+      ValueError: for an empty prompt, a negative number of tokens, or what `decoding.generate` refuses.
     """
     if prompt.size == 0:
         raise ValueError("the prompt is empty.")
+    if num_tokens < 0:
+        raise ValueError(f"the number of tokens must not be negative, got {num_tokens}.")
     half = max(context // 2, 1)
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     text = np.asarray(prompt, np.int32)

@@ -1,0 +1,132 @@
+"""Sample text from a run: `python -m effattn_jax.generate RUN --prompt "..."`.
+
+The run folder is all that is needed: its config, its codec and one of its checkpoints; the data are not.
+"""
+
+import argparse
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+
+from effattn_jax.data import codecs
+from effattn_jax.parallel import make_mesh, shard_tree
+from effattn_jax.training.checkpoints import Checkpoints
+from effattn_jax.training.config import Config
+from effattn_jax.training.errors import UserError, user_errors
+from effattn_jax.training.folder import RunFolder
+from effattn_jax.training.optimizer import make_optimizer
+from effattn_jax.training.sampling import sample_text
+from effattn_jax.training.startup import use_compile_cache
+from effattn_jax.training.step import TrainState, init_state
+from effattn_jax.training.tasks import LanguageTask, make_task
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit code, 2 for a mistake."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        text = sample(
+            options.run,
+            options.prompt,
+            options.tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            step=options.step,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.prompt + text)
+    return 0
+
+
+def sample(
+    run: str,
+    prompt: str = "\n",
+    tokens: int = 300,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: str = "best",
+) -> str:
+    """Text that a trained language model writes after a prompt.
+
+    Args:
+      run: the run folder.
+      prompt: text to continue, at least one token of it.
+      tokens: how many tokens to add.
+      temperature, top_k, top_p: as in `decoding.generate`; temperature 0 is greedy.
+      seed: equal seeds give equal texts.
+      step: "best" by validation loss, "last", or a number.
+
+    Returns:
+      The new text, without the prompt.
+
+    Raises:
+      UserError: no run there, no whole checkpoint, a task without text, or an option out of range.
+    """
+    folder = RunFolder(run, writes=False)
+    config, dataset = folder.config(), folder.read_json("dataset.json")
+    if config is None or dataset is None:
+        raise UserError(f"{run} is no run folder: it has no config.json and dataset.json.")
+    if dataset["kind"] != "language":
+        raise UserError(f"{run} is a run of kind {dataset['kind']!r}, which writes no text.")
+    use_compile_cache(config.train.compile_cache)
+    with user_errors():
+        codec = codecs.from_spec(dataset["codec"])
+        task = make_task(config.model, SimpleNamespace(**dataset))
+        params = _restore(folder, config, task, step).params
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": jax.random.key(seed)}
+        return sample_text(task.model, params, codec, prompt, tokens, dataset["context"], **options)
+
+
+def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -> TrainState:
+    """The state of a step on this machine's first device, whatever mesh it was trained on."""
+    mesh = make_mesh(data=1)
+    optimizer, _ = make_optimizer(config.optim, config.train.steps)
+    shapes = jax.eval_shape(partial(init_state, task, optimizer, batch={"tokens": np.zeros((1, 1), np.int32)}), np.uint32(0))
+    shardings = shard_tree(shapes, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    with Checkpoints(folder) as checkpoints:
+        restored = checkpoints.restore(abstract, _step_number(checkpoints, folder.path, step))
+    if restored is None:
+        raise UserError(f"{folder.path} has no whole checkpoint.")
+    return restored[0]
+
+
+def _step_number(checkpoints: Checkpoints, path: Path, step: str) -> int | None:
+    known = checkpoints.steps()
+    if step == "best":
+        return checkpoints.best()
+    if step == "last":
+        return None
+    if not step.isdigit() or int(step) not in known:
+        raise UserError(f"--step must be best, last or a step that {path} holds ({', '.join(map(str, known))}), got {step!r}.")
+    return int(step)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m effattn_jax.generate", description=__doc__.partition("\n")[0])
+    parser.add_argument("run", help="run folder, such as runs/quickstart")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--tokens", type=int, default=300, help="number of tokens to add (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the most probable tokens that hold this probability")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: %(default)s)")
+    parser.add_argument("--step", default="best", help="best, last or a number (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

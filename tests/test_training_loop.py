@@ -1,0 +1,266 @@
+"""The run: what it writes, how it stops, and that it goes on bit by bit where it stopped."""
+
+import os
+import shutil
+import signal
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_runs import assert_same, final_state, losses, rows, tiny
+
+from effattn_jax.training import Interrupted, UserError, train
+from effattn_jax.training.checkpoints import Checkpoints
+from effattn_jax.training.folder import RunFolder
+from effattn_jax.training.metrics import COLUMNS
+from effattn_jax.training.reports import Reporter
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run of eight steps without interruption."""
+    config = tiny(tmp_path_factory.mktemp("reference") / "run")
+    train(config)
+    return config
+
+
+def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
+    """Send this process a signal as soon as the loop reports a step."""
+    report = Reporter.step
+
+    def reporting(self, done, numbers):
+        report(self, done, numbers)
+        if done == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Reporter, "step", reporting)
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+def test_run_folder(tmp_path):
+    config = tiny(tmp_path / "run", sample_tokens=20, tensorboard=True, eval_every=4, log_every=3)
+    values = train(config)
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "dataset.json", "finished.json", "metrics.csv", "metrics.jsonl", "samples.txt", "loss.png"} <= names
+    assert {"6", "8"} <= names and any(name.startswith("events.out") for name in names)
+    table = rows(folder)
+    assert tuple(table[0]) == COLUMNS and COLUMNS[0] == "step"
+    assert [row["step"] for row in table] == ["3", "4", "6", "8"]
+    assert [row["step"] for row in table if row["val/loss"]] == ["4", "8"]
+    last = {name: float(table[-1][name]) for name in ("val/loss", "val/bits_per_byte", "val/accuracy")}
+    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] / np.log(2), rtol=1e-6)
+    np.testing.assert_allclose([values[name] for name in last], list(last.values()), rtol=1e-6)
+    assert (folder / "samples.txt").read_text(errors="replace").count("=== step") == 2
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_run_says_so(reference, capsys):
+    run = RunFolder(reference.train.run_dir)
+    assert "8 steps, validation loss" in run.finished(8)
+    assert run.finished(9) is None
+
+
+def test_best_and_the_two_newest_are_kept(tmp_path, monkeypatch):
+    planned = {2: 5.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 2.0}
+    evaluate = Reporter.evaluate
+    monkeypatch.setattr(Reporter, "evaluate", lambda self, step, params: evaluate(self, step, params) | {"val/loss": planned[step]})
+    config = tiny(tmp_path / "run", steps=10, checkpoint_every=2, eval_every=2)
+    train(config)
+    with Checkpoints(RunFolder(config.train.run_dir, writes=False)) as checkpoints:
+        assert checkpoints.steps() == [4, 8, 10]
+        assert checkpoints.best() == 4
+
+
+def test_classification_and_answers(tmp_path):
+    config = tiny(tmp_path / "digits", data={"task": "digits", "context": 64}, sample_tokens=1)
+    train(config)
+    assert float(rows(tmp_path / "digits")[-1]["val/accuracy"]) >= 0
+    assert "expected" in (tmp_path / "digits" / "samples.txt").read_text()
+    train(tiny(tmp_path / "mqar", data={"task": "mqar", "context": 32, "vocab_size": 64}, sample_tokens=1))
+    assert "model" in (tmp_path / "mqar" / "samples.txt").read_text()
+
+
+def test_profile_window(tmp_path):
+    train(tiny(tmp_path / "run", steps=4, profile_steps="1,3"))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+# ---------------------------------------------------------------- the same numbers in other ways
+
+
+def test_accumulation_remat_and_scan_change_nothing_but_rounding(tmp_path, reference):
+    options = {"dropout": 0.0}
+    train(tiny(tmp_path / "plain", model=options, steps=4))
+    train(tiny(tmp_path / "parts", model=options, steps=4, microbatches=4))
+    train(tiny(tmp_path / "remat", model=options | {"remat": True}, steps=4))
+    plain = [float(row["train/loss"]) for row in rows(tmp_path / "plain")]
+    for other in ("parts", "remat"):
+        np.testing.assert_allclose([float(row["train/loss"]) for row in rows(tmp_path / other)], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_bfloat16_and_every_optimizer(tmp_path, optimizer):
+    model = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
+    config = tiny(tmp_path / "run", model=model, optim={"name": optimizer, "learning_rate": 1e-3}, steps=4)
+    train(config)
+    state = final_state(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} <= {np.dtype("float32"), np.dtype("int32")}
+    assert np.isfinite([float(row["train/loss"]) for row in rows(tmp_path / "run")]).all()
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (5, signal.SIGINT), (6, signal.SIGTERM)])
+def test_resumes_bit_by_bit(tmp_path, monkeypatch, reference, step, number):
+    config = tiny(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, step, number)
+        with pytest.raises(Interrupted, match="is saved, the same command goes on") as stop:
+            train(config)
+    assert stop.value.code == 128 + number
+    with open(tmp_path / "run" / "metrics.csv", "a") as file:
+        file.write("7,99.0,1.0\n8,0.1")  # a row after the saved step, and one that a kill cut short
+    train(config)
+    assert_same(final_state(config), final_state(reference))
+    assert losses(tmp_path / "run") == losses(RunFolder(reference.train.run_dir).path)
+
+
+def damage_by_truncation(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damage_by_deletion(folder):
+    shutil.rmtree(folder / "state" / "ocdbt.process_0")
+    shutil.rmtree(folder / "state" / "d")
+
+
+def damage_by_one_bit(folder):
+    file = max(folder.glob("state/ocdbt.process_0/d/*"), key=lambda f: f.stat().st_size)
+    contents = bytearray(file.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    file.write_bytes(contents)
+
+
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_deletion, damage_by_one_bit, shutil.rmtree])
+def test_damaged_newest_checkpoint(tmp_path, reference, damage):
+    shutil.copytree(reference.train.run_dir, tmp_path / "run")
+    config = tiny(tmp_path / "run")
+    damage(tmp_path / "run" / "8")
+    assert RunFolder(config.train.run_dir).finished(8) is None or damage is damage_by_one_bit
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        train(config)
+    said = [str(w.message) for w in seen if "is damaged" in str(w.message)]
+    assert damage is shutil.rmtree or "checkpoint 8 is damaged" in said[0]
+    assert (tmp_path / "run" / "8.damaged").exists() == (damage is not shutil.rmtree)
+    assert_same(final_state(config), final_state(reference))
+
+
+@pytest.mark.parametrize(("before", "after"), [({"data": 1}, {"data": 4}), ({"data": 2, "fsdp": 2}, {"data": 1})])
+def test_goes_on_with_another_number_of_devices(tmp_path, monkeypatch, reference, before, after):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(Interrupted):
+            train(tiny(tmp_path / "run", mesh=before))
+    train(tiny(tmp_path / "run", mesh=after))
+    here, there = (np.array([float(row["train/loss"]) for row in rows(RunFolder(f).path)]) for f in (tmp_path / "run", reference.train.run_dir))
+    np.testing.assert_allclose(here, there, rtol=1e-5)
+
+
+def test_longer_run_with_a_constant_schedule(tmp_path):
+    optim = {"schedule": "constant"}
+    train(tiny(tmp_path / "run", optim=optim, steps=4))
+    train(tiny(tmp_path / "run", optim=optim, steps=8))
+    straight = tiny(tmp_path / "straight", optim=optim, steps=8)
+    train(straight)
+    assert_same(final_state(tiny(tmp_path / "run", optim=optim)), final_state(straight))
+    with pytest.raises(UserError, match="train.steps: 8 -> 9"):
+        train(tiny(tmp_path / "straight", steps=9))
+
+
+def test_edited_text_is_another_run(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("to be or not to be, that is the question. " * 20)
+    train(tiny(tmp_path / "run", data={"path": str(text)}, steps=2))
+    moved = text.rename(tmp_path / "moved.txt")
+    train(tiny(tmp_path / "run", data={"path": str(moved)}, steps=2))
+    moved.write_text("whether 'tis nobler in the mind to suffer. " * 20)
+    with pytest.raises(UserError, match="contents of the data"):
+        train(tiny(tmp_path / "run", data={"path": str(moved)}, steps=2))
+
+
+# ---------------------------------------------------------------- what can go wrong on the way
+
+
+def test_nan_stops_with_the_last_good_state(tmp_path, monkeypatch, reference):
+    from effattn_jax.training.tasks import LanguageTask
+
+    loss = LanguageTask.loss
+    bad = _token_that_only_step_has(reference, 5)
+
+    def poisoned(self, params, batch, key):
+        total, weight = loss(self, params, batch, key)
+        return total + jnp.where(jnp.all(batch["tokens"] == bad), jnp.nan, 0.0), weight
+
+    config = tiny(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageTask, "loss", poisoned)
+        for _ in range(2):  # starting it again meets the same step again
+            with pytest.raises(UserError, match="step 6: the loss is nan .* the state before it is kept as step 5"):
+                train(config)
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "3", "4", "5"]
+    train(config)  # the cause removed, the run ends as if nothing had been
+    assert_same(final_state(config), final_state(reference))
+
+
+def _token_that_only_step_has(config, step):
+    from effattn_jax.data import load
+
+    return load(config.data).batch(config.train.seed, step)["tokens"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk(tmp_path, monkeypatch, reference):
+    from effattn_jax.training import metrics
+
+    config = tiny(tmp_path / "run")
+    write = metrics.Metrics.write
+
+    def full(self, step, values):
+        if step == 5:
+            self._csv = open("/dev/full", "a")
+        write(self, step, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Metrics, "write", full)
+        with pytest.raises(UserError, match="No space left on device.*newest complete checkpoint is step 3"):
+            train(config)
+    train(config)
+    assert_same(final_state(config), final_state(reference))
+
+
+def test_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, reference):
+    import orbax.checkpoint as ocp
+
+    config = tiny(tmp_path / "run")
+    save = ocp.CheckpointManager.save
+
+    def full(self, step, **options):
+        if step == 6:
+            raise OSError(28, "No space left on device")
+        return save(self, step, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(UserError, match="checkpoint 6 could not be written.*No space left.*complete checkpoint is step 3"):
+            train(config)
+    train(config)
+    assert_same(final_state(config), final_state(reference))

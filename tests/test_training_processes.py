@@ -1,0 +1,108 @@
+"""Runs in processes of their own: two that train together, and kills at random moments."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import final_state, rows
+
+from benchmarks import kill_resume
+from effattn_jax.generate import main as generate
+from effattn_jax.training import cli
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--model.layers", "1", "--model.width", "32", "--model.heads", "2", "--data.batch-size", "8", "--data.context", "32"]
+SHORT = ["--train.steps", "6", "--train.eval-every", "3", "--train.log-every", "1", "--optim.warmup-steps", "2", "--train.sample-tokens", "8"]
+
+
+def start(folder, *arguments, devices=1):
+    command = [sys.executable, "train.py", "quickstart", *SMALL, *SHORT, "--train.run-dir", str(folder), *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run in one process, and what it printed."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    out, err = (process := start(folder)).communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out
+
+
+@pytest.mark.parametrize("mesh", [[], ["--mesh.data", "1", "--mesh.fsdp", "2"]], ids=["data", "fsdp"])
+def test_two_processes_train_as_one(tmp_path, alone, mesh):
+    flags = ["--mesh.coordinator", f"127.0.0.1:{free_port()}", "--mesh.num-processes", "2", *mesh]
+    processes = [start(tmp_path / "run", *flags, "--mesh.process-id", str(i)) for i in range(2)]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "in 2 processes" in outputs[0][0] and "step" not in outputs[1][0]
+    for name in ("train/loss", "val/loss"):
+        here, there = ([float(row[name]) for row in rows(f) if row[name]] for f in (tmp_path / "run", alone[0]))
+        np.testing.assert_allclose(here, there, rtol=1e-5)
+
+
+def test_output_without_a_terminal_is_plain(alone):
+    folder, out = alone
+    assert "\x1b" not in out and "total" in out and "finished: 6 steps, validation loss" in out
+    assert "step 1/6  loss" in out
+
+
+def test_finished_run_started_again_says_so(alone, capsys):
+    folder, _ = alone
+    arguments = [*SMALL, *SHORT, "--train.run-dir", str(folder)]
+    assert cli.main(ROOT / "configs", arguments) == 0
+    assert "quickstart is finished already: 6 steps" in capsys.readouterr().out
+
+
+def test_generate_from_a_run(alone, capsys):
+    folder, _ = alone
+    texts = []
+    for options in (["--seed", "1"], ["--seed", "1"], ["--seed", "2", "--top-k", "20", "--top-p", "0.9", "--step", "last"]):
+        assert generate([str(folder), "--prompt", "The ", "--tokens", "50", *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2] and all(text.startswith("The ") and len(text) > 20 for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/run"], "is no run folder"),
+        (["RUN", "--step", "77"], "must be best, last or a step that"),
+        (["RUN", "--prompt", ""], "the prompt is empty"),
+        (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
+        (["RUN", "--tokens", "-1"], "must not be negative, got -1"),
+    ],
+)
+def test_generate_mistakes(alone, capsys, arguments, message):
+    assert generate([str(alone[0]) if word == "RUN" else word for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_generate_refuses_a_classifier(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "dataset.json").write_text(json.dumps({"kind": "classification"}))
+    assert generate([str(tmp_path)]) == 2
+    assert "writes no text" in capsys.readouterr().err
+
+
+def test_kills_leave_no_trace(tmp_path):
+    points = kill_resume.measure(tmp_path, points=2, steps=40)
+    assert all(point.same_state and point.same_losses for point in points), points
+
+
+def test_final_state_is_that_of_the_run(alone):
+    config = cli.parse(cli.load_preset(ROOT / "configs", "quickstart"), "quickstart", [*SMALL, *SHORT, "--train.run-dir", str(alone[0])])
+    assert int(final_state(config).step) == 6
