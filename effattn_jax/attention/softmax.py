@@ -62,7 +62,7 @@ def _with_state(call: Call, state: caches.Cache | None, valid: jax.Array | None,
         end = grown.key.shape[1] if grown.length is None else grown.length
         seen = grown.valid
         if grown.length is not None:
-            seen = seen & (jnp.arange(seen.shape[1]) < grown.length)
+            seen = seen & (jnp.arange(seen.shape[1])[None] < grown.length)
         marks = Marks(jnp.asarray(end - call.query.shape[1], jnp.int32), None, seen, q_ids, grown.segment)
         full = call._replace(key=grown.key.astype(call.key.dtype), value=grown.value.astype(call.value.dtype))
         after = grown
