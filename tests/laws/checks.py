@@ -34,12 +34,12 @@ def rms(array) -> float:
 def assert_close(actual, expected, tolerance: float, what: str = "output") -> None:
     """Leaf by leaf: RMS(actual - expected) <= tolerance * RMS(expected).
 
-    A leaf far smaller than the tree's largest (a gradient that cancels to nearly nothing) is measured against a thousandth of
-    the largest, for there rounding is relative to what cancelled.
+    A leaf far smaller than the tree's largest (a gradient that cancels to nothing, as query's with one key to see) is measured
+    against a hundredth of the largest, for there rounding is relative to what cancelled.
     """
     actual_leaves, expected_leaves = jax.tree.leaves(actual), jax.tree.leaves(expected)
     assert len(actual_leaves) == len(expected_leaves), f"{what}: {len(actual_leaves)} leaves, expected {len(expected_leaves)}"
-    floor = 1e-3 * max([rms(leaf) for leaf in expected_leaves], default=0.0)
+    floor = 1e-2 * max([rms(leaf) for leaf in expected_leaves], default=0.0)
     for index, (a, e) in enumerate(zip(actual_leaves, expected_leaves)):
         a, e = np.asarray(a), np.asarray(e)
         assert a.shape == e.shape, f"{what}[{index}]: shape {a.shape}, expected {e.shape}"
@@ -88,7 +88,7 @@ def probe(tree, seed: int = 1):
     return total
 
 
-def value_and_grads(function, tree):
+def value_and_grads(function, tree, compiled=True):
     """(function(tree), gradients of its probe by the real and complex leaves of tree), in one compiled program."""
     floats, rebuild = split_floats(tree)
 
@@ -96,7 +96,8 @@ def value_and_grads(function, tree):
         output = function(rebuild(floats))
         return probe(output), output
 
-    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+    both = jax.value_and_grad(loss, has_aux=True)
+    (_, output), grads = (jax.jit(both) if compiled else both)(floats)
     return output, grads
 
 
@@ -112,6 +113,6 @@ def widened(tree):
 
 
 def oracle(reference, tree):
-    """Values and gradients of a naive reference in float64, as NumPy arrays."""
+    """Values and gradients of a naive reference in float64, as NumPy arrays; op by op, for XLA is slow on loops written out."""
     with x64():
-        return jax.tree.map(np.asarray, value_and_grads(reference, widened(tree)))
+        return jax.tree.map(np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree)), compiled=False))

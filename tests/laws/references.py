@@ -82,16 +82,27 @@ def restarts(segment_ids):
     return segment_ids != before
 
 
-def gated_linear(inputs, *, mask=None, segment_ids=None, is_causal=True):
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T, o_t = S_t^T q_t; a masked key is not added."""
-    assert is_causal
-    keep = None if mask is None else jnp.broadcast_to(four_axes(mask), (inputs["key"].shape[0], 1, 1, inputs["key"].shape[1]))[:, 0, 0, :]
-    key = inputs["key"] if keep is None else jnp.where(keep[..., None, None], inputs["key"], 0.0)
-    return outer_product({**inputs, "key": key}, segment_ids=segment_ids)
+def gated_linear(inputs, **pattern):
+    """o_i = sum_j (q_i * exp(decays from j to i)) . k_j v_j: g_{j+1} + ... + g_i for j <= i, and g_i + ... + g_{j-1} for later keys."""
+    query, key, value, decay = (inputs[name] for name in ("query", "key", "value", "log_decay"))
+    heads, T, S = query.shape[2], query.shape[1], key.shape[1]
+    key, value = spread(key, heads), spread(value, heads)
+    decay = decay[..., None] if decay.ndim == 3 else decay
+    sums = jnp.concatenate([jnp.zeros_like(decay[:, :1]), jnp.cumsum(decay, axis=1)], axis=1)  # entry t: g_0 + ... + g_{t-1}
+    i, j = np.maximum(np.arange(T)[:, None] + (S - T), -1), np.arange(S)[None, :]
+    back = sums[:, np.broadcast_to(i + 1, (T, S))] - sums[:, np.broadcast_to(j + 1, (T, S))]
+    ahead = sums[:, np.broadcast_to(j, (T, S))] - sums[:, np.broadcast_to(np.maximum(i, 0), (T, S))]
+    between = jnp.where((j <= i)[None, :, :, None, None], back, ahead)
+    weights = jnp.einsum("btnh,btsnh,bsnh->bnts", query, jnp.exp(jnp.broadcast_to(between, (*between.shape[:4], key.shape[3]))), key)
+    return jnp.einsum("bnts,bsnv->btnv", jnp.where(allowed(inputs, **pattern), weights, 0.0), value)
 
 
-def outer_product(inputs, *, segment_ids=None):
-    """The same recurrence with any number of query heads to a key head."""
+def outer_product(inputs, *, normalize=False, segment_ids=None):
+    """The same recurrence with any number of query heads to a key head; normalised by q.z with z the state of values of one."""
+    if normalize:
+        ones = jnp.ones_like(inputs["value"][..., :1])
+        both = outer_product({**inputs, "value": jnp.concatenate([inputs["value"], ones], -1)}, segment_ids=segment_ids)
+        return both[..., :-1] / jnp.where(both[..., -1:] == 0, 1.0, both[..., -1:])
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
     decay = inputs.get("log_decay")
@@ -132,11 +143,12 @@ REFERENCES = {
     "diagonal": diagonal,
     "diagonal_complex": diagonal,
     "outer_product": outer_product,
-    "outer_product_scalar_decay": outer_product,
+    "outer_product_decay": outer_product,
+    "outer_product_feature_decay": outer_product,
 }
 
 
-LOOPED = (gated_linear, outer_product, diagonal)
+LOOPED = (outer_product, diagonal)
 
 
 def is_looped(subject: Subject) -> bool:

@@ -2,7 +2,7 @@
 
 A law is written once, against `Subject`; a new line of `MIXERS` or `RECURRENCES` is tested with no new test code. What a
 member can do beyond the contract is read from its signature (options such as `window`) or found by asking it once
-(`bidirectional`, `crosswise`): a refusal must be a ValueError, anything else fails where it happens.
+(`bidirectional`, `crosswise`): a refusal must be a ValueError that names the matter; with anything else the law is tried, and fails.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ OPTION_SAMPLES: dict[str, tuple] = {
     "logits_soft_cap": (1.5,),
     "normalize": (False,),
 }
-CHUNK = 4  # so that a dozen steps make several chunks and a ragged last one
+CHUNK = 4  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,7 +53,20 @@ class Subject:
     @property
     def forms(self) -> tuple[dict, ...]:
         """The table's forms, with chunks small enough that a dozen steps fill several."""
-        return tuple({**form, "chunk_size": CHUNK} if "chunk_size" in form else form for form in self.entry.forms)
+        small = [{**form, "chunk_size": min(form["chunk_size"], CHUNK)} if "chunk_size" in form else form for form in self.entry.forms]
+        return tuple(form for index, form in enumerate(small) if form not in small[:index])
+
+    @functools.cached_property
+    def stateful_forms(self) -> tuple[dict, ...]:
+        """The forms that take and give a state; a parallel form may refuse, by a ValueError that says so."""
+        inputs = self.inputs(length=3)
+        return tuple(form for form in self.forms if not _refuses(self, inputs, "state", return_state=True, **form))
+
+    @functools.cached_property
+    def distinct_forms(self) -> tuple[dict, ...]:
+        """One stateful form of each implementation, whatever the chunks."""
+        kinds = {form.get("implementation"): form for form in reversed(self.stateful_forms)}
+        return tuple(kinds.values())[::-1]
 
     @property
     def variants(self) -> tuple[dict, ...]:
@@ -61,8 +74,14 @@ class Subject:
         options = [{}]
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
-                options += [{option: sample} for sample in samples]
+                default = inspect.signature(self.function).parameters[option].default
+                options += [{option: sample} for sample in samples if sample != default]
         return tuple(options)
+
+    @property
+    def carries_ids(self) -> bool:
+        """Does a state know its last segment id? A recurrence's is the bare array of DESIGN's conventions, so it belongs to the next id."""
+        return self.is_mixer
 
     def inputs(self, *, seed=0, batch=2, length=9, keys=None, heads=4, kv_heads=2, head_dim=4, value_dim=3, dtype=np.float32):
         """Arrays by argument name, time on axis 1 of each; `keys` gives another length to key and value."""
@@ -78,7 +97,7 @@ class Subject:
         }
         arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
         if self.entry.extras is not None:
-            extras = self.entry.extras(jax.random.key(seed), arrays["query"])
+            extras = self.entry.extras(jax.random.key(seed), np.zeros((batch, keys, heads, head_dim), dtype))
             arrays |= {name: np.asarray(array) for name, array in extras.items()}
         return arrays
 
@@ -98,17 +117,21 @@ class Subject:
 
     @functools.cached_property
     def crosswise(self) -> bool:
-        """Does it take keys of another length than the queries'?"""
-        return self.is_mixer and self.entry.extras is None
+        """Does it take keys of another length than the queries'? Its extras then have one entry a key."""
+        return self.is_mixer and not _refuses(self, self.inputs(length=2, keys=3), "length")
+
+    @functools.cached_property
+    def takes_pairs_of_ids(self) -> bool:
+        """Does it take other segment ids for keys than for queries?"""
+        ids = tuple(np.zeros((2, 3), np.int32) for _ in "qk")
+        return self.bidirectional and not _refuses(self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids)
 
 
 def _refuses(subject: Subject, inputs: dict, word: str, **options) -> bool:
     try:
         jax.eval_shape(functools.partial(subject.call, **options), inputs)
     except ValueError as error:
-        if word not in str(error):
-            raise
-        return True
+        return word in str(error)
     return False
 
 
@@ -147,20 +170,30 @@ def label(options: dict) -> str:
 
 def by_form(subjects=SUBJECTS) -> list:
     """(subject, form) pairs with readable ids, for `pytest.mark.parametrize`."""
-    return [_param(subject, form) for subject in subjects for form in subject.forms]
+    return [param(subject, form) for subject in subjects for form in subject.forms]
+
+
+def by_stateful_form(subjects=SUBJECTS) -> list:
+    """The same over the forms that hand states on."""
+    return [param(subject, form) for subject in subjects for form in subject.stateful_forms]
+
+
+def by_table_form(subjects=SUBJECTS) -> list:
+    """The same with chunks as long as the table says."""
+    return [param(subject, form) for subject in subjects for form in subject.entry.forms]
 
 
 def by_variant_and_form(subjects=SUBJECTS) -> list:
-    """(subject, variant, form) triples with readable ids."""
+    """(subject, variant, form) triples with readable ids; each option with the longest-chunked form of each implementation."""
     return [
-        _param(subject, variant, form)
+        param(subject, variant, form)
         for subject in subjects
         for variant in subject.variants
-        for form in subject.forms
+        for form in (subject.distinct_forms if variant else subject.forms)
     ]
 
 
-def _param(subject: Subject, *options: dict):
+def param(subject: Subject, *options: dict):
     import pytest
 
     return pytest.param(subject, *options, id="-".join([subject.name, *map(label, options)]))

@@ -29,7 +29,7 @@ A tick means that every form of the member passes, in one call that hands a stat
 
 def outcome(subject, name: str) -> str:
     """A tick, or the first failure."""
-    for form in subject.forms:
+    for form in transformations.forms_of(subject, name):
         try:
             transformations.CHECKS[name](subject, form)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is what the table has to show

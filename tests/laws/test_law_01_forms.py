@@ -9,7 +9,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from . import checks, references
-from .subjects import MIXER_SUBJECTS, SUBJECTS, by_form, by_variant_and_form, label, stepwise, time_slice
+from .subjects import (
+    MIXER_SUBJECTS,
+    RECURRENCE_SUBJECTS,
+    SUBJECTS,
+    by_form,
+    by_stateful_form,
+    by_table_form,
+    by_variant_and_form,
+    label,
+    stepwise,
+    time_slice,
+)
 
 DTYPES = [pytest.param(np.float32, id="float32"), pytest.param(np.float64, id="float64")]
 LENGTH = 11
@@ -61,7 +72,7 @@ def test_steps_equal_reference(subject, variant, dtype):
     check_against_reference(subject, variant, length, dtype, function)
 
 
-@pytest.mark.parametrize("subject, form", by_form())
+@pytest.mark.parametrize("subject, form", by_stateful_form())
 def test_states_and_their_gradients_agree_with_the_steps(subject, form):
     """From one initial state: outputs, final state, and gradients by inputs and initial state equal those of the steps."""
     with checks.x64():
@@ -81,18 +92,28 @@ def test_states_and_their_gradients_agree_with_the_steps(subject, form):
         assert jax.tree.structure(actual[0]) == jax.tree.structure(expected[0])
 
 
-@pytest.mark.parametrize("subject, form", by_form())
+@pytest.mark.parametrize("subject, form", by_table_form())
 def test_many_chunks_equal_reference(subject, form):
     """A length of several default chunks and a ragged one, as users call it."""
     inputs = subject.inputs(length=150, batch=1, heads=2, kv_heads=1)
-    table_form = subject.entry.forms[subject.forms.index(form)]
-    actual = checks.value_and_grads(functools.partial(subject.call, **table_form), inputs)
+    actual = checks.value_and_grads(functools.partial(subject.call, **form), inputs)
     if references.is_looped(subject):
         with checks.x64():
             expected = checks.value_and_grads(functools.partial(subject.call, **subject.forms[0]), checks.widened(inputs))
             expected = jax.tree.map(np.asarray, expected)
     else:
         expected = checks.oracle(references.reference_of(subject), inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in RECURRENCE_SUBJECTS if "normalize" in s.parameters)))
+def test_normalised_recurrences(subject, form):
+    """With positive queries and keys, as feature maps make them, so that the normaliser stays away from 0."""
+    inputs = subject.inputs(length=LENGTH)
+    inputs |= {name: np.abs(inputs[name]) for name in ("query", "key")}
+    actual = checks.value_and_grads(functools.partial(subject.call, normalize=True, **form), inputs)
+    expected = checks.oracle(functools.partial(references.reference_of(subject), normalize=True), inputs)
     checks.assert_close(actual[0], expected[0], checks.OUTPUT)
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
 
@@ -131,7 +152,8 @@ def test_random_problems_equal_reference(subject, problem):
         options["mask"] = rng.random((B, 1, 1, S)) < 0.7
     if problem["segmented"]:
         ids = np.sort(rng.integers(0, 3, (B, max(S, T))), axis=1).astype(np.int32)
-        options["segment_ids"] = ids if T == S else (ids[:, :T], ids[:, :S])
+        if T == S or subject.takes_pairs_of_ids:
+            options["segment_ids"] = ids if T == S else (ids[:, :T], ids[:, :S])
     form = subject.forms[problem["seed"] % len(subject.forms)]
     actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
     expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)

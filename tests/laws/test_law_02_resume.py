@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from . import checks, references
-from .subjects import MIXER_SUBJECTS, SUBJECTS, by_variant_and_form, label, slice_key, time_slice
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_stateful_form, label, param, slice_key, time_slice
 
-LENGTH, TAIL = 9, 2
+LENGTH, TAIL = 7, 2
 TOTAL = LENGTH + TAIL
-SEGMENTS = np.array([[5, 5, 5, 0, 0, 0, 0, 0, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4]], np.int32)
-KEY_MASK = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 1, 0, 1], [0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1]], bool)[:, None, None, :]
+SEGMENTS = np.array([[5, 5, 5, 0, 0, 0, 0, 0, 2], [1, 1, 1, 1, 1, 4, 4, 4, 4]], np.int32)
+BOUNDARIES = (3, 5)
+KEY_MASK = np.array([[0, 1, 1, 0, 1, 1, 1, 0, 1], [0, 0, 0, 1, 1, 0, 1, 1, 1]], bool)[:, None, None, :]
 
 
 def chain(subject, inputs, split: int, *, per_call=None, state=None, **options):
@@ -36,7 +37,13 @@ def expected(subject, variant: str, situation: str):
     return checks.oracle(functools.partial(references.reference_of(subject), **options), subject.inputs(length=TOTAL))
 
 
-SITUATIONS = {"plain": {}, "segments": {"segment_ids": SEGMENTS}, "key_mask": {"mask": KEY_MASK}}
+SITUATIONS = {
+    "plain": {},
+    "segments": {"segment_ids": SEGMENTS},
+    "key_mask": {"mask": KEY_MASK},
+    "both": {"segment_ids": SEGMENTS, "mask": KEY_MASK},
+}
+EVERY, FEW = range(LENGTH + 1), (0, 1, 4)
 
 
 def check(subject, variant, situation, split, form, gradients=True):
@@ -51,24 +58,30 @@ def check(subject, variant, situation, split, form, gradients=True):
     checks.assert_close(actual[1], slopes, checks.GRADIENT, f"gradient, split at {split}")
 
 
-@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
-def test_every_split(subject, variant, form):
-    for split in range(LENGTH + 1):
-        check(subject, variant, "plain", split, form, gradients=split in (0, 1, 6, LENGTH))
+@pytest.mark.parametrize("subject, form", by_stateful_form())
+def test_every_split(subject, form):
+    for split in EVERY:
+        check(subject, {}, "plain", split, form, gradients=split in (1, 6))
 
 
-@pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
-def test_every_split_with_segments(subject, variant, form):
-    """Splits inside segments and on their boundaries: a resumed call continues the last segment or starts the next."""
-    for split in range(LENGTH + 1):
-        check(subject, variant, "segments", split, form, gradients=split in (3, 6))
+@pytest.mark.parametrize("subject, form", by_stateful_form())
+def test_every_split_with_segments_and_key_masks(subject, form):
+    """Splits inside segments and on their boundaries: a resumed call continues the last segment or starts the next.
+
+    The mask of each call covers that call's keys; masked keys stay masked in every later call.
+    """
+    situation = "both" if subject.is_mixer else "segments"
+    for split in EVERY if subject.carries_ids else set(EVERY).difference(BOUNDARIES):
+        check(subject, {}, situation, split, form, gradients=split in (4, 5))
 
 
-@pytest.mark.parametrize("subject, variant, form", by_variant_and_form(MIXER_SUBJECTS))
-def test_every_split_with_a_key_mask(subject, variant, form):
-    """The mask of each call covers that call's keys; masked keys stay masked in every later call."""
-    for split in range(LENGTH + 1):
-        check(subject, variant, "key_mask", split, form, gradients=split in (3, 6))
+@pytest.mark.parametrize("situation", ["plain", "both"])
+@pytest.mark.parametrize(
+    "subject, variant, form", [param(s, v, f) for s in MIXER_SUBJECTS for v in s.variants[1:] for f in s.distinct_forms]
+)
+def test_options_too(subject, variant, form, situation):
+    for split in FEW:
+        check(subject, variant, situation, split, form, gradients=split == 4)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=repr)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from . import checks
-from .subjects import MIXER_SUBJECTS, by_form, by_variant_and_form, time_slice
+from .subjects import MIXER_SUBJECTS, by_form, by_stateful_form, by_table_form, by_variant_and_form, time_slice
 
 FUTURES = {"x100": lambda x: 100 * x, "nan": lambda x: x * np.nan, "inf": lambda x: x * 0 + np.inf, "-inf": lambda x: x * 0 - np.inf}
 
@@ -38,12 +38,11 @@ def test_every_position_of_a_short_row(subject, variant, form):
     check_future(function, inputs, range(1, 11))
 
 
-@pytest.mark.parametrize("subject, form", by_form())
+@pytest.mark.parametrize("subject, form", by_table_form())
 def test_borders_of_the_table_chunks(subject, form):
     """The chunk length the table names, or the kernel's own choice, at T = 300."""
-    table_form = subject.entry.forms[subject.forms.index(form)]
     inputs = subject.inputs(length=300, batch=1, heads=2, kv_heads=1)
-    check_future(jax.jit(functools.partial(subject.call, **table_form)), inputs, (1, 15, 16, 17, 64, 100, 128, 255, 256, 299))
+    check_future(jax.jit(functools.partial(subject.call, **form)), inputs, (1, 15, 16, 17, 64, 100, 128, 255, 256, 299))
 
 
 @pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MIXER_SUBJECTS if s.crosswise)))
@@ -57,7 +56,7 @@ def test_fewer_queries_than_keys(subject, form):
     checks.assert_close(function(inputs), whole({**inputs, "query": query})[:, 7:], checks.OUTPUT)
 
 
-@pytest.mark.parametrize("subject, form", by_form())
+@pytest.mark.parametrize("subject, form", by_stateful_form())
 def test_resumed_calls_too(subject, form):
     """With a state handed in, the same bits again, and the state of the past does not change."""
     inputs = subject.inputs(length=9)

@@ -74,7 +74,7 @@ def test_another_document_changes_nothing(subject, form):
     checks.assert_identical(output[:, IDS[0] != 9], clean[:, IDS[0] != 9])
 
 
-@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in BIDIRECTIONAL if s.crosswise)))
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in BIDIRECTIONAL if s.takes_pairs_of_ids)))
 def test_pairs_of_ids_for_cross_attention(subject, form):
     """(query ids, key ids): a query sees the keys of its own id only; an id without keys gives 0."""
     query_ids = np.array([[1, 1, 2, 2, 2, 4, 4], [3, 3, 3, 3, 5, 5, 5]], np.int32)
