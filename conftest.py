@@ -1,6 +1,5 @@
 """What every test and doctest runs under: eight simulated CPU devices, a compilation cache, and no silent broadcasting of ranks."""
 
-import contextlib
 import os
 import pathlib
 
@@ -28,17 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"error::{category}:{module}")
 
 
-def double_precision() -> contextlib.AbstractContextManager:
-    """A context in which jax computes in float64, by whichever name this jax has for it."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(True)
-    from jax.experimental import enable_x64  # jax < 0.8
-
-    return enable_x64()
-
-
 @pytest.fixture
 def x64():
     """The test runs in float64."""
+    from tests.laws.checks import x64 as double_precision
+
     with double_precision():
         yield
