@@ -14,8 +14,8 @@ from effattn_jax.models.config import ModelConfig
 from effattn_jax.models.inputs import InputEmbedding, check_length, count_positions
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
-from effattn_jax.nn.layers import float32_product
 from effattn_jax.nn.mixer import check_inputs
+from effattn_jax.nn.products import float32_product
 
 
 class LanguageState(NamedTuple):
@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
     def _head(self, x_BxTxD):
         init = nn.initializers.variance_scaling(0.04, "fan_in", "normal")  # small logits: the first loss is about ln A
         kernel = partial(nn.Dense, use_bias=False, dtype=self.config.dtype, param_dtype=self.config.param_dtype)
-        return kernel(self.vocab_size, kernel_init=init, dot_general=_float32_dot_general, name="head")(x_BxTxD)
+        return kernel(self.vocab_size, kernel_init=init, dot_general=float32_product, name="head")(x_BxTxD)
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int) -> LanguageState:
@@ -125,11 +125,6 @@ class LanguageModel(nn.Module):
     ) -> tuple[jax.Array, LanguageState]:
         """(logits, state) after more tokens: what `decoding.generate` takes as its step."""
         return self.apply({"params": params}, tokens_BxT, state=state, return_state=True, **inputs)
-
-
-def _float32_dot_general(x, kernel, dimension_numbers, precision=None, **_):
-    del dimension_numbers, precision  # a Dense layer's: last axis by first
-    return float32_product(x, kernel)
 
 
 def _advance(tokens_BxT, positions, mask, segment_ids, state):

@@ -23,7 +23,6 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         gates=("log_decay",),
         head_norm=True,
         output_gate=True,
-        both_directions=True,
     ),
     "min_gru": MinGRU,
 }

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax.nn.products import dense_product, float32_product
+
 EMBEDDING_STD = 0.02
 
 
@@ -58,7 +60,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        dense = partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype, param_dtype=self.param_dtype)
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype, "dot_general": dense_product}
+        dense = partial(nn.Dense, use_bias=self.use_bias, **options)
         init, output_init = (
             nn.initializers.variance_scaling(s**2, "fan_in", "normal") for s in (1.0, self.output_scale)
         )
@@ -107,9 +110,3 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> logits (..., A), float32."""
         return float32_product(x.astype(self.dtype), self.embedding.astype(self.dtype).T)
-
-
-def float32_product(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-    """x (..., D) @ kernel (D, A) with float32 sums and result (float64 for float64), whatever the operands' type."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)

@@ -6,6 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax.nn.products import dense_product
+
 
 class SequenceMixer(nn.Module):
     """Base of every sequence mixer: tokens exchange information along time, (B, T, D) -> (B, T, D).
@@ -66,6 +68,7 @@ class SequenceMixer(nn.Module):
             use_bias=self.use_bias if use_bias is None else use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general=dense_product,
             kernel_init=nn.initializers.variance_scaling(scale**2, "fan_in", "normal"),
             name=name,
         )

@@ -31,7 +31,6 @@ class MultiHeadAttention(SequenceMixer):
         each feature of a head (GLA, arXiv 2312.06635).
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
       output_gate: whether the output is multiplied by silu(x W_gate) before W_out.
-      both_directions: the bidirectional form is a forward and a reversed pass, for kernels that are causal by nature.
       The others: see `SequenceMixer`.
 
     Raises:
@@ -50,7 +49,6 @@ class MultiHeadAttention(SequenceMixer):
     gates: tuple[str, ...] = ()
     head_norm: bool = False
     output_gate: bool = False
-    both_directions: bool = False
 
     @nn.compact
     def __call__(self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False):
@@ -63,13 +61,8 @@ class MultiHeadAttention(SequenceMixer):
             inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
-        if self.causal or not self.both_directions:
-            out = self._kernel(
-                inputs, mask, segment_ids, is_causal=self.causal, initial_state=state, return_state=return_state
-            )
-            out_BxTxNxH, state = out if return_state else (out, None)
-        else:
-            out_BxTxNxH = self._two_passes(inputs, mask, segment_ids)
+        out = self._kernel(inputs, mask, segment_ids, initial_state=state, return_state=return_state)
+        out_BxTxNxH, state = out if return_state else (out, None)
         y_BxTxD = self._output(x_BxTxD, out_BxTxNxH)
         return (y_BxTxD, state) if return_state else y_BxTxD
 
@@ -101,15 +94,8 @@ class MultiHeadAttention(SequenceMixer):
         if self.window is not None and "window" not in options:
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
         key_mask = None if mask is None else mask[:, None, None, :]
-        return _line(self.kernel).function(**inputs, mask=key_mask, segment_ids=segment_ids, **options)
-
-    def _two_passes(self, inputs, mask, segment_ids):
-        def flip(array):
-            return None if array is None else jnp.flip(array, axis=1)
-
-        forward = self._kernel(inputs, mask, segment_ids, is_causal=True)
-        backward = self._kernel({k: flip(v) for k, v in inputs.items()}, flip(mask), flip(segment_ids), is_causal=True)
-        return forward + flip(backward)
+        kernel = _line(self.kernel).function
+        return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
     def _output(self, x_BxTxD, out_BxTxNxH):
         if self.head_norm:
@@ -148,7 +134,7 @@ class MultiHeadAttention(SequenceMixer):
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
-        passes = 2 if self.both_directions and not self.causal else 1
+        passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
         return projections + gates + passes * 4 * inner * seen
 
     @nn.nowrap

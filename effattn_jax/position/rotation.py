@@ -52,7 +52,8 @@ def rotary(
         raise ValueError(f"x must have the shape (*B, T, N, H); got {x.shape}")
     positions = jnp.asarray(positions)
     lead = x.shape[:-2]
-    if positions.ndim > len(lead) or np.broadcast_shapes(positions.shape, lead) != lead:
+    fits = all(size in (1, axis) for size, axis in zip(positions.shape[::-1], lead[::-1]))
+    if positions.ndim > len(lead) or not fits:
         raise ValueError(f"positions must broadcast to (*B, T) = {lead}; got {positions.shape}")
     dim = x.shape[-1] if dim is None else dim
     if dim > x.shape[-1]:

@@ -1,0 +1,288 @@
+"""The language model over the table of mixers: one call, calls in parts, packed rows, padding, options and errors."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import nn
+from effattn_jax.models import LanguageModel, ModelConfig
+from effattn_jax.objectives import cross_entropy
+
+VOCAB = 13
+SMALL = ModelConfig(layers=1, width=16, heads=4, kv_heads=2, max_length=16)
+POSITIONS = ("none", "learned", "sinusoidal", "rotary")
+
+
+def make(vocab=VOCAB, **options):
+    """A model with random parameters in which every part has a say in the logits; nothing is compiled."""
+    model = LanguageModel(dataclasses.replace(SMALL, **options), vocab)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.tree.map_with_path(random_parameter(np.random.default_rng(0)), shapes)
+
+
+def random_parameter(rng):
+    """Draws kernels at the scale of their inputs, tables at 0.1 and others about 1."""
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape)
+        name = path[-1].key
+        value = {"kernel": noise / leaf.shape[0] ** 0.5, "embedding": 0.1 * noise}.get(name, 1 + 0.1 * noise)
+        return jnp.asarray(value, leaf.dtype)
+
+    return draw
+
+
+def random_tokens(shape, seed=5):
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+
+
+def by_parts(model, params, tokens, prefill, segment_ids=None, capacity=16):
+    """Logits of a first call on `prefill` tokens and of one call for each further token."""
+    ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids
+
+    def step(state, inputs):
+        options = {} if segment_ids is None else {"segment_ids": inputs[1][:, None]}
+        logits, state = model.step(params, inputs[0][:, None], state, **options)
+        return state, logits[:, 0]
+
+    options = {} if segment_ids is None else {"segment_ids": ids[:, :prefill]}
+    first, state = model.step(params, tokens[:, :prefill], model.init_state(tokens.shape[0], capacity), **options)
+    state, rest = jax.lax.scan(step, state, (tokens[:, prefill:].T, ids[:, prefill:].T))
+    return jnp.concatenate([first, rest.swapaxes(0, 1)], axis=1), state
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_prefill_and_steps_are_the_full_pass(mixer, positions):
+    model, params = make(mixer=mixer, positions=positions)
+    tokens = random_tokens((2, 12))
+
+    @jax.jit
+    def run(params):
+        full = model.apply({"params": params}, tokens)
+        parts, state = by_parts(model, params, tokens, prefill=5)
+        return full, parts, state.position
+
+    full, parts, position = run(params)
+    assert full.dtype == jnp.float32 and float(jnp.std(full)) > 0.1
+    np.testing.assert_allclose(parts, full, atol=1e-5)
+    assert position.tolist() == [12, 12]
+
+
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_packed_rows_padding_and_causality(mixer):
+    model, params = make(mixer=mixer, positions="learned", conv_width=3)
+    documents = random_tokens((1, 5)), random_tokens((1, 7), seed=6)
+    tokens = jnp.concatenate(documents, axis=1)
+    segment_ids = jnp.array([[4] * 5 + [2] * 7])
+    padding = jnp.full((1, 3), 999)  # out of range: not even the embedding of padding may matter
+    real = jnp.arange(10)[None] >= 3
+
+    @jax.jit
+    def run(params):
+        def apply(tokens, **inputs):
+            return model.apply({"params": params}, tokens, **inputs)
+
+        packed = apply(tokens, segment_ids=segment_ids)
+        stepped, _ = by_parts(model, params, tokens, prefill=3, segment_ids=segment_ids)
+        alone = jnp.concatenate([apply(document) for document in documents], axis=1)
+        left = apply(jnp.concatenate([padding, documents[1]], axis=1), mask=real)[:, 3:]
+        right = apply(jnp.concatenate([documents[1], padding], axis=1), mask=real[:, ::-1])[:, :7]
+        changed = apply(tokens.at[0, 8].set((tokens[0, 8] + 1) % VOCAB), segment_ids=segment_ids)
+        return packed, stepped, alone, left, right, changed
+
+    packed, stepped, alone, left, right, changed = run(params)
+    np.testing.assert_allclose(packed, alone, atol=1e-5)
+    np.testing.assert_allclose(stepped, alone, atol=1e-5)
+    np.testing.assert_allclose(left, alone[:, 5:], atol=1e-5)
+    np.testing.assert_allclose(right, alone[:, 5:], atol=1e-5)
+    np.testing.assert_allclose(changed[:, :8], packed[:, :8], atol=1e-6)
+    assert float(jnp.abs(changed - packed)[:, 8:].max()) > 1e-3
+
+
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_gradients_are_finite_with_rows_of_padding_alone(mixer):
+    model, params = make(mixer=mixer, positions="rotary", conv_width=2)
+    tokens = random_tokens((2, 6)).at[1].set(-7)
+    mask = jnp.array([[True] * 6, [False] * 6])
+
+    def loss(params):
+        logits = model.apply({"params": params}, tokens, mask=mask)
+        return cross_entropy(logits, tokens, mask.astype(jnp.float32))[0], logits
+
+    (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    assert jnp.all(jnp.isfinite(logits))
+    assert all(jnp.all(jnp.isfinite(g)) and float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_state_shapes_never_change(mixer):
+    model = LanguageModel(dataclasses.replace(SMALL, mixer=mixer, conv_width=3, scan_layers=True, layers=2), VOCAB)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    state = model.init_state(2, 10)
+    for length in (0, 1, 7):
+        _, after = jax.eval_shape(model.step, params, jax.ShapeDtypeStruct((2, length), jnp.int32), state)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [
+            (x.shape, x.dtype) for x in jax.tree.leaves(state)
+        ]
+    larger = sum(x.size for x in jax.tree.leaves(model.init_state(2, 1000)))
+    grows = mixer == "softmax"  # a recurrence's state, and so the cost of a token, does not depend on the capacity
+    assert (larger > sum(x.size for x in jax.tree.leaves(state))) == grows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": "pre", "norm": "rmsnorm", "mlp": "gated"},
+        {"residual": "post", "norm": "layernorm", "use_bias": True},
+        {"residual": "rezero", "tie_embeddings": False},
+    ],
+    ids=lambda options: options["residual"],
+)
+def test_block_forms_start_near_the_uniform_distribution_and_learn(options):
+    config = ModelConfig(layers=2, width=32, heads=2, max_length=16, positions="learned", **options)
+    model = LanguageModel(config, 50)
+    tokens = jnp.tile(jnp.arange(5)[None], (2, 3))
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+
+    def loss(params):
+        total, weight = cross_entropy(model.apply({"params": params}, tokens[:, :-1]), tokens[:, 1:])
+        return total / weight
+
+    @jax.jit
+    def descend(params, _):
+        value, gradient = jax.value_and_grad(loss)(params)
+        return jax.tree.map(
+            lambda p, g: p - 0.02 * jnp.sign(g) * jnp.minimum(1, jnp.abs(g) * 1e3), params, gradient
+        ), value
+
+    params, values = jax.lax.scan(descend, params, length=30)
+    assert abs(float(values[0]) - math.log(50)) < 0.2
+    assert float(values[-1]) < 0.4 * float(values[0])
+
+
+def test_layers_of_different_mixers_decode():
+    names = ",".join(nn.MIXERS)
+    model, params = make(mixers=names, layers=len(nn.MIXERS), conv_width=2)
+    tokens = random_tokens((1, 8))
+
+    @jax.jit
+    def run(params):
+        return model.apply({"params": params}, tokens), by_parts(model, params, tokens, prefill=4)[0]
+
+    full, parts = run(params)
+    np.testing.assert_allclose(parts, full, atol=1e-5)
+
+
+def test_scan_over_layers_and_remat_are_the_same_model():
+    tokens = random_tokens((2, 6))
+    model, params = make(layers=2, conv_width=2)
+    blocks = [params["stack"][f"layers_{i}"] for i in range(2)]
+    stacked = params | {
+        "stack": {"layers": jax.tree.map(lambda *x: jnp.stack(x), *blocks), "norm": params["stack"]["norm"]}
+    }
+
+    scanned_model = LanguageModel(dataclasses.replace(model.config, scan_layers=True), VOCAB)
+
+    def loss(params, **options):
+        model = LanguageModel(dataclasses.replace(SMALL, layers=2, conv_width=2, **options), VOCAB)
+        return cross_entropy(model.apply({"params": params}, tokens), tokens)[0]
+
+    @jax.jit
+    def run():
+        plain, plain_gradient = jax.value_and_grad(loss)(params)
+        scanned, gradient = jax.value_and_grad(lambda p: loss(p, scan_layers=True, remat=True))(stacked)
+        full = model.apply({"params": params}, tokens)
+        parts, _ = by_parts(scanned_model, stacked, tokens, prefill=3)
+        return plain, scanned, plain_gradient, gradient, full, parts
+
+    plain, scanned, plain_gradient, gradient, full, parts = run()
+    np.testing.assert_allclose(plain, scanned, rtol=1e-6)
+    for i in range(2):
+        layer = jax.tree.map(lambda x, i=i: x[i], gradient["stack"]["layers"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), layer, plain_gradient["stack"][f"layers_{i}"]
+        )
+    np.testing.assert_allclose(parts, full, atol=1e-5)
+
+
+def test_dropout_follows_its_key():
+    model, params = make(dropout=0.5, layers=2)
+    tokens = random_tokens((1, 6))
+
+    @jax.jit
+    def run(params, key):
+        return model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": key})
+
+    first, again, other = (run(params, jax.random.key(i)) for i in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 1e-3
+
+
+def test_bfloat16_computes_near_float32_and_returns_float32():
+    model, params = make(layers=2, conv_width=2, norm="rmsnorm")
+    half = LanguageModel(dataclasses.replace(model.config, dtype="bfloat16"), VOCAB)
+    tokens = random_tokens((2, 8))
+
+    def loss(params, model):
+        logits = model.apply({"params": params}, tokens)
+        return cross_entropy(logits, tokens)[0], logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    (full, _), gradient = run(params, model)
+    (value, logits), half_gradient = run(params, half)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(value, full, rtol=0.02)
+    norms = [math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(tree))) for tree in (gradient, half_gradient)]
+    np.testing.assert_allclose(*norms, rtol=0.05)
+    assert jax.tree.leaves(half.init_state(1, 4).blocks)[0].dtype == jnp.bfloat16
+
+
+def test_window_limits_what_a_layer_sees():
+    model, params = make(window=2, positions="none")
+    tokens = random_tokens((1, 9))
+    changed = tokens.at[0, 3].set((tokens[0, 3] + 1) % VOCAB)
+    run = jax.jit(lambda tokens: model.apply({"params": params}, tokens))
+    difference = jnp.abs(run(tokens) - run(changed)).max(-1)[0]
+    assert (difference > 0).tolist() == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_a_mesh_with_automatic_axes_changes_nothing():
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices")
+    model, params = make(positions="rotary", mixer="linear")
+    tokens = random_tokens((4, 6))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.tree.map(lambda x: jax.P(None, "tensor") if x.ndim == 2 and x.shape[1] % 2 == 0 else jax.P(), params)
+    sharded = jax.device_put(params, jax.tree.map(lambda s: jax.NamedSharding(mesh, s), spec))
+    rows = jax.device_put(tokens, jax.NamedSharding(mesh, jax.P("data")))
+    run = jax.jit(lambda p, t: model.apply({"params": p}, t))
+    with jax.set_mesh(mesh):
+        out = run(sharded, rows)
+    np.testing.assert_allclose(out, run(params, tokens), atol=1e-5)
+
+
+def test_call_errors():
+    model, params = make(positions="learned")
+    tokens = random_tokens((1, 4))
+
+    def apply(*args, **inputs):
+        return model.apply({"params": params}, *args, **inputs)
+
+    with pytest.raises(ValueError, match=r"tokens must be integers of shape \(B, T\); got float32"):
+        apply(tokens.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(B, T\) = \(1, 4\)"):
+        apply(tokens, mask=jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match=r"segment_ids must be integers of shape \(B, T\) = \(1, 4\)"):
+        apply(tokens, segment_ids=jnp.zeros((1, 5), jnp.int32))
+    with pytest.raises(ValueError, match="at most max_length=16"):
+        apply(jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="at most max_length=16"):
+        model.init_state(1, 17)
+    run = jax.jit(apply)
+    assert jnp.all(jnp.isnan(run(tokens.at[0, 0].set(VOCAB)))) and jnp.all(jnp.isnan(run(tokens.at[0, 0].set(-1))))

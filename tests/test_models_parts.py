@@ -1,0 +1,184 @@
+"""Configuration, classifier, counting of operations, and the layers on their own."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import nn
+from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
+from effattn_jax.models.inputs import count_positions
+from effattn_jax.nn.products import dense_product, float32_product
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 3}, "heads must be a divisor of the width 128; got 3"),
+        ({"kv_heads": 3}, "kv_heads must be a divisor of the heads 4; got 3"),
+        ({"kv_heads": 0}, "kv_heads must be at least 1; got 0"),
+        ({"mixer": "gated_liner"}, "got 'gated_liner'. Perhaps you meant 'gated_linear'"),
+        (
+            {"mixers": "softmax, linaer,softmax,softmax"},
+            "mixers must be among .*; got 'linaer'. Perhaps you meant 'linear'",
+        ),
+        ({"mixers": "softmax,linear"}, "mixers must be one name a layer: layers is 4, names are 2"),
+        (
+            {"mixers": "softmax,linear,softmax,softmax", "scan_layers": True},
+            "mixers must be the same mixer in every layer",
+        ),
+        ({"norm": "batchnorm"}, "norm must be among layernorm, rmsnorm; got 'batchnorm'"),
+        ({"residual": "pree"}, "residual must be among pre, post, rezero; got 'pree'. Perhaps you meant 'pre'"),
+        ({"positions": "rotery"}, "Perhaps you meant 'rotary'"),
+        ({"dtype": "float23"}, "Perhaps you meant 'float32'"),
+        ({"width": 12}, "head dimension width / heads = 3 is odd"),
+        ({"width": 5, "heads": 1, "positions": "sinusoidal"}, "width must be even for sinusoidal positions; got 5"),
+        ({"layers": 0}, "layers must be at least 1; got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+        ({"window": -1}, "window must be at least 0; got -1"),
+        ({"window": 4, "mixer": "linear"}, "window must be None, since no layer can limit itself to a window: linear"),
+        ({"conv_width": -1}, "conv_width must be at least 0; got -1"),
+        ({"mlp_ratio": 0.0}, "mlp_ratio must be positive; got 0.0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
+        ({"rotary_base": 0.0}, "rotary_base must be positive; got 0.0"),
+    ],
+)
+def test_config_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options).validate()
+
+
+def test_every_config_field_says_what_it_is():
+    import ast
+    import inspect
+
+    (record,) = ast.parse(inspect.getsource(ModelConfig)).body
+    followed = {
+        node.target.id
+        for node, after in zip(record.body, record.body[1:])
+        if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    assert followed == {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def test_positions_count_real_tokens_and_restart_at_boundaries():
+    mask = jnp.array([[False, True, True, False, True, True]])
+    segment_ids = jnp.array([[3, 3, 3, 3, 5, 5]])
+    assert count_positions((1, 6)).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert count_positions((1, 6), mask).tolist() == [[0, 0, 1, 2, 2, 3]]
+    assert count_positions((1, 6), mask, segment_ids).tolist() == [[0, 0, 1, 2, 0, 1]]
+    first, last = jnp.array([10]), jnp.array([3])
+    assert count_positions((1, 6), mask, segment_ids, first, last).tolist() == [[10, 10, 11, 12, 0, 1]]
+    assert count_positions((1, 6), None, segment_ids, first, jnp.array([9])).tolist() == [[0, 1, 2, 3, 0, 1]]
+    assert count_positions((1, 0), None, segment_ids[:, :0], first, last).shape == (1, 0)
+
+
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_classifier_reads_both_ways_and_no_padding(mixer):
+    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mixer=mixer, conv_width=3, positions="sinusoidal")
+    model = SequenceClassifier(config, num_classes=3, vocab_size=10)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 10)
+    params = jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
+    mixing = config.make_mixer(0, causal=False)
+    weights = jax.jit(mixing.init)(jax.random.key(2), jnp.zeros((1, 7, 16)))
+
+    @jax.jit
+    def run(params):
+        plain = model.apply({"params": params}, tokens)
+        padded = jnp.concatenate([jnp.full((2, 2), 77), tokens], axis=1)
+        real = jnp.arange(9)[None] >= jnp.array([[2], [2]])
+        left = model.apply({"params": params}, padded, mask=real)
+        right = model.apply({"params": params}, jnp.roll(padded, -2, axis=1), mask=jnp.roll(real, -2, axis=1))
+        empty = model.apply({"params": params}, padded, mask=jnp.zeros_like(real))
+        x = jax.random.normal(jax.random.key(3), (1, 7, 16))
+        influence = jax.jacobian(lambda x: mixing.apply(weights, x)[0, 3].sum())(x)[0]
+        return plain, left, right, empty, jnp.abs(influence).max(-1)
+
+    plain, left, right, empty, influence = run(params)
+    assert plain.shape == (2, 3) and plain.dtype == jnp.float32
+    np.testing.assert_allclose(left, plain, atol=1e-5)
+    np.testing.assert_allclose(right, plain, atol=1e-5)
+    np.testing.assert_allclose(empty, jnp.broadcast_to(params["head"]["bias"], (2, 3)), atol=1e-6)
+    assert jnp.all(influence > 0)
+
+
+def test_classifier_of_features_and_its_errors():
+    model = SequenceClassifier(ModelConfig(layers=1, width=8, heads=2), num_classes=4)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 5, 2)))
+    assert jax.eval_shape(model.apply, params, jnp.ones((3, 5, 2))).shape == (3, 4)
+    with pytest.raises(ValueError, match=r"inputs must be floats of shape \(B, T, F\)"):
+        model.apply(params, jnp.ones((3, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"inputs must be integers of shape \(B, T\)"):
+        SequenceClassifier(model.config, 4, vocab_size=5).init(jax.random.key(0), jnp.ones((1, 5, 2)))
+
+
+@pytest.mark.parametrize("mixer", nn.MIXERS)
+def test_bidirectional_mixers_have_no_state(mixer):
+    module = ModelConfig(layers=1, width=8, heads=2, mixer=mixer).make_mixer(0, causal=False)
+    with pytest.raises(ValueError, match="need causal=True"):
+        module.init(jax.random.key(0), jnp.ones((1, 3, 8)), return_state=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mlp": "gated", "kv_heads": 2, "positions": "none"}, {"mixer": "min_gru", "conv_width": 4}],
+    ids=["mlp", "gated", "min_gru"],
+)
+def test_flops_agree_with_the_compiler(options):
+    config = ModelConfig(layers=2, width=512, heads=8, **options)
+    model, batch, context = LanguageModel(config, 512), 1, 64
+    tokens = jax.ShapeDtypeStruct((batch, context), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    analysis = jax.jit(model.apply).lower(params, tokens).cost_analysis()
+    counted = flops_per_token(config, 512, context)
+    assert counted == pytest.approx(analysis["flops"] / (batch * context), rel=0.02)
+
+
+def test_flops_of_recurrences_do_not_depend_on_the_context_and_windows_limit_it():
+    for mixer in nn.MIXERS:
+        config = ModelConfig(mixer=mixer)
+        assert (flops_per_token(config, 65, 100) == flops_per_token(config, 65, 10_000)) == (mixer != "softmax")
+    windowed = ModelConfig(window=63)
+    assert flops_per_token(windowed, 65, 10_000) == flops_per_token(ModelConfig(), 65, 64)
+    assert flops_per_token(ModelConfig(), None, 64) == flops_per_token(ModelConfig(), 65, 64) - 2 * 128 * 65
+
+
+def test_parameters_have_the_names_that_sharding_rules_read():
+    config = ModelConfig(
+        layers=1, width=8, heads=2, mixer="gated_linear", conv_width=2, tie_embeddings=False, use_bias=True
+    )
+    model = LanguageModel(config, 5)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)}
+    assert {name.rsplit("/", 1)[-1] for name in names} == {"kernel", "bias", "scale", "embedding"}
+    assert {"tokens/embedding", "head/kernel", "stack/norm/scale", "stack/layers_0/mixer/query/kernel"} <= names
+
+
+def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():
+    x = jnp.ones((1, 3, 8))
+    with pytest.raises(ValueError, match="the kernel 'linear' has no window; got 2"):
+        nn.MIXERS["linear"](8, heads=2, kv_heads=2, window=2).init(jax.random.key(0), x)
+    turned = nn.MIXERS["softmax"](8, heads=2, kv_heads=2, rotary_base=1e4)
+    with pytest.raises(ValueError, match="positions must be given"):
+        turned.init(jax.random.key(0), x, state=turned.init_state(1, 4), return_state=True)
+    with pytest.raises(ValueError, match="heads must divide width"):
+        nn.MIXERS["softmax"](8, heads=3, kv_heads=3).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="kernel must be among"):
+        nn.MultiHeadAttention(8, kernel="sofmax").init(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("product", [dense_product, float32_product])
+def test_dense_product_has_the_derivatives_of_a_product(product):
+    x, kernel, t = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(jax.random.split(jax.random.key(0), 3), [(2, 3, 4), (4, 5), (4, 5)])
+    )
+    expected, pullback = jax.vjp(jnp.matmul, x, kernel)
+    out, ours = jax.vjp(product, x, kernel)
+    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(out), pullback(out))
+    tangent = jax.jvp(lambda k: product(x, k), (kernel,), (t,))[1]
+    np.testing.assert_allclose(tangent, jnp.matmul(x, t), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(product, (0, None))(x, kernel), expected, rtol=1e-5, atol=1e-5)

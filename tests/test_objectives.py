@@ -1,0 +1,90 @@
+"""Cross-entropy and accuracy: values, masks, extremes and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.objectives import accuracy, cross_entropy
+
+
+@pytest.fixture
+def batch():
+    logits = 5 * jax.random.normal(jax.random.key(0), (3, 7, 11))
+    targets = jax.random.randint(jax.random.key(1), (3, 7), 0, 11)
+    weights = jax.random.uniform(jax.random.key(2), (3, 7))
+    return logits, targets, weights
+
+
+def oracle(logits, targets, weights):
+    logits = np.asarray(logits, np.float64)
+    log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    loss = -np.take_along_axis(log_probability, np.asarray(targets)[..., None], -1)[..., 0]
+    return (loss * np.asarray(weights, np.float64)).sum()
+
+
+def test_values_and_gradient(batch):
+    loss, weight = cross_entropy(*batch)
+    np.testing.assert_allclose(loss, oracle(*batch), rtol=1e-5)
+    np.testing.assert_allclose(weight, batch[2].sum(), rtol=1e-6)
+    gradient = jax.grad(lambda logits: cross_entropy(logits, *batch[1:])[0])(batch[0])
+    expected = (jax.nn.softmax(batch[0]) - jax.nn.one_hot(batch[1], 11)) * batch[2][..., None]
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up(batch):
+    whole = cross_entropy(*batch)
+    parts = [cross_entropy(*(x[i] for x in batch)) for i in range(3)]
+    np.testing.assert_allclose(whole, np.sum(parts, axis=0), rtol=1e-5)
+
+
+def test_weight_zero_is_not_seen(batch):
+    logits, targets, weights = batch
+    unseen = weights < 0.5
+    weights = jnp.where(unseen, 0, weights)
+    poisoned = jnp.where(unseen[..., None], jnp.nan, logits), jnp.where(unseen, -100, targets), weights
+    np.testing.assert_allclose(cross_entropy(*poisoned), cross_entropy(logits, targets, weights), rtol=1e-6)
+    gradient = jax.grad(lambda logits: cross_entropy(logits, *poisoned[1:])[0])(poisoned[0])
+    assert jnp.all(gradient[unseen] == 0) and jnp.all(jnp.isfinite(gradient))
+    assert cross_entropy(logits, targets, jnp.zeros_like(weights)) == (0, 0)
+
+
+def test_extreme_logits():
+    huge = jnp.array([[1e30, -1e30, 0.0], [-1e30, 1e30, 0.0]])
+    loss, _ = cross_entropy(huge, jnp.array([0, 1]))
+    assert loss == 0
+    excluded = jnp.array([[0.0, 0.0, -jnp.inf]])
+    np.testing.assert_allclose(cross_entropy(excluded, jnp.array([0]))[0], np.log(2), rtol=1e-6)
+    gradient = jax.grad(lambda z: cross_entropy(z, jnp.array([0]))[0])(excluded)
+    np.testing.assert_allclose(gradient, [[-0.5, 0.5, 0.0]], atol=1e-6)
+    assert cross_entropy(excluded, jnp.array([2]))[0] == jnp.inf
+
+
+def test_target_out_of_range_is_nan_not_a_wrong_number(batch):
+    logits, targets, _ = batch
+    for wrong in (-1, 11):
+        assert jnp.isnan(cross_entropy(logits, targets.at[0, 0].set(wrong))[0])
+
+
+def test_bfloat16_logits_are_summed_in_float32(batch):
+    loss, weight = cross_entropy(batch[0].astype(jnp.bfloat16), *batch[1:])
+    assert loss.dtype == weight.dtype == jnp.float32
+    np.testing.assert_allclose(loss, oracle(batch[0].astype(jnp.bfloat16), *batch[1:]), rtol=1e-5)
+
+
+def test_accuracy(batch):
+    logits, targets, weights = batch
+    correct, weight = accuracy(logits, targets, weights)
+    np.testing.assert_allclose(correct, np.sum(np.asarray(weights)[np.argmax(logits, -1) == targets]), rtol=1e-6)
+    np.testing.assert_allclose(weight, weights.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [cross_entropy, accuracy])
+def test_errors(function):
+    logits, targets = jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), jnp.int32)
+    with pytest.raises(ValueError, match=r"targets must have the shape .* \(2, 3\); got \(2, 4\)"):
+        function(logits, jnp.zeros((2, 4), jnp.int32))
+    with pytest.raises(ValueError, match="targets must be integers; got float32"):
+        function(logits, targets.astype(jnp.float32))
+    with pytest.raises(ValueError, match=r"weights must have the shape .* \(2, 3\); got \(2,\)"):
+        function(logits, targets, jnp.ones(2))

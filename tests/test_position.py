@@ -1,0 +1,120 @@
+"""Rotary and sinusoidal positions against float64, and the law that scores depend on distances only."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.position import rotary, sinusoidal_embedding
+
+OFFSETS = (0, 1_000, 1_000_000)
+
+
+def oracle(x, positions, *, base=10000.0, interleaved=False, scaling=1.0):
+    """Rotation as complex multiplication in float64."""
+    dim = x.shape[-1]
+    angle = np.asarray(positions, np.float64)[..., None] * scaling * base ** (-np.arange(0, dim, 2) / dim)
+    x = np.asarray(x, np.float64)
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else np.split(x, 2, axis=-1)
+    turned = (a + 1j * b) * np.exp(1j * angle)[..., None, :]
+    if interleaved:
+        return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+@pytest.fixture
+def qk():
+    return jax.random.normal(jax.random.key(0), (2, 2, 6, 3, 16))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset", (*OFFSETS, -1_000_000))
+def test_rotary_is_the_float64_rotation_at_any_position(qk, offset, interleaved):
+    positions = offset + jnp.array([0, 1, 2, 3, 5, 8])
+    turned = rotary(qk[0], positions, interleaved=interleaved)
+    np.testing.assert_allclose(turned, oracle(qk[0], positions, interleaved=interleaved), atol=2e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_rotary_scores_depend_on_distances_only(qk, offset, interleaved):
+    def scores(start):
+        query, key = (rotary(x, start + jnp.arange(6), interleaved=interleaved) for x in qk)
+        return jnp.einsum("btnh,bsnh->bnts", query, key)
+
+    np.testing.assert_allclose(scores(offset), scores(0), atol=1e-5)
+
+
+def test_rotary_layouts_are_a_permutation_of_features(qk):
+    order = np.arange(16).reshape(8, 2).T.reshape(-1)
+    np.testing.assert_allclose(
+        rotary(qk[0], jnp.arange(6), interleaved=True)[..., order], rotary(qk[0][..., order], jnp.arange(6)), atol=1e-6
+    )
+
+
+def test_rotary_positions_broadcast_and_may_be_floats(qk):
+    rows = jnp.stack([jnp.arange(6), jnp.arange(6) + 3])
+    alone = jnp.stack([rotary(qk[0][i : i + 1], rows[i])[0] for i in range(2)])
+    np.testing.assert_array_equal(rotary(qk[0], rows), alone)
+    np.testing.assert_allclose(rotary(qk[0], jnp.arange(6) * 0.5), oracle(qk[0], np.arange(6) * 0.5), atol=2e-6)
+
+
+def test_rotary_scaling_and_partial_dimensions(qk):
+    np.testing.assert_allclose(
+        rotary(qk[0], jnp.arange(6), scaling=0.125), oracle(qk[0], np.arange(6), scaling=0.125), atol=2e-6
+    )
+    factors = np.linspace(0.1, 1, 8)
+    expected = oracle(qk[0], np.arange(6), scaling=factors)
+    np.testing.assert_allclose(rotary(qk[0], jnp.arange(6), scaling=jnp.asarray(factors)), expected, atol=2e-6)
+    partial = rotary(qk[0], jnp.arange(6), dim=4)
+    np.testing.assert_array_equal(partial[..., 4:], qk[0][..., 4:])
+    np.testing.assert_allclose(partial[..., :4], oracle(qk[0][..., :4], np.arange(6)), atol=2e-6)
+
+
+def test_rotary_keeps_the_type_and_computes_in_float32(qk):
+    x = qk[0].astype(jnp.bfloat16)
+    turned = rotary(x, 100_000 + jnp.arange(6))
+    assert turned.dtype == jnp.bfloat16
+    np.testing.assert_allclose(turned.astype(jnp.float32), oracle(x, 100_000 + np.arange(6)), atol=0.02)
+
+
+@pytest.mark.usefixtures("x64")
+def test_rotary_in_float64(qk):
+    x, positions = jnp.asarray(qk[0], jnp.float64), jnp.arange(6) + 1_000_000
+    np.testing.assert_allclose(rotary(x, positions), oracle(x, positions), atol=1e-9)
+
+
+def test_rotary_gradient_is_the_turn_back(qk):
+    x, cotangent = qk
+    positions = jnp.arange(6) * 1000
+    gradient = jax.grad(lambda x: jnp.sum(rotary(x, positions) * cotangent))(x)
+    np.testing.assert_allclose(gradient, rotary(cotangent, -positions), atol=2e-6)
+
+
+def test_rotary_errors():
+    x = jnp.ones((1, 4, 2, 6))
+    with pytest.raises(ValueError, match="dim must be even"):
+        rotary(x, jnp.arange(4), dim=3)
+    with pytest.raises(ValueError, match="dim must be at most the head dimension 6; got 8"):
+        rotary(x, jnp.arange(4), dim=8)
+    with pytest.raises(ValueError, match=r"positions must broadcast to .* = \(1, 4\); got \(5,\)"):
+        rotary(x, jnp.arange(5))
+    with pytest.raises(ValueError, match="base must be positive"):
+        rotary(x, jnp.arange(4), base=0.0)
+    with pytest.raises(ValueError, match=r"\(\*B, T, N, H\)"):
+        rotary(jnp.ones((4, 6)), jnp.arange(4))
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_sinusoidal_embedding_is_the_formula(offset):
+    positions = offset + np.arange(12).reshape(3, 4)
+    angle = positions[..., None].astype(np.float64) * 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    expected = np.stack([np.sin(angle), np.cos(angle)], -1).reshape(3, 4, 8)
+    embedding = sinusoidal_embedding(jnp.asarray(positions), 8)
+    np.testing.assert_allclose(embedding, expected, atol=1e-6)
+    np.testing.assert_allclose(jnp.sum(embedding**2, -1), 4.0, rtol=1e-5)
+
+
+def test_sinusoidal_embedding_errors():
+    with pytest.raises(ValueError, match="dim must be even and at least 2"):
+        sinusoidal_embedding(jnp.arange(3), 7)
