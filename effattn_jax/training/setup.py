@@ -1,5 +1,6 @@
 """From a config to compiled functions on a mesh: everything between the data and the loop."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ class Setup(NamedTuple):
         loss, correct, weight = (sum(float(s[name]) for s in sums) for name in ("loss", "correct", "weight"))
         values = {"val/loss": loss / weight, "val/accuracy": correct / weight}
         if self.dataset.bytes_per_token:
-            values["val/bits_per_byte"] = values["val/loss"] / np.log(2) / self.dataset.bytes_per_token
+            values["val/bits_per_byte"] = values["val/loss"] / math.log(2) / self.dataset.bytes_per_token
         return values
 
 
