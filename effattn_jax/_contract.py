@@ -1,8 +1,8 @@
 """The contract every sequence mixer keeps: what a line of a table says, and the checks that come before any tracing.
 
-    f(query, key, value, bias=None, mask=None, *, scale, is_causal, segment_ids, initial_state, return_state, ...)
+f(query, key, value, bias=None, mask=None, *, scale, is_causal, segment_ids, initial_state, return_state, ...)
 
-    query (*B, T, N, H)   key (*B, S, K, H)   value (*B, S, K, V)   ->   out (*B, T, N, V)
+query (*B, T, N, H)   key (*B, S, K, H)   value (*B, S, K, V)   ->   out (*B, T, N, V)
 """
 
 from collections.abc import Callable
@@ -98,7 +98,8 @@ def floating(**arrays: ArrayLike) -> list[jax.Array]:
     for name, array in arrays.items():
         array = jnp.asarray(array)
         _require(
-            jnp.issubdtype(array.dtype, jnp.floating), f"{name} must be a floating array; got {array.dtype} of shape {array.shape}"
+            jnp.issubdtype(array.dtype, jnp.floating),
+            f"{name} must be a floating array; got {array.dtype} of shape {array.shape}",
         )
         out.append(array)
     return out
@@ -110,13 +111,19 @@ def positive(**sizes: int | None) -> None:
         _require(size is None or (isinstance(size, int) and size > 0), f"{name} must be a positive int; got {size!r}")
 
 
-def _pair_shape(name: str, array: jax.Array, batch: tuple[int, ...], pair: tuple[int, int, int], totals: tuple[int, ...]) -> jax.Array:
+def _pair_shape(
+    name: str, array: jax.Array, batch: tuple[int, ...], pair: tuple[int, int, int], totals: tuple[int, ...]
+) -> jax.Array:
     """A bias or mask broadcastable to (*B, N, T, S) as (B | 1, N | 1, T | 1, S | 1)."""
     full = (*batch, *pair)
     rule = f"{name} must broadcast to (*B, N, T, S) = {full}; got shape {array.shape}"
     _require(1 <= array.ndim <= len(full), rule)
     shape = (1,) * (len(full) - array.ndim) + array.shape
-    sizes_ok = all(a in (1, b) for a, b in zip(shape[:-1], full[:-1], strict=True)) and shape[-1] in (1, full[-1], *totals)
+    sizes_ok = all(a in (1, b) for a, b in zip(shape[:-1], full[:-1], strict=True)) and shape[-1] in (
+        1,
+        full[-1],
+        *totals,
+    )
     _require(sizes_ok, rule)
     array = array.reshape(shape)
     lead, tail = shape[: len(batch)], shape[len(batch) :]
@@ -125,12 +132,17 @@ def _pair_shape(name: str, array: jax.Array, batch: tuple[int, ...], pair: tuple
     return jnp.broadcast_to(array, (*batch, *tail)).reshape(prod(batch), *tail)
 
 
-def _segments(segment_ids: Any, batch: tuple[int, ...], length: int, keys: int) -> tuple[jax.Array | None, jax.Array | None]:
+def _segments(
+    segment_ids: Any, batch: tuple[int, ...], length: int, keys: int
+) -> tuple[jax.Array | None, jax.Array | None]:
     if segment_ids is None:
         return None, None
     is_pair = isinstance(segment_ids, tuple | list)
     if not is_pair:
-        _require(length == keys, f"segment_ids must be a pair (query ids, key ids) when T != S; got one array with T={length}, S={keys}")
+        _require(
+            length == keys,
+            f"segment_ids must be a pair (query ids, key ids) when T != S; got one array with T={length}, S={keys}",
+        )
     pair = tuple(segment_ids) if is_pair else (segment_ids, segment_ids)
     _require(len(pair) == 2, f"segment_ids must be one array or a pair; got {len(pair)} entries")
     out = []
@@ -167,7 +179,11 @@ def check_call(
       ValueError: names the argument, its shape and the rule it breaks.
     """
     query, key, value = floating(query=query, key=key, value=value)
-    for name, array, dims in (("query", query, "(*B, T, N, H)"), ("key", key, "(*B, S, K, H)"), ("value", value, "(*B, S, K, V)")):
+    for name, array, dims in (
+        ("query", query, "(*B, T, N, H)"),
+        ("key", key, "(*B, S, K, H)"),
+        ("value", value, "(*B, S, K, V)"),
+    ):
         _require(array.ndim >= 3, f"{name} must have shape {dims}; got rank {array.ndim}, shape {array.shape}")
     (*batch, length, heads, dim), (*key_batch, keys, kv_heads, key_dim) = query.shape, key.shape
     batch = tuple(batch)
@@ -177,20 +193,24 @@ def check_call(
     )
     _require(dim == key_dim, f"key must have the head dim H of query; got query {query.shape}, key {key.shape}")
     _require(
-        value.shape[-3:-1] == (keys, kv_heads), f"value must have the length S and heads K of key; got key {key.shape}, value {value.shape}"
+        value.shape[-3:-1] == (keys, kv_heads),
+        f"value must have the length S and heads K of key; got key {key.shape}, value {value.shape}",
     )
     _require(
         kv_heads > 0 and heads % kv_heads == 0,
         f"the heads of key must divide those of query (K divides N); got N={heads} in query {query.shape}, K={kv_heads} in key {key.shape}",
     )
-    _require(is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only")
+    _require(
+        is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only"
+    )
     pair = (heads, length, keys)
     if bias is not None:
         bias = _pair_shape("bias", floating(bias=bias)[0], batch, pair, totals)
     if mask is not None:
         mask = jnp.asarray(mask)
         _require(
-            mask.dtype == jnp.bool_, f"mask must be boolean, True = attend; got {mask.dtype} of shape {mask.shape} (a float array is a bias)"
+            mask.dtype == jnp.bool_,
+            f"mask must be boolean, True = attend; got {mask.dtype} of shape {mask.shape} (a float array is a bias)",
         )
         mask = _pair_shape("mask", mask, batch, pair, totals)
     q_ids, k_ids = _segments(segment_ids, batch, length, keys)

@@ -82,7 +82,10 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
             return jax.tree.map(jnp.add, ct_in, backward(arrays, aux, out, ct_out)), ct_out
 
         zero = linear_zero(*jax.tree.leaves(tangents))
-        right_side = (jax.tree.map(lambda t: _plus(t, zero), tangents), jax.tree.map(lambda y: _plus(jnp.zeros_like(y), zero), out))
+        right_side = (
+            jax.tree.map(lambda t: _plus(t, zero), tangents),
+            jax.tree.map(lambda y: _plus(jnp.zeros_like(y), zero), out),
+        )
         return out, jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)[1]
 
     return call

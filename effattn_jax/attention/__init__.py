@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
 from effattn_jax.attention.adapters import as_attention_fn
-from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
+from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import LinearState, empty_state, gated_linear_attention, linear_attention
 from effattn_jax.attention.softmax import dot_product_attention
 
@@ -42,7 +42,11 @@ def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
         dot_product_attention,
-        ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 16}, {"implementation": "chunked", "chunk_size": 5}),
+        (
+            {"implementation": "dense"},
+            {"implementation": "chunked", "chunk_size": 16},
+            {"implementation": "chunked", "chunk_size": 5},
+        ),
         pairwise=True,
         empty_state=_softmax_state,
     ),

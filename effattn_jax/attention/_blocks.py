@@ -49,11 +49,10 @@ class Marks(NamedTuple):
 class Arrays(NamedTuple):
     """The differentiable inputs."""
 
-    query: jax.Array  # (B, T, K, G, H)
+    query: jax.Array  # (B, T, N, H); grouped by key head inside a block: outside it would copy the whole array
     key: jax.Array  # (B, S, K, H)
     value: jax.Array  # (B, S, K, V)
     bias: jax.Array | None  # (B | 1, N | 1, T | 1, S | 1)
-
 
 
 def _pairs(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_heads: int) -> jax.Array:
@@ -64,7 +63,9 @@ def _pairs(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_head
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
 
-def allowed(spec: Spec, marks: Marks, kv_heads: int, row: Any, rows: int, column: Any, columns: int, begin: Any = None) -> jax.Array:
+def allowed(
+    spec: Spec, marks: Marks, kv_heads: int, row: Any, rows: int, column: Any, columns: int, begin: Any = None
+) -> jax.Array:
     """Which rows [row, row + rows) see which keys [column, column + columns), broadcastable to (B, K, G, R, C); keys before `begin` are out."""
     position = marks.offset + row + jnp.arange(rows)[:, None]
     key = column + jnp.arange(columns)[None, :]
@@ -108,12 +109,14 @@ def finite_or_zero(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
 
 
-def whole_rows(spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, K, G, V), lse (B, R, K, G), weights (B, K, G, R, S). Plain operations, any derivative."""
+def whole_rows(
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
-    q = jnp.moveaxis(lax.dynamic_slice_in_dim(query, row, rows, 1), 1, 3).astype(spec.dtype) * spec.scale
+    q = _rows(query, row, rows, kv_heads, spec.dtype) * spec.scale
     k, bad_key = finite_or_zero(jnp.moveaxis(key, 1, 2).astype(spec.dtype))
     v, bad_value = finite_or_zero(jnp.moveaxis(value, 1, 2).astype(spec.dtype))
     see = allowed(spec, marks, kv_heads, row, rows, 0, keys)
@@ -130,7 +133,7 @@ def whole_rows(spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
     out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))[..., 0]
-    return jnp.moveaxis(out, 3, 1).astype(value.dtype), jnp.moveaxis(lse, 3, 1), weights
+    return _unrows(out).astype(value.dtype), _unrows(lse), weights
 
 
 def _row_blocks(length: int, rows: int) -> int:
@@ -166,13 +169,24 @@ def _over_columns(spec: Spec, marks: Marks, row: Any, keys: int, has_bias: bool,
     return lax.fori_loop(clean, (high - low + spec.columns - 1) // spec.columns, step(True), state)
 
 
+def _rows(x: jax.Array, row: Any, rows: int, kv_heads: int, dtype: Any) -> jax.Array:
+    """Rows of (B, T, N, ...) as (B, K, G, R, ...)."""
+    x = jnp.moveaxis(lax.dynamic_slice_in_dim(x, row, rows, 1), 1, 2)
+    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).astype(dtype)
+
+
+def _unrows(x: jax.Array) -> jax.Array:
+    """(B, K, G, R, ...) as (B, R, N, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+
+
 def _heads_first(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.moveaxis(x, 1, 2).astype(dtype)
 
 
 def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:
     """Zeros of the shape of the output, made from the inputs so that sharding and varying axes are theirs."""
-    return jnp.zeros_like(jnp.einsum("btkgh,bkv->btkgv", query, value[:, 0]))
+    return jnp.zeros_like(jnp.einsum("btnh,bkv->btnv", query, value[:, 0]))
 
 
 def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
@@ -183,12 +197,16 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
 
     def row_block(i, buffers):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
-        q = jnp.moveaxis(lax.dynamic_slice_in_dim(query, row, spec.rows, 1), 1, 3).astype(spec.dtype) * spec.scale
+        q = _rows(query, row, spec.rows, kv_heads, spec.dtype) * spec.scale
 
         def block(state, column, begin, masked):
             top, total, acc, spoiled = state
             k_block, v_block = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (k, v))
-            b = None if bias is None else _pairs(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
+            b = (
+                None
+                if bias is None
+                else _pairs(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
+            )
             s, _ = logits(spec, q, k_block, b)
             if masked:
                 see = allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin)
@@ -210,7 +228,7 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
         done = acc / jnp.where(empty, 1, total)[..., None]
         done = jnp.where(spoiled[..., None], jnp.nan, done)
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
-        parts = (jnp.moveaxis(done, 3, 1).astype(value.dtype), jnp.moveaxis(lse, 3, 1))
+        parts = (_unrows(done).astype(value.dtype), _unrows(lse))
         return jax.tree.map(lambda buffer, part: lax.dynamic_update_slice_in_dim(buffer, part, row, 1), buffers, parts)
 
     return lax.fori_loop(0, _row_blocks(length, spec.rows), row_block, (out, out[..., 0].astype(spec.dtype)))
@@ -221,7 +239,10 @@ def _add_pairs(total: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.
     part = part.reshape(part.shape[0], -1, *part.shape[3:])
     axes = tuple(a for a in range(4) if total.shape[a] == 1 and part.shape[a] != 1)
     part = part.sum(axes, keepdims=True)
-    start = [jnp.asarray(i, jnp.int32) for i in (0, 0, row if total.shape[2] != 1 else 0, column if total.shape[3] != 1 else 0)]
+    start = [
+        jnp.asarray(i, jnp.int32)
+        for i in (0, 0, row if total.shape[2] != 1 else 0, column if total.shape[3] != 1 else 0)
+    ]
     return lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, part.shape) + part, start)
 
 
@@ -241,7 +262,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         fresh = row + jnp.arange(spec.rows) >= i * spec.rows  # rows that the block before has done count once
 
         def rows_of(x):
-            return jnp.moveaxis(lax.dynamic_slice_in_dim(x, row, spec.rows, 1), 1, 3).astype(spec.dtype)
+            return _rows(x, row, spec.rows, kv_heads, spec.dtype)
 
         q, do = rows_of(query) * spec.scale, jnp.where(fresh[:, None], rows_of(d_out), 0)
         lse_rows = rows_of(lse)
@@ -251,7 +272,11 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
             k_block, v_block = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (k, v))
-            b = None if bias is None else _pairs(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
+            b = (
+                None
+                if bias is None
+                else _pairs(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
+            )
             s, slope = logits(spec, q, k_block, b)
             p = jnp.exp(s - lse_rows)
             if masked:
@@ -269,9 +294,15 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         dq, dk, dv, db = grads
         state = (jnp.zeros_like(q), dk, dv, db)
         dq_rows, dk, dv, db = _over_columns(spec, marks, row, keys, bias is not None, block, state)
-        return _add(dq, jnp.moveaxis(dq_rows, 3, 1) * spec.scale, row, 1), dk, dv, db
+        return _add(dq, _unrows(dq_rows) * spec.scale, row, 1), dk, dv, db
 
-    zeros = (jnp.zeros_like(query), jnp.zeros_like(k), jnp.zeros_like(v), None if bias is None else jnp.zeros_like(bias, spec.dtype))
+    # -0 is a zero that XLA does not take for the other zeros of the same shape, of which it would make one and copy it for each.
+    zeros = (
+        jnp.full_like(query, -0.0),
+        jnp.zeros_like(k),
+        jnp.full_like(v, -0.0),
+        None if bias is None else jnp.zeros_like(bias, spec.dtype),
+    )
     dq, dk, dv, db = lax.fori_loop(0, _row_blocks(length, spec.rows), row_block, zeros)
     dk, dv = (jnp.moveaxis(x, 1, 2).astype(like.dtype) for x, like in ((dk, key), (dv, value)))
     return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
@@ -291,7 +322,7 @@ def _plain(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Arr
 
 
 def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
-    """out (B, T, K, G, V) and lse (B, T, K, G); T, S >= 1, block sizes at most T and S."""
+    """out (B, T, N, V) and lse (B, T, N); T, S >= 1, block sizes at most T and S."""
     arrays, marks = tie((arrays, marks))
 
     def forward(arrays, marks):

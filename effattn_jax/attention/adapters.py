@@ -77,9 +77,13 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
         }
         for name, setting in given.items():
             if not _IGNORED_WHEN[name](setting, deterministic):
-                raise ValueError(f"{name}={setting!r} cannot be honoured: this kernel forms no attention weights; leave it at its default")
+                raise ValueError(
+                    f"{name}={setting!r} cannot be honoured: this kernel forms no attention weights; leave it at its default"
+                )
         if module is not None:
-            raise ValueError("module (sow_weights=True) cannot be honoured: this kernel forms no attention weights to sow")
+            raise ValueError(
+                "module (sow_weights=True) cannot be honoured: this kernel forms no attention weights to sow"
+            )
         if mask is not None:
             mask = mask if mask.dtype == jnp.bool_ else mask != 0
         if dtype is not None:

@@ -32,7 +32,12 @@ class Cache(NamedTuple):
 
 
 def cache(
-    batch: int | tuple[int, ...], capacity: int, num_kv_heads: int, head_dim: int, value_dim: int | None = None, dtype: Any = jnp.float32
+    batch: int | tuple[int, ...],
+    capacity: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
 ) -> Cache:
     """An empty cache of fixed size, to pass as `initial_state` of softmax attention.
 
@@ -71,7 +76,9 @@ def flat(state: Cache, call: Call) -> Cache:
     ok = ok and state.key.shape[: len(call.batch)] == call.batch and state.key.shape[-2:] == call.key.shape[2:]
     if not ok or state.value.shape[-1] != call.value.shape[-1]:
         got = (state.key.shape, state.value.shape) if isinstance(state, Cache) else type(state).__name__
-        raise ValueError(f"initial_state must be a Cache with keys (*B, S, K, H) = {want} and values to match; got {got}")
+        raise ValueError(
+            f"initial_state must be a Cache with keys (*B, S, K, H) = {want} and values to match; got {got}"
+        )
     rank = len(call.batch)
     parts = [x.reshape(call.query.shape[0], *x.shape[rank:]) for x in state[:-1]]
     return Cache(*parts, state.length)
@@ -97,15 +104,20 @@ def extend(state: Cache, call: Call, valid: jax.Array | None) -> Cache:
         new = new._replace(segment=jnp.broadcast_to(state.last[:, None], new.segment.shape), last=state.last)
     count = call.key.shape[1]
     if state.length is None:
-        joined = [jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)]
+        joined = [
+            jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
+        ]
         return Cache(*joined, new.last, None)
     capacity = state.key.shape[1]
     known = not isinstance(state.length, jax.core.Tracer)
     if count > capacity or (known and int(state.length) + count > capacity):
         held = int(state.length) if known else "its"
-        raise ValueError(f"initial_state is full: {held} tokens and {count} more do not fit a capacity of {capacity}; make a larger cache")
+        raise ValueError(
+            f"initial_state is full: {held} tokens and {count} more do not fit a capacity of {capacity}; make a larger cache"
+        )
     written = [
-        lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), state.length, axis=1) for old, x in zip(state[:4], new[:4], strict=True)
+        lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), state.length, axis=1)
+        for old, x in zip(state[:4], new[:4], strict=True)
     ]
     return Cache(*written, new.last if count else state.last, state.length + count)
 

@@ -35,7 +35,9 @@ class LinearState(NamedTuple):
     segment: jax.Array
 
 
-def empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, *, normalize=True, gated=False) -> LinearState:
+def empty_state(
+    batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, *, normalize=True, gated=False
+) -> LinearState:
     """The state before the first token; `capacity` does not matter, the state never grows."""
     del capacity
     lead = (batch,) if isinstance(batch, int) else tuple(batch)
@@ -46,9 +48,9 @@ def empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, d
 
 
 class _Problem(NamedTuple):
-    """A call with feature maps resolved, query heads grouped by key head, and both lengths made equal."""
+    """A call with its feature map resolved and both lengths made equal."""
 
-    query: jax.Array  # (B, T, K, G, M)
+    query: jax.Array  # (B, T, N, M)
     key: jax.Array  # (B, T, K, M)
     value: jax.Array  # (B, T, K, V)
     log_decay: jax.Array | None  # (B, T, K[, M])
@@ -68,7 +70,6 @@ def _align(call: Call, mask, log_decay, feature_map: Callable | None) -> _Proble
     """Ends aligned: missing queries in front read nothing, missing keys in front are masked."""
     query, key, value = call.query, call.key, call.value
     length, keys = query.shape[1], key.shape[1]
-    query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
     missing_queries, missing_keys = max(keys - length, 0), max(length - keys, 0)
     if missing_keys:
         mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
@@ -88,7 +89,16 @@ def _causal(p: _Problem, state: LinearState | None, size: int | None, options: O
     else:
         last_segment = jnp.zeros(p.key.shape[:1], jnp.int32) if segments is None else segments[:, -1]
     out, (kv, total) = outer_product(
-        p.query, p.key, p.value, p.log_decay, carry, segments=segments, last_segment=last, key_mask=p.mask, size=size, options=options
+        p.query,
+        p.key,
+        p.value,
+        p.log_decay,
+        carry,
+        segments=segments,
+        last_segment=last,
+        key_mask=p.mask,
+        size=size,
+        options=options,
     )
     return jax.tree.map(lambda x: x[:, p.skipped :], out), LinearState(kv, total, last_segment)
 
@@ -96,7 +106,9 @@ def _causal(p: _Problem, state: LinearState | None, size: int | None, options: O
 def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
     """Past and present by one pass, the future by the same pass over reversed time without each step's own pair."""
     options = options._replace(split=options.normalize)
-    past = outer_product(p.query, p.key, p.value, p.log_decay, None, segments=p.segments, key_mask=p.mask, size=size, options=options)[0]
+    past = outer_product(
+        p.query, p.key, p.value, p.log_decay, None, segments=p.segments, key_mask=p.mask, size=size, options=options
+    )[0]
 
     def flip(x):
         return None if x is None else jnp.flip(x, axis=1)
@@ -115,16 +127,19 @@ def _all_keys(p: _Problem, normalize: bool) -> jax.Array:
     query, key, value = p.query.astype(dtype), p.key.astype(dtype), p.value.astype(dtype)
     if p.feature_map is not None:
         query, key = p.feature_map(query), p.feature_map(key)
+    query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
     if p.mask is not None:
         keep = p.mask[:, :, None, None]
         key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)
     out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
     if normalize:
         out = normalized(out, jnp.einsum("btkgm,bkm->btkg", query, key.sum(1)))
-    return out.astype(p.value.dtype)
+    return _merge_heads(out).astype(p.value.dtype)
 
 
-def _dense(call: Call, mask: jax.Array | None, feature_map: Callable | None, is_causal: bool, normalize: bool, rows: int) -> jax.Array:
+def _dense(
+    call: Call, mask: jax.Array | None, feature_map: Callable | None, is_causal: bool, normalize: bool, rows: int
+) -> jax.Array:
     """All pairs, `rows` queries at a time: the form to check the others by, and the way for segments that are not aligned in time."""
     length, keys, kv_heads = call.query.shape[1], call.key.shape[1], call.key.shape[2]
     dtype = accumulator(call.query, call.key, call.value)
@@ -189,10 +204,14 @@ def _attend(
         feature_map = None
     aligned = call.query_segments is call.key_segments
     if not aligned and (state is not None or return_state or log_decay is not None):
-        raise ValueError("segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence")
+        raise ValueError(
+            "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
+        )
     length, keys = call.query.shape[1], call.key.shape[1]
     if max(length, keys) == 0 or (length == 0 and not return_state):
-        return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype), state or _no_state(call, feature_map, normalize)
+        return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype), state or _no_state(
+            call, feature_map, normalize
+        )
     if implementation == "dense" or not aligned:
         return _merge_heads(_dense(call, mask, feature_map, is_causal, normalize, _BLOCK)), None
     problem = _align(call, mask, log_decay, feature_map)
@@ -203,7 +222,7 @@ def _attend(
         out = _all_keys(problem, normalize)
     else:
         out = _both_ways(problem, size, options)
-    return _merge_heads(out), state
+    return out, state
 
 
 def _run(
@@ -221,7 +240,10 @@ def _run(
     heads = call.query.shape[2]
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
-        call = call._replace(key=jnp.repeat(call.key, heads // call.key.shape[2], 2), value=jnp.repeat(call.value, heads // call.value.shape[2], 2))
+        call = call._replace(
+            key=jnp.repeat(call.key, heads // call.key.shape[2], 2),
+            value=jnp.repeat(call.value, heads // call.value.shape[2], 2),
+        )
     if scale is not None:
         call = call._replace(query=call.query * jnp.asarray(scale, call.query.dtype))
     if initial_state is not None:
@@ -240,9 +262,18 @@ def _check_state(state: Any, call: Call, normalize: bool) -> LinearState:
     heads, lead = call.key.shape[2], call.batch
     kv = getattr(state, "kv", None)
     rule = f"initial_state must be the LinearState of an earlier call, kv of shape (*B, K, M, V) = {(*lead, heads, 'M', call.value.shape[-1])}"
-    ok = isinstance(state, LinearState) and kv.ndim == len(lead) + 3 and kv.shape[:-2] == (*lead, heads) and kv.shape[-1] == call.value.shape[-1]
+    ok = (
+        isinstance(state, LinearState)
+        and kv.ndim == len(lead) + 3
+        and kv.shape[:-2] == (*lead, heads)
+        and kv.shape[-1] == call.value.shape[-1]
+    )
     if not ok or (state.total is not None) != normalize:
-        got = f"kv {kv.shape}, total {'absent' if state.total is None else 'present'}" if isinstance(state, LinearState) else type(state).__name__
+        got = (
+            f"kv {kv.shape}, total {'absent' if state.total is None else 'present'}"
+            if isinstance(state, LinearState)
+            else type(state).__name__
+        )
         raise ValueError(f"{rule}, total {'present' if normalize else 'absent'}; got {got}")
     return jax.tree.map(lambda x: x.reshape(call.query.shape[0], *x.shape[len(lead) :]), state)
 

@@ -28,12 +28,16 @@ def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]
     pair = window if isinstance(window, tuple | list) else (window, window)
     ok = len(pair) == 2 and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in pair)
     if not ok:
-        raise ValueError(f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}")
+        raise ValueError(
+            f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}"
+        )
     left, right = pair
     return left, (0 if is_causal else right)
 
 
-def _block_sizes(length: int, keys: int, groups: int, bounds: tuple[int | None, int | None], chunk_size: int | None) -> tuple[int, int]:
+def _block_sizes(
+    length: int, keys: int, groups: int, bounds: tuple[int | None, int | None], chunk_size: int | None
+) -> tuple[int, int]:
     """Rows and columns of a block: as large as fits a cache (about 4 MiB of scores over the heads), no wider than a window makes sense of."""
     if chunk_size is not None:
         return min(chunk_size, length), min(chunk_size, keys)
@@ -48,11 +52,15 @@ def _block_sizes(length: int, keys: int, groups: int, bounds: tuple[int | None, 
     return min(rows, length), min(columns, keys)
 
 
-def _with_state(call: Call, state: caches.Cache | None, valid: jax.Array | None, left: int | None, return_state: bool) -> Any:
+def _with_state(
+    call: Call, state: caches.Cache | None, valid: jax.Array | None, left: int | None, return_state: bool
+) -> Any:
     """The call over all keys there are, the marks of the keys, and the state to return."""
     if state is None:
         after = caches.start(call, valid) if return_state else None
-        marks = Marks(jnp.int32(call.key.shape[1] - call.query.shape[1]), None, valid, call.query_segments, call.key_segments)
+        marks = Marks(
+            jnp.int32(call.key.shape[1] - call.query.shape[1]), None, valid, call.query_segments, call.key_segments
+        )
         full = call
     else:
         grown = caches.extend(state, call, valid)
@@ -161,8 +169,19 @@ def dot_product_attention(
     valid, pair_mask = _split_mask(call, state)
     full, marks, after = _with_state(call, state, valid, left if is_causal else None, return_state)
     if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
-        raise ValueError(f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}")
-    out, weights = _attend(full, marks._replace(mask=pair_mask), (left, right), scale, logits_soft_cap, chunk_size, implementation, return_weights)
+        raise ValueError(
+            f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}"
+        )
+    out, weights = _attend(
+        full,
+        marks._replace(mask=pair_mask),
+        (left, right),
+        scale,
+        logits_soft_cap,
+        chunk_size,
+        implementation,
+        return_weights,
+    )
     out = call.restore(_overfull(after, out))
     results = [out]
     if return_state:
@@ -177,7 +196,7 @@ def _attend(
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     query, key, value = call.query, call.key, call.value
-    (batch, length, heads, dim), (keys, kv_heads) = query.shape, key.shape[1:3]
+    (batch, length, heads, dim), keys = query.shape, key.shape[1]
     if scale is not None and not isinstance(scale, int | float):
         query, scale = query * jnp.asarray(scale, query.dtype), 1.0
     scale = 1 / math.sqrt(dim) if scale is None else float(scale)
@@ -185,11 +204,11 @@ def _attend(
         return jnp.zeros((batch, length, heads, value.shape[-1]), value.dtype), jnp.zeros((batch, heads, length, keys))
     rows, columns = _block_sizes(length, keys, batch * heads, bounds, chunk_size)
     spec = Spec(*bounds, cap, scale, rows, columns, accumulator(query, key, value))
-    arrays = Arrays(query.reshape(batch, length, kv_heads, heads // kv_heads, dim), key, value, call.bias)
+    arrays = Arrays(query, key, value, call.bias)
     small = implementation is None and chunk_size is None and length * keys <= _DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
         out, _, weights = whole_rows(spec, arrays, marks)
         weights = weights.reshape(batch, heads, length, keys)
     else:
         out, weights = by_blocks(spec, arrays, marks)[0], None
-    return out.reshape(batch, length, heads, -1), weights
+    return out, weights

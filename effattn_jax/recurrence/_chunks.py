@@ -24,17 +24,23 @@ def _chunk(tree: Any, index: jax.Array | int, size: int) -> Any:
 
 
 def _store(buffers: Any, chunks: Any, index: jax.Array, size: int) -> Any:
-    return jax.tree.map(lambda b, x: lax.dynamic_update_slice_in_dim(b, x.astype(b.dtype), index * size, axis=1), buffers, chunks)
+    return jax.tree.map(
+        lambda b, x: lax.dynamic_update_slice_in_dim(b, x.astype(b.dtype), index * size, axis=1), buffers, chunks
+    )
 
 
-def _zeros_over_time(chunks: Any, count: int) -> Any:
-    """Zeros of `count` chunks, made from one chunk so that sharding and varying axes are its own."""
+def _over_time(chunks: Any, count: int) -> Any:
+    """Buffers for `count` chunks, made from one chunk so that sharding and varying axes are its own.
 
-    def widen(x):
-        wide = jnp.broadcast_to(jnp.zeros_like(x)[:, None], (x.shape[0], count, *x.shape[1:]))
+    Every element will be overwritten. The fill differs from buffer to buffer, or XLA would make one and copy it for each.
+    """
+
+    def widen(fill, x):
+        wide = jnp.broadcast_to(jnp.full_like(x, fill)[:, None], (x.shape[0], count, *x.shape[1:]))
         return wide.reshape(x.shape[0], count * x.shape[1], *x.shape[2:])
 
-    return jax.tree.map(widen, chunks)
+    leaves, tree = jax.tree.flatten(chunks)
+    return jax.tree.unflatten(tree, map(widen, range(len(leaves)), leaves))
 
 
 def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int) -> tuple[Any, Any]:
@@ -55,7 +61,7 @@ def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int)
             carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size))
             return carry, _store(buffers, out, i, size)
 
-        return lax.fori_loop(0, count, step, (carry, _zeros_over_time(first, count)))
+        return lax.fori_loop(0, count, step, (carry, _over_time(first, count)))
 
     def plain(arrays, aux):
         carry, inputs = arrays
@@ -92,6 +98,10 @@ def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int)
             d_carry, d_chunk = pull((d_carry, _chunk(d_out, i, size)))
             return d_carry, _store(d_inputs, d_chunk, i, size)
 
-        return lax.fori_loop(0, count, step, (d_carry, jax.tree.map(jnp.zeros_like, inputs)))
+        leaves, tree = jax.tree.flatten(inputs)
+        buffers = jax.tree.unflatten(
+            tree, [jnp.full_like(x, fill + 100) for fill, x in enumerate(leaves)]
+        )  # unlike forward's
+        return lax.fori_loop(0, count, step, (d_carry, buffers))
 
     return with_backward(forward, plain, backward)((carry, inputs), aux)

@@ -81,7 +81,12 @@ def _by_platform(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Arra
     )
 
 
-_FORMS: dict[str | None, Callable] = {None: _by_platform, "scan": _scan, "associative": _associative, "chunked": _chunked}
+_FORMS: dict[str | None, Callable] = {
+    None: _by_platform,
+    "scan": _scan,
+    "associative": _associative,
+    "chunked": _chunked,
+}
 
 
 def _shift(x: jax.Array, reverse: bool) -> jax.Array:
@@ -148,7 +153,9 @@ def diagonal_recurrence(
     if inputs.ndim < 2:
         raise ValueError(f"inputs must have shape (B, T, ...); got {inputs.shape}")
     if decay.ndim != inputs.ndim or any(d not in (1, n) for d, n in zip(decay.shape, inputs.shape, strict=True)):
-        raise ValueError(f"decay must broadcast to inputs (B, T, ...) axis by axis; got decay {decay.shape}, inputs {inputs.shape}")
+        raise ValueError(
+            f"decay must broadcast to inputs (B, T, ...) axis by axis; got decay {decay.shape}, inputs {inputs.shape}"
+        )
     slice_shape = inputs.shape[:1] + inputs.shape[2:]
     out_dtype = jnp.result_type(inputs, decay) if jnp.iscomplexobj(decay) else inputs.dtype
     dtype = accumulator(decay, inputs)
@@ -156,7 +163,9 @@ def diagonal_recurrence(
     if initial_state is not None:
         initial_state = jnp.asarray(initial_state)
         if initial_state.shape != slice_shape:
-            raise ValueError(f"initial_state must have the shape of inputs without axis 1, {slice_shape}; got {initial_state.shape}")
+            raise ValueError(
+                f"initial_state must have the shape of inputs without axis 1, {slice_shape}; got {initial_state.shape}"
+            )
         initial_state = initial_state.astype(dtype)
     if segment_ids is not None:
         decay = _restart(decay, jnp.asarray(segment_ids), reverse)
@@ -178,7 +187,9 @@ def diagonal_recurrence(
 def _restart(decay: jax.Array, segment_ids: jax.Array, reverse: bool) -> jax.Array:
     """Decays with an exact 0 wherever a new segment begins."""
     if segment_ids.shape != decay.shape[:2] or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids must be integers of shape (B, T) = {decay.shape[:2]}; got {segment_ids.dtype} {segment_ids.shape}")
+        raise ValueError(
+            f"segment_ids must be integers of shape (B, T) = {decay.shape[:2]}; got {segment_ids.dtype} {segment_ids.shape}"
+        )
     change = segment_ids[:, 1:] != segment_ids[:, :-1]
     no_change = jnp.zeros_like(segment_ids[:, :1], dtype=bool)
     begins = jnp.concatenate([change, no_change] if reverse else [no_change, change], axis=1)

@@ -40,7 +40,9 @@ class Marks(NamedTuple):
     """Integers and booleans (B, T) that say which steps may interact; None where all may."""
 
     run: jax.Array | None = None  # number of the segment a step is in, counted along time
-    run_before: jax.Array | None = None  # number of the segment that the state at the start of the step's chunk belongs to
+    run_before: jax.Array | None = (
+        None  # number of the segment that the state at the start of the step's chunk belongs to
+    )
     key_mask: jax.Array | None = None  # whether the step's key and value exist
 
 
@@ -78,6 +80,11 @@ def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
+def _heads(x: jax.Array) -> jax.Array:
+    """Axes K and G back as N."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
 def _inside(q, k, v, decay_between, allowed, dtype):
     """Pairs of one chunk: scores (B, K, G, i, j), their product with the values, and which rows met a value that is not finite.
 
@@ -95,7 +102,9 @@ def _inside(q, k, v, decay_between, allowed, dtype):
     finite = jnp.isfinite(v)
     out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, v, 0))
     bad = jnp.any(~finite, axis=-1).astype(dtype)
-    poisoned = jnp.einsum("bij,bjk->bik", jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(dtype), bad) > 0
+    poisoned = (
+        jnp.einsum("bij,bjk->bik", jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(dtype), bad) > 0
+    )
     return scores, out, poisoned[..., None]
 
 
@@ -104,7 +113,10 @@ def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mar
     state, total = carry
     dtype = state.dtype
     q, k, v, decay = inputs
-    q, k, v = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    k, v = k.astype(dtype), v.astype(dtype)
+    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]).astype(
+        dtype
+    )  # here, not outside: there it would copy the whole array
     if options.feature_map is not None:
         q, k = options.feature_map(q), options.feature_map(k)
     if marks.key_mask is not None:
@@ -131,14 +143,15 @@ def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mar
         goes_on = (last == marks.run_before[:, -1:])[:, :, None]
         state = jnp.where(goes_on[..., None], state, 0)
         total = None if total is None else jnp.where(goes_on, total, 0)
-    numerator = jnp.where(poisoned[..., None], jnp.nan, numerator + old)
+    numerator = _heads(jnp.where(poisoned[..., None], jnp.nan, numerator + old))
     after = (
-        _spread(kept, state) * state + jnp.einsum("bjkh,bjkv->bkhv", k_state, v_state) if decay is not None
+        _spread(kept, state) * state + jnp.einsum("bjkh,bjkv->bkhv", k_state, v_state)
+        if decay is not None
         else state + jnp.einsum("bjkh,bjkv->bkhv", k_state, v_state)
     )
     if total is None:
         return (after, None), numerator.astype(out_dtype)
-    denominator = jnp.moveaxis(scores.sum(-1), 3, 1) + old_total
+    denominator = _heads(jnp.moveaxis(scores.sum(-1), 3, 1) + old_total)
     total = (total if decay is None else _spread(kept, total) * total) + k_state.sum(1)
     if options.split:
         return (after, total), (numerator, denominator)
@@ -164,9 +177,9 @@ def outer_product(
     size: int | None = None,
     options: Options = _DEFAULT,
 ) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
-    """The chunked kernel behind every member of the family: query (B, T, K, G, H), key (B, T, K, H), value (B, T, K, V), T >= 1.
+    """The chunked kernel behind every member of the family: query (B, T, N, H), key (B, T, K, H), value (B, T, K, V), T >= 1.
 
-    Returns (out, (S, z)): out (B, T, K, G, V), or (numerator, denominator) with `options.split`.
+    Returns (out, (S, z)): out (B, T, N, V), or (numerator, denominator) with `options.split`.
     """
     length = query.shape[1]
     per_feature = log_decay is not None and log_decay.ndim == 4
@@ -175,7 +188,10 @@ def outer_product(
     if state is None:
         k0 = key[:, 0] if options.feature_map is None else options.feature_map(key[:, 0].astype(dtype))
         z = jnp.zeros_like(k0, dtype)
-        state = (jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))), z if options.normalize else None)
+        state = (
+            jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))),
+            z if options.normalize else None,
+        )
     arrays = (query, key, value, log_decay, state, segments, last_segment, key_mask)
     query, key, value, log_decay, state, segments, last_segment, key_mask = tie(arrays)
     missing = -length % size
@@ -204,16 +220,21 @@ def _step_by_step(query, key, value, log_decay, state, *, segments=None, options
         q, k, v, a, begin = x
         state, total = carry
         state = jnp.where(begin[:, None, None, None], 0, state * a[..., None]) + k[..., None] * v[..., None, :]
-        out = jnp.einsum("bkgh,bkhv->bkgv", q, state)
+        out = jnp.einsum("bkh,bkhv->bkv", q, state)
         if total is not None:
             total = jnp.where(begin[:, None, None], 0, total * a) + k
-            out = normalized(out, jnp.einsum("bkgh,bkh->bkg", q, total))
+            out = normalized(out, jnp.einsum("bkh,bkh->bk", q, total))
         return (state, total), out
 
     if state is None:
         zero = jnp.zeros_like(key[:, 0], dtype)
-        state = (jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", zero, value[:, 0].astype(dtype))), zero if options.normalize else None)
-    steps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (query.astype(dtype), key.astype(dtype), value.astype(dtype), kept, begins))
+        state = (
+            jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", zero, value[:, 0].astype(dtype))),
+            zero if options.normalize else None,
+        )
+    steps = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0), (query.astype(dtype), key.astype(dtype), value.astype(dtype), kept, begins)
+    )
     state, out = lax.scan(step, state, steps)
     return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
 
@@ -228,7 +249,9 @@ def check_decay(log_decay: ArrayLike | None, key: jax.Array, heads: int, batch: 
     (log_decay,) = floating(log_decay=log_decay)
     want = (*batch, key.shape[1], heads)
     if log_decay.shape not in (want, (*want, key.shape[-1])):
-        raise ValueError(f"log_decay must have shape (*B, T, N) = {want} or (*B, T, N, H) = {(*want, key.shape[-1])}; got {log_decay.shape}")
+        raise ValueError(
+            f"log_decay must have shape (*B, T, N) = {want} or (*B, T, N, H) = {(*want, key.shape[-1])}; got {log_decay.shape}"
+        )
     return log_decay.reshape(key.shape[0], *log_decay.shape[len(batch) :])
 
 
@@ -284,14 +307,17 @@ def outer_product_recurrence(
     key, value = (jnp.repeat(x, heads // key.shape[2], axis=2) for x in (key, value))
     state = _check_state(initial_state, normalize, (*call.batch, heads, key.shape[-1], value.shape[-1]), call)
     if length == 0:
-        state = _check_state(None, normalize, (*call.batch, heads, key.shape[-1], value.shape[-1]), call, fill=True) if state is None else state
+        state = (
+            _check_state(None, normalize, (*call.batch, heads, key.shape[-1], value.shape[-1]), call, fill=True)
+            if state is None
+            else state
+        )
         out = value.reshape(*value.shape[:2], heads, value.shape[-1])
     else:
         out, state = _FORMS[implementation](
-            query[:, :, :, None], key, value, log_decay, state,
+            query, key, value, log_decay, state,
             segments=call.query_segments, size=chunk_size, options=Options(normalize=normalize),
         )  # fmt: skip
-        out = out[:, :, :, 0]
     out = call.restore(out)
     if not return_state:
         return out
@@ -309,6 +335,11 @@ def _check_state(state: Any, normalize: bool, shape: tuple[int, ...], call: Any,
     if len(parts) != len(wants) or any(jnp.shape(p) != w for p, w in zip(parts, wants, strict=True)):
         what = "a pair (S, z) of shapes" if normalize else "S of shape"
         got = [jnp.shape(p) for p in parts]
-        raise ValueError(f"initial_state must be {what} (*B, N, H, V) = {wants[0]}{f', {wants[1]}' if normalize else ''}; got {got}")
-    parts = tuple(jnp.asarray(p, dtype).reshape(call.query.shape[0], *w[len(call.batch) :]) for p, w in zip(parts, wants, strict=True))
+        raise ValueError(
+            f"initial_state must be {what} (*B, N, H, V) = {wants[0]}{f', {wants[1]}' if normalize else ''}; got {got}"
+        )
+    parts = tuple(
+        jnp.asarray(p, dtype).reshape(call.query.shape[0], *w[len(call.batch) :])
+        for p, w in zip(parts, wants, strict=True)
+    )
     return parts if normalize else (parts[0], None)

@@ -1,0 +1,1 @@
+"""Measurements: speed and memory are measured here, never in a test."""

@@ -1,0 +1,211 @@
+"""Time and compiled memory of every mixer of the tables against jax.nn.dot_product_attention and the peers that are installed.
+
+    python -m benchmarks.attention [--lengths 1024 4096 16384 65536] [--heads 8] [--dim 64] [--rounds 5] [--name NAME]
+
+Writes benchmarks/results/NAME.json and its plot, and prints the table. All contenders of a group and length run in turn, round after round, in
+one process; the figures are medians, so that ratios within a group stand on a noisy machine. A contender whose program would need more
+than `--memory-limit` or whose next length would take longer than `--patience` seconds is left out and named.
+"""
+
+import dataclasses
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.peers import JAX_PEERS, TORCH_PEERS, WINDOW, Contender
+from benchmarks.plot import plot
+from effattn_jax.attention import MIXERS
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Options of the benchmark."""
+
+    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    """Sequence lengths."""
+    heads: int = 8
+    """Attention heads."""
+    dim: int = 64
+    """Width of a head."""
+    batch: int = 1
+    """Sequences in a batch (peers in PyTorch: 1)."""
+    dtype: str = "float32"
+    """Input dtype of the JAX contenders."""
+    rounds: int = 5
+    """Timed rounds; the median counts."""
+    memory_limit: float = 8.0
+    """GiB of temporaries above which a program is not run."""
+    patience: float = 20.0
+    """Seconds one pass may take; a contender expected to exceed it is left out."""
+    groups: tuple[str, ...] = ()
+    """Only these groups; empty is all."""
+    name: str = "attention"
+    """Name of the result files."""
+
+
+def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Contender]]]:
+    """By group: every mixer of the table in its causal form, softmax with a window, and the peers."""
+    groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
+    for name, mixer in MIXERS.items():
+        groups[name] = {
+            "effattn_jax": partial(_jax_contender, settings, partial(mixer.function, is_causal=True), mixer.extras)
+        }
+    softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
+    groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
+    for group, members in groups.items():
+        for name, function in JAX_PEERS.get(group, {"jax.nn": JAX_PEERS["softmax"]["jax.nn"]}).items():
+            members[name] = partial(_jax_contender, settings, function, None)
+        for name, build in TORCH_PEERS.get(group, {}).items():
+            members[name] = lambda length, build=build: build(length, settings.heads, settings.dim)
+    return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
+
+
+def _jax_contender(settings: Settings, function: Callable, extras: Callable | None, length: int) -> Contender:
+    shape = (settings.batch, length, settings.heads, settings.dim)
+    keys = jax.random.split(jax.random.key(0), 5)
+    query, key, value, cotangent = (jax.random.normal(k, shape).astype(settings.dtype) for k in keys[:4])
+    more = {} if extras is None else extras(keys[4], query)
+
+    def forward(query, key, value, more):
+        return function(query, key, value, **more)
+
+    def both(query, key, value, more, cotangent):
+        out, pull = jax.vjp(forward, query, key, value, more)
+        return out, pull(cotangent)
+
+    started = time.perf_counter()
+    run_forward = jax.jit(forward).lower(query, key, value, more).compile()
+    run_both = jax.jit(both).lower(query, key, value, more, cotangent).compile()
+    seconds = time.perf_counter() - started
+    memory = tuple(run.memory_analysis().temp_size_in_bytes for run in (run_forward, run_both))
+    return Contender(
+        lambda: jax.block_until_ready(run_forward(query, key, value, more)),
+        lambda: jax.block_until_ready(run_both(query, key, value, more, cotangent)),
+        memory,
+        seconds,
+    )
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def measure(
+    group: str, members: dict[str, Callable], length: int, settings: Settings, last: dict, console: Console
+) -> list[dict]:
+    """Rows of one group at one length; `last` holds each contender's (length, slowest pass) so far."""
+    ready = {}
+    for name, build in members.items():
+        seen = last.get((group, name))
+        growth = (length / seen[0]) ** 2 if seen else 0
+        if seen and seen[1] * growth > settings.patience and seen[1] * length / seen[0] > settings.patience / 16:
+            console.print(f"  {group}, {name}: left out at T={length}, it would take too long")
+            continue
+        try:
+            contender = build(length)
+        except ImportError as error:
+            console.print(f"  {group}, {name}: left out, {error.name} is not installed")
+            continue
+        if contender.memory and max(contender.memory) > settings.memory_limit * 2**30:
+            console.print(
+                f"  {group}, {name}: left out at T={length}, {max(contender.memory) / 2**30:.1f} GiB of temporaries"
+            )
+            continue
+        contender.forward(), contender.both()
+        ready[name] = contender
+    times = {name: ([], []) for name in ready}
+    for _ in range(settings.rounds):
+        for name, contender in ready.items():
+            times[name][0].append(_timed(contender.forward))
+            times[name][1].append(_timed(contender.both))
+    rows = []
+    for name, (forward, both) in times.items():
+        last[group, name] = (length, statistics.median(both))
+        contender = ready[name]
+        rows.append({
+            "group": group, "name": name, "length": length,
+            "forward_ms": 1e3 * statistics.median(forward), "both_ms": 1e3 * statistics.median(both),
+            "forward_mb": contender.memory and contender.memory[0] / 1e6, "both_mb": contender.memory and contender.memory[1] / 1e6,
+            "compile_s": contender.compile_seconds,
+        })  # fmt: skip
+    return rows
+
+
+def device_name() -> str:
+    """The device in words: an accelerator's kind, or the CPU's architecture and cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    import os
+
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} {platform.machine()} cores"
+
+
+def show(rows: list[dict], title: str, console: Console) -> None:
+    """Prints the rows as a table; the ratio is to ours in the same group and length."""
+    table = Table(title=title)
+    for column in ("mixer", "T", "by", "forward ms", "x", "fwd + bwd ms", "x", "MB", "MB fwd + bwd", "compile s"):
+        table.add_column(column, justify="left" if column in ("mixer", "by") else "right")
+    ours = {(r["group"], r["length"]): r for r in rows if r["name"] == "effattn_jax"}
+    previous = None
+    for row in sorted(rows, key=lambda r: (r["group"], r["length"])):
+        base = ours.get((row["group"], row["length"]), row)
+        if previous and previous != row["group"]:
+            table.add_section()
+        previous = row["group"]
+
+        def number(x, digits=1):
+            return "" if x is None else f"{x:,.{digits}f}"
+
+        table.add_row(
+            row["group"], f"{row['length']:,}", row["name"],
+            number(row["forward_ms"]), number(row["forward_ms"] / base["forward_ms"], 2),
+            number(row["both_ms"]), number(row["both_ms"] / base["both_ms"], 2),
+            number(row["forward_mb"]), number(row["both_mb"]), number(row["compile_s"]),
+        )  # fmt: skip
+    console.print(table)
+
+
+def main(settings: Settings) -> None:
+    """Measures, prints, and writes JSON and plot."""
+    console = Console()
+    rows: list[dict] = []
+    last: dict = {}
+    groups = contenders(settings)
+    for length in settings.lengths:
+        for group, members in groups.items():
+            rows += measure(group, members, length, settings, last, console)
+            console.print(f"T={length}: {group} measured")
+    record = {
+        "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
+        "shape": {"batch": settings.batch, "heads": settings.heads, "dim": settings.dim}, "rounds": settings.rounds, "rows": rows,
+    }  # fmt: skip
+    show(
+        rows,
+        f"causal, {settings.heads} heads of {settings.dim}, {settings.dtype}, {record['device']}, {record['date']}",
+        console,
+    )
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{settings.name}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
+    plot(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

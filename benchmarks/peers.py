@@ -1,0 +1,116 @@
+"""What we are measured against: each peer by name, built where it is installed and left out, by name, where it is not.
+
+A builder takes (length, heads, dim) and returns a `Contender`. Peers in PyTorch run on the CPU in the same process; their memory is not
+reported, since only XLA says what a compiled program needs.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+WINDOW = 256
+
+
+class Contender(NamedTuple):
+    """Something to time.
+
+    Attributes:
+      forward: runs the forward pass and waits for it.
+      both: runs forward and backward and waits.
+      memory: temporaries in bytes of the compiled (forward, forward + backward), None where unknown.
+      compile_seconds: of both programs together, None where nothing is compiled.
+    """
+
+    forward: Callable[[], Any]
+    both: Callable[[], Any]
+    memory: tuple[int, int] | None
+    compile_seconds: float | None
+
+
+def token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal linear attention one token at a time by lax.scan, what JAX codes do that have no chunked form."""
+    query, key = (jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))) for x in (query, key))
+
+    def step(carry, x):
+        state, total = carry
+        q, k, v = x
+        state, total = state + k[..., None] * v[..., None, :], total + k
+        return (state, total), jnp.einsum("bnh,bnhv->bnv", q, state) / jnp.einsum("bnh,bnh->bn", q, total)[..., None]
+
+    over_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value))
+    zero = jnp.zeros_like(key[:, 0])
+    _, out = lax.scan(step, (zero[..., None] * value[:, 0, :, None, :], zero), over_time)
+    return jnp.moveaxis(out, 0, 1)
+
+
+def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """jax.nn.dot_product_attention, causal."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True)
+
+
+def jax_nn_window(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """jax.nn.dot_product_attention, causal with a window."""
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=(WINDOW, 0))
+
+
+def _torch_contender(function: Callable, length: int, heads: int, dim: int) -> Contender:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, cotangent = (torch.randn(1, heads, length, dim, generator=generator) for _ in range(4))
+
+    def forward():
+        with torch.no_grad():
+            return function(query, key, value)
+
+    def both():
+        leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+        function(*leaves).backward(cotangent)
+        return leaves[0].grad
+
+    return Contender(forward, both, None, None)
+
+
+def torch_sdpa(length: int, heads: int, dim: int) -> Contender:
+    """torch.nn.functional.scaled_dot_product_attention, causal."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    return _torch_contender(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), length, heads, dim)
+
+
+def torch_linear(length: int, heads: int, dim: int) -> Contender:
+    """linear-attention-transformer's causal linear attention in buckets of 64."""
+    from linear_attention_transformer.linear_attention_transformer import causal_linear_attn
+
+    return _torch_contender(lambda q, k, v: causal_linear_attn(q, k, v, bucket_size=64), length, heads, dim)
+
+
+def torch_window(length: int, heads: int, dim: int) -> Contender:
+    """local-attention with an exact causal window."""
+    from local_attention import LocalAttention
+
+    layer = LocalAttention(
+        window_size=WINDOW,
+        causal=True,
+        look_backward=1,
+        look_forward=0,
+        autopad=True,
+        exact_windowsize=True,
+        use_rotary_pos_emb=False,
+    )
+    return _torch_contender(layer, length, heads, dim)
+
+
+TORCH_PEERS: dict[str, dict[str, Callable[[int, int, int], Contender]]] = {
+    "softmax": {"torch SDPA": torch_sdpa},
+    "window 256": {"local-attention": torch_window},
+    "linear": {"linear-attention-transformer": torch_linear},
+}
+JAX_PEERS: dict[str, dict[str, Callable]] = {
+    "softmax": {"jax.nn": jax_nn},
+    "window 256": {"jax.nn": jax_nn_window},
+    "linear": {"token scan": token_scan},
+}
