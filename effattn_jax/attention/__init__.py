@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
+from effattn_jax.attention._linear import LinearState, empty_state
 from effattn_jax.attention.adapters import as_attention_fn
 from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
+from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
-from effattn_jax.attention.linear import LinearState, empty_state, gated_linear_attention, linear_attention
+from effattn_jax.attention.linear import linear_attention
 from effattn_jax.attention.softmax import dot_product_attention
 
 __all__ = [
