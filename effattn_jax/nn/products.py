@@ -39,9 +39,17 @@ def _forward(arrays, _):
 
 
 def _float32_forward(arrays, _):
-    x, kernel = arrays
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+    dtype = jnp.promote_types(arrays[0].dtype, jnp.float32)
+
+    def product(x, kernel):
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+    if arrays[0].dtype == dtype:
+        return product(*arrays)
+    # With jax 0.7 the CPU backend has no product of bfloat16 into float32.
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda x, kernel: product(x.astype(dtype), kernel.astype(dtype)), default=product
+    )
 
 
 def _backward(arrays, _, out, cotangent):
