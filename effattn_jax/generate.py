@@ -5,7 +5,6 @@ The run folder is all that is needed: its config, its codec and one of its check
 
 import argparse
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import numpy as np
 from effattn_jax.data import codecs
 from effattn_jax.parallel import make_mesh, shard_tree
 from effattn_jax.training.checkpoints import Checkpoints
+from effattn_jax.training.cli import quiet
 from effattn_jax.training.config import Config
 from effattn_jax.training.errors import UserError, user_errors
 from effattn_jax.training.folder import RunFolder
@@ -29,7 +29,7 @@ from effattn_jax.training.tasks import LanguageTask, make_task
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code, 2 for a mistake."""
     options = _parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    quiet()
     try:
         text = sample(
             options.run,

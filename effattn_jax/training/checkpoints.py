@@ -24,7 +24,8 @@ class Checkpoints:
     """The checkpoints of one run; every process of the run takes part in each call."""
 
     def __init__(self, folder: RunFolder):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Whatever Orbax logs as an error it also raises, and is then reported in one line.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
         self._last: int | None = None
         if folder.writes:
@@ -49,6 +50,7 @@ class Checkpoints:
         """
         if step == self._last or step in self.manager.all_steps():
             return
+        self.wait()
         meta = {"step": step, "val_loss": val_loss, "checksum": int(checksum(state))}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         # Orbax keeps a checkpoint's metric in memory and on disk only where one is given.

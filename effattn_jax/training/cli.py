@@ -31,7 +31,7 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> int:
         return 0
     from effattn_jax.training.errors import Interrupted, UserError
 
-    warnings.showwarning = _short_warning
+    quiet()
     try:
         return _run(folder, arguments)
     except UserError as error:
@@ -152,5 +152,13 @@ def _check_names(fields: list[str], arguments: Sequence[str]) -> None:
         raise UserError(f"there is no option {option}{hint} (all of them: python train.py PRESET --help).")
 
 
-def _short_warning(message, category, filename, lineno, file=None, line=None):
-    print(f"warning: {message}", file=file or sys.stderr)
+def quiet() -> None:
+    """Show warnings as one line; drop what TensorStore's threads say after an error that is reported anyway."""
+    unraisable = sys.unraisablehook
+
+    def hook(problem):
+        if str(problem.exc_value) != "Event loop is closed":
+            unraisable(problem)
+
+    sys.unraisablehook = hook
+    warnings.showwarning = lambda message, *where, **options: print(f"warning: {message}", file=sys.stderr)

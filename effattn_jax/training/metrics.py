@@ -9,6 +9,7 @@ import io
 import json
 from typing import Any
 
+from effattn_jax.training.errors import UserError
 from effattn_jax.training.folder import RunFolder
 
 COLUMNS = (
@@ -114,8 +115,10 @@ def _tensorboard(folder: RunFolder, resume_step: int) -> Any:
 
 
 def _wandb(folder: RunFolder, project: str, config: dict[str, Any] | None) -> Any:
-    import wandb
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("train.wandb needs the package wandb (pip install wandb).") from error
     return wandb.init(project=project, dir=str(folder.path), id=folder.path.name, resume="allow", config=config)
 
 
@@ -137,7 +140,8 @@ def plot_losses(folder: RunFolder, title: str, unit: str = "nats a token") -> No
     axes.set(xlabel="step", ylabel=f"loss ({unit})", title=title)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if train or held_out:
+        axes.legend(frameon=False)
     temporary = folder / ".loss.png.tmp"
     figure.savefig(temporary, dpi=150, format="png")
     temporary.replace(folder / "loss.png")
