@@ -10,7 +10,7 @@ import pytest
 from effattn_jax import nn
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
 from effattn_jax.models.inputs import count_positions
-from effattn_jax.nn.products import dense_product, float32_product
+from effattn_jax.nn.products import dense_product, float32_product, table_product
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():
         nn.MultiHeadAttention(8, kernel="sofmax").init(jax.random.key(0), x)
 
 
-@pytest.mark.parametrize("product", [dense_product, float32_product])
+@pytest.mark.parametrize("product", [dense_product, float32_product, lambda x, kernel: table_product(x, kernel.T)])
 def test_dense_product_has_the_derivatives_of_a_product(product):
     x, kernel, t = (
         jax.random.normal(key, shape)

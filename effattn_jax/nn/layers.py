@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.nn.products import dense_product, float32_product
+from effattn_jax.nn.products import dense_product, table_product
 
 EMBEDDING_STD = 0.02
 
@@ -109,4 +109,4 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> logits (..., A), float32."""
-        return float32_product(x.astype(self.dtype), self.embedding.astype(self.dtype).T)
+        return table_product(x.astype(self.dtype), self.embedding.astype(self.dtype))
