@@ -1,4 +1,4 @@
-"""Kill a training run at random moments, start it again, and compare its final state with an uninterrupted run bit by bit.
+"""Kill a training run at random moments, start it again, and compare its end with an uninterrupted run bit by bit.
 
     python -m benchmarks.kill_resume --points 20
 
@@ -137,8 +137,9 @@ def main() -> int:
         points = measure(Path(folder), options.points, options.seed, options.steps, options.devices)
     print(f"{'':>3}  {'signal':<8} {'killed at':>9} {'exit code':>9} {'resumed after':>13}  state      losses")
     for i, point in enumerate(points):
-        words = ["identical" if same else "DIFFERENT" for same in (point.same_state, point.same_losses)]
-        print(f"{i:>3}  {point.signal:<8} {point.killed_at:>9} {point.exit_code:>9} {point.resumed_after:>13}  {words[0]:<10} {words[1]}")
+        state, loss = ("identical" if same else "DIFFERENT" for same in (point.same_state, point.same_losses))
+        numbers = f"{point.killed_at:>9} {point.exit_code:>9} {point.resumed_after:>13}"
+        print(f"{i:>3}  {point.signal:<8} {numbers}  {state:<10} {loss}")
     good = sum(point.same_state and point.same_losses for point in points)
     print(f"{good} of {len(points)} runs end bit by bit as the uninterrupted run of {options.steps} steps.")
     return int(good < len(points))

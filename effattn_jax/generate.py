@@ -94,7 +94,9 @@ def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -
     """The state of a step on this machine's first device, whatever mesh it was trained on."""
     mesh = make_mesh(data=1)
     optimizer, _ = make_optimizer(config.optim, config.train.steps)
-    shapes = jax.eval_shape(partial(init_state, task, optimizer, batch={"tokens": np.zeros((1, 1), np.int32)}), np.uint32(0))
+    shapes = jax.eval_shape(
+        partial(init_state, task, optimizer, batch={"tokens": np.zeros((1, 1), np.int32)}), np.uint32(0)
+    )
     shardings = shard_tree(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     with Checkpoints(folder) as checkpoints:
@@ -111,7 +113,9 @@ def _step_number(checkpoints: Checkpoints, path: Path, step: str) -> int | None:
     if step == "last":
         return None
     if not step.isdigit() or int(step) not in known:
-        raise UserError(f"--step must be best, last or a step that {path} holds ({', '.join(map(str, known))}), got {step!r}.")
+        raise UserError(
+            f"--step must be best, last or a step that {path} holds ({', '.join(map(str, known))}), got {step!r}."
+        )
     return int(step)
 
 

@@ -61,7 +61,13 @@ def test_a_norm_that_is_not_finite_stays_visible():
 
 
 def test_any_tree_passes():
-    tree = {"none": None, "empty": jnp.zeros((0, 4)), "scalar": jnp.array(3.0), "count": jnp.array(7), "masked": optax.MaskedNode()}
+    tree = {
+        "none": None,
+        "empty": jnp.zeros((0, 4)),
+        "scalar": jnp.array(3.0),
+        "count": jnp.array(7),
+        "masked": optax.MaskedNode(),
+    }
     updates, state = _clip(tree)
     assert jax.tree.structure(updates) == jax.tree.structure(tree)
     assert updates["count"] == 7 and state.norm == 3
@@ -125,7 +131,9 @@ def test_equals_a_loop_in_the_same_order():
         (loss, weight), gradient = grad(params, jax.tree.map(lambda x, i=part: x[i::4], batch))
         total, losses, weights = total + gradient["w"], [*losses, loss], [*weights, weight]
     _, gradients = jax.jit(accumulate_gradients(_loss, 4))(params, batch)
-    np.testing.assert_allclose(gradients["w"], total / jnp.sum(jnp.stack(weights)), rtol=5e-7)  # XLA may fuse the two otherwise
+    np.testing.assert_allclose(
+        gradients["w"], total / jnp.sum(jnp.stack(weights)), rtol=5e-7
+    )  # XLA may fuse the two otherwise
 
 
 def test_weight_zero_gives_zero():

@@ -50,7 +50,12 @@ def test_a_batch_is_placed_by_rows_and_time():
         assert len(placed[name].addressable_shards) == 8
 
 
-AXES = [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "sequence": 2}]
+AXES = [
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 2, "tensor": 2, "sequence": 2},
+]
 
 
 @pytest.mark.parametrize("axes", AXES, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))

@@ -65,7 +65,9 @@ def test_every_field_has_a_help_text():
     for kind in (config.OptimConfig, config.TrainConfig, config.MeshConfig):
         source = Path(config.__file__).read_text().split(f"class {kind.__name__}")[1].split("@dataclasses")[0]
         for name in kind.__dataclass_fields__:
-            assert f"\n    {name}: " in source and source.split(f"\n    {name}: ")[1].split("\n")[1].strip().startswith('"""')
+            assert f"\n    {name}: " in source and source.split(f"\n    {name}: ")[1].split("\n")[1].strip().startswith(
+                '"""'
+            )
 
 
 # ---------------------------------------------------------------- overrides
@@ -74,9 +76,16 @@ def test_every_field_has_a_help_text():
 def test_overrides():
     quickstart = cli.load_preset(PRESETS, "quickstart")
     changed = cli.parse(
-        quickstart, "quickstart", ["--model.mixer", "linear", "--train.steps=7", "--optim.clip-norm", "None", "--model.remat", "True"]
+        quickstart,
+        "quickstart",
+        ["--model.mixer", "linear", "--train.steps=7", "--optim.clip-norm", "None", "--model.remat", "True"],
     )
-    assert (changed.model.mixer, changed.train.steps, changed.optim.clip_norm, changed.model.remat) == ("linear", 7, None, True)
+    assert (changed.model.mixer, changed.train.steps, changed.optim.clip_norm, changed.model.remat) == (
+        "linear",
+        7,
+        None,
+        True,
+    )
     assert differences(quickstart, changed) != []
 
 
@@ -118,6 +127,7 @@ def test_unknown_preset(capsys):
         (["--train.microbatches", "3"], "train.microbatches must divide data.batch_size"),
         (["--train.profile-steps", "9"], "train.profile_steps must be START,STOP"),
         (["--optim.name", "adamm"], "optim.name must be one of adamw"),
+        (["--optim.warmup-steps", "-1"], "optim.warmup_steps must not be negative, got -1"),
         (["--optim.clip-norm", "-1"], "optim.clip_norm must be positive or None, got -1.0"),
         (["--data.task", "mqra"], "nearest: mqar"),
         (["--mesh.fsdp", "64"], "needs 64 devices, and there are 8"),

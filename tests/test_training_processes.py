@@ -16,14 +16,41 @@ from effattn_jax.generate import main as generate
 from effattn_jax.training import cli
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model.layers", "1", "--model.width", "32", "--model.heads", "2", "--data.batch-size", "8", "--data.context", "32"]
-SHORT = ["--train.steps", "6", "--train.eval-every", "3", "--train.log-every", "1", "--optim.warmup-steps", "2", "--train.sample-tokens", "8"]
+SMALL = [
+    "--model.layers",
+    "1",
+    "--model.width",
+    "32",
+    "--model.heads",
+    "2",
+    "--data.batch-size",
+    "8",
+    "--data.context",
+    "32",
+]
+SHORT = [
+    "--train.steps",
+    "6",
+    "--train.eval-every",
+    "3",
+    "--train.log-every",
+    "1",
+    "--optim.warmup-steps",
+    "2",
+    "--train.sample-tokens",
+    "8",
+]
 
 
 def start(folder, *arguments, devices=1):
     command = [sys.executable, "train.py", "quickstart", *SMALL, *SHORT, "--train.run-dir", str(folder), *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def free_port() -> int:
@@ -69,7 +96,11 @@ def test_finished_run_started_again_says_so(alone, capsys):
 def test_generate_from_a_run(alone, capsys):
     folder, _ = alone
     texts = []
-    for options in (["--seed", "1"], ["--seed", "1"], ["--seed", "2", "--top-k", "20", "--top-p", "0.9", "--step", "last"]):
+    for options in (
+        ["--seed", "1"],
+        ["--seed", "1"],
+        ["--seed", "2", "--top-k", "20", "--top-p", "0.9", "--step", "last"],
+    ):
         assert generate([str(folder), "--prompt", "The ", "--tokens", "50", *options]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2] and all(text.startswith("The ") and len(text) > 20 for text in texts)
@@ -104,5 +135,9 @@ def test_kills_leave_no_trace(tmp_path):
 
 
 def test_final_state_is_that_of_the_run(alone):
-    config = cli.parse(cli.load_preset(ROOT / "configs", "quickstart"), "quickstart", [*SMALL, *SHORT, "--train.run-dir", str(alone[0])])
+    config = cli.parse(
+        cli.load_preset(ROOT / "configs", "quickstart"),
+        "quickstart",
+        [*SMALL, *SHORT, "--train.run-dir", str(alone[0])],
+    )
     assert int(final_state(config).step) == 6

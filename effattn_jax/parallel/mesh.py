@@ -27,7 +27,7 @@ def make_mesh(
       fsdp: number of groups that see different rows and hold a part of every large parameter.
       tensor: number of devices that share the heads and features of one layer.
       sequence: number of devices that share the time axis of one row.
-      batch_size: rows of a global batch; with `data=-1` in one process, as many devices are used as share the rows evenly.
+      batch_size: rows of a global batch; with `data=-1` in one process, as many devices are used as share them evenly.
       devices: the devices to use, all of them by default.
 
     Returns:
@@ -35,7 +35,8 @@ def make_mesh(
       covers all of them.
 
     Raises:
-      ValueError: if an axis is not positive, the sizes do not fit the devices, or the rows do not divide over data x fsdp.
+      ValueError: if an axis is not positive, the sizes do not fit the devices, or the rows do not divide over
+        data x fsdp.
 
     Example:
       >>> make_mesh().axis_names

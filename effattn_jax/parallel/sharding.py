@@ -31,7 +31,7 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] 
 
     Args:
       path: '/'-joined path of the array in its tree.
-      shape: its shape; the rule's axes are laid against the last axes, so that stacked layers need no rule of their own.
+      shape: its shape; the rule's axes are laid against the last axes, so stacked layers need no rule of their own.
       mesh: the mesh, whose axis sizes decide which axes can be split.
       rules: table of (regular expression, axis names).
 
@@ -106,7 +106,7 @@ def place_batch(mesh: Mesh, rows: dict[str, np.ndarray], num_rows: int) -> dict[
       num_rows: rows of the global batch.
 
     Returns:
-      Global arrays (num_rows, ...), sharded by `batch_spec`; the time axis stays whole where `sequence` does not divide it.
+      Global arrays (num_rows, ...), sharded by `batch_spec`; a time axis that `sequence` does not divide stays whole.
 
     Example:
       >>> from effattn_jax.parallel import make_mesh

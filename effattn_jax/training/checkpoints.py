@@ -110,7 +110,9 @@ class Checkpoints:
             if int(checksum(restored.state)) == restored.meta["checksum"]:
                 return (restored.state, restored.meta), ""
             return None, "its checksum is wrong"
-        except Exception as error:  # Orbax and TensorStore raise many types for one thing: these bytes are no checkpoint.
+        except (
+            Exception
+        ) as error:  # Orbax and TensorStore raise many types for one thing: these bytes are no checkpoint.
             return None, one_line(error)[:120]
 
     def _set_aside(self, step: int) -> None:

@@ -121,7 +121,12 @@ def parse(config, name: str, arguments: Sequence[str]):
 
     _check_names([field for field, _ in flat(config)], arguments)
     errors = io.StringIO()
-    options = {"prog": f"train.py {name}", "default": config, "args": list(arguments), "config": (tyro.conf.FlagConversionOff,)}
+    options = {
+        "prog": f"train.py {name}",
+        "default": config,
+        "args": list(arguments),
+        "config": (tyro.conf.FlagConversionOff,),
+    }
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(type(config), **options)

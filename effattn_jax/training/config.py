@@ -25,7 +25,7 @@ class OptimConfig:
     final_learning_rate: float = 1e-4
     """Learning rate at the last step (cosine and linear)."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0; at most half of the run."""
     beta1: float = 0.9
     """Decay of the first moment (sgd: the momentum)."""
     beta2: float = 0.99
@@ -51,7 +51,8 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run; None means runs/PRESET. The same command resumes what it finds there."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step is always saved. The two newest and the best are kept."""
+    """Steps between checkpoints; the last step is always saved. The two newest are kept, and of those that were
+    evaluated the best."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_batches: int | None = 20
@@ -123,15 +124,14 @@ class Config:
         if self.train.seed < 0 or self.train.seed >= 2**32:
             raise ValueError(f"train.seed must lie in 0 ... 2**32 - 1, got {self.train.seed}.")
         if self.data.batch_size % self.train.microbatches:
-            raise ValueError(
-                f"train.microbatches must divide data.batch_size, got {self.train.microbatches} and {self.data.batch_size}."
-            )
+            given = f"{self.train.microbatches} and {self.data.batch_size}"
+            raise ValueError(f"train.microbatches must divide data.batch_size, got {given}.")
         if self.optim.clip_norm is not None and not self.optim.clip_norm > 0:
             raise ValueError(f"optim.clip_norm must be positive or None, got {self.optim.clip_norm}.")
         if not self.optim.learning_rate > 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}.")
-        if not 0 <= self.optim.warmup_steps <= self.train.steps:
-            raise ValueError(f"optim.warmup_steps must lie in 0 ... train.steps, got {self.optim.warmup_steps}.")
+        if self.optim.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps must not be negative, got {self.optim.warmup_steps}.")
         profile_window(self.train.profile_steps)
 
 

@@ -40,7 +40,8 @@ class RunFolder:
           dataset: its data, whose contents must be those of the run in the folder.
 
         Raises:
-          UserError: the folder cannot be written, is in use, or belongs to another run (the message shows the difference).
+          UserError: the folder cannot be written, is in use, or belongs to another run (the message says how it
+            differs).
         """
         try:
             if self.writes:
@@ -73,7 +74,9 @@ class RunFolder:
         try:
             return None if held is None else from_dict(held)
         except (ValueError, TypeError) as error:
-            raise UserError(f"run folder {self.path} has a config.json of another version: {one_line(error)}") from error
+            raise UserError(
+                f"run folder {self.path} has a config.json of another version: {one_line(error)}"
+            ) from error
 
     def compare(self, config: Config, dataset: Dataset | None = None) -> None:
         """Check that the folder's run is the given one.
@@ -118,7 +121,9 @@ class RunFolder:
         """What is safe on disk, in words: the newest checkpoint, or the newest before a certain step."""
         steps = [int(p.name) for p in self.path.glob("[0-9]*") if p.name.isdigit()]
         steps = [step for step in steps if before is None or step < before]
-        return f"the newest complete checkpoint is step {max(steps)}" if steps else "there is no complete checkpoint yet"
+        return (
+            f"the newest complete checkpoint is step {max(steps)}" if steps else "there is no complete checkpoint yet"
+        )
 
     def finish(self, step: int, summary: str) -> None:
         """Declare the run finished at `step`, whose checkpoint is complete."""

@@ -60,5 +60,7 @@ def utilisation(flops_per_second: float, num_devices: int) -> str:
       '30.0 GFLOP/s'
     """
     peak = peak_flops(jax.devices()[0])
-    text = f"{flops_per_second / 1e9:.1f} GFLOP/s" if flops_per_second < 1e12 else f"{flops_per_second / 1e12:.1f} TFLOP/s"
+    text = (
+        f"{flops_per_second / 1e9:.1f} GFLOP/s" if flops_per_second < 1e12 else f"{flops_per_second / 1e12:.1f} TFLOP/s"
+    )
     return f"{text}, MFU {flops_per_second / (num_devices * peak):.1%}" if peak else text

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (a scheduler) and SIGINT (Ctrl-C) end a run after the step at hand, with its state saved."""
+"""Being asked to stop: SIGTERM and SIGINT (Ctrl-C) end a run after the step at hand, with its state saved."""
 
 import signal
 from typing import Any
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 class StopSignals:
     """While this context is open, the first signal is only noted; a second Ctrl-C interrupts at once.
 
-    In a run of several processes SIGTERM belongs to jax, whose service lets all of them agree on the step to stop after.
+    In a run of several processes SIGTERM belongs to jax, whose service lets all of them agree on the last step.
     """
 
     def __init__(self) -> None:

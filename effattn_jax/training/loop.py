@@ -1,5 +1,6 @@
 """The run, start to end, in the order in which it happens."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,26 +21,17 @@ from effattn_jax.training.startup import join_processes, use_compile_cache
 
 
 def train(config: Config, name: str = "run") -> dict[str, float]:
-    """Train a run to its end, from whatever its folder already holds.
+    """The run of `effattn_jax.training.train`."""
+    if config.train.run_dir is None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=f"runs/{name}"))
 
-    Args:
-      config: the run; `config.train.run_dir` must be set.
-      name: shown on the screen and on the plot.
-
-    Returns:
-      The metrics of the last evaluation.
-
-    Raises:
-      UserError: something that a person can put right, a loss that is not finite included; nothing on disk is lost.
-      Interrupted: SIGTERM or SIGINT; the state is saved.
-    """
-    # ------------------------------------------------------------------ processes, data, mesh, model, optimizer
-    use_compile_cache(config.train.compile_cache)
-    join_processes(config.mesh)
-    first_process = jax.process_index() == 0
+    # ------------------------------------------------------------------ data, processes, mesh, model, optimizer
     with user_errors():
         config.validate()
         dataset = load(config.data)
+    use_compile_cache(config.train.compile_cache)
+    join_processes(config.mesh)
+    first_process = jax.process_index() == 0
     setup = prepare(config, dataset)
 
     # ------------------------------------------------------------------ folder, state, steps
@@ -104,7 +96,9 @@ def _steps(
                 reporter.pause()
             if stop and not last:
                 checkpoints.wait()
-                raise Interrupted(f"stopped by signal {stop}; step {done} is saved, the same command goes on.", 128 + stop)
+                raise Interrupted(
+                    f"stopped by signal {stop}; step {done} is saved, the same command goes on.", 128 + stop
+                )
 
         # -------------------------------------------------------------- the end
         checkpoints.wait()
@@ -120,6 +114,7 @@ def _check(reporter: Reporter, checkpoints: Checkpoints, state: Any, step: int, 
     checkpoints.save(step - 1, state)
     checkpoints.wait()
     raise UserError(
-        f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so the run stops; "
-        f"the state before it is kept as step {step - 1}. A lower --optim.learning-rate or more --optim.warmup-steps may help."
+        f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so the run stops; the "
+        f"state before it is kept as step {step - 1} of {checkpoints.folder.path}. A lower --optim.learning-rate or "
+        "more --optim.warmup-steps may help."
     )

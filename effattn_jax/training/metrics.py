@@ -5,6 +5,7 @@ line that a kill cut short, are dropped; the run writes them again.
 """
 
 import csv
+import hashlib
 import io
 import json
 from typing import Any
@@ -119,7 +120,11 @@ def _wandb(folder: RunFolder, project: str, config: dict[str, Any] | None) -> An
         import wandb
     except ImportError as error:
         raise UserError("train.wandb needs the package wandb (pip install wandb).") from error
-    return wandb.init(project=project, dir=str(folder.path), id=folder.path.name, resume="allow", config=config)
+    # The same folder goes on with the same curve.
+    identity = hashlib.sha256(str(folder.path).encode()).hexdigest()[:12]
+    return wandb.init(
+        project=project, name=folder.path.name, id=identity, resume="allow", dir=str(folder.path), config=config
+    )
 
 
 def plot_losses(folder: RunFolder, title: str, unit: str = "nats a token") -> None:

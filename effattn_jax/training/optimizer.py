@@ -57,16 +57,17 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then the course that the config names, ending at step `steps`."""
-    rest = max(steps - config.warmup_steps, 1)
+    warmup = min(config.warmup_steps, steps // 2)
+    rest = max(steps - warmup, 1)
     peak, last = config.learning_rate, config.final_learning_rate
     after = {
         "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=last / peak),
         "linear": lambda: optax.linear_schedule(peak, last, rest),
         "constant": lambda: optax.constant_schedule(peak),
     }[config.schedule]()
-    if not config.warmup_steps:
+    if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, config.warmup_steps), after], [config.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def decayed(params: Any) -> Any:

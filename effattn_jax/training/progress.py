@@ -61,7 +61,7 @@ class Screen:
         self._last_line = -SECONDS_BETWEEN_LINES
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """A line (or several) above the bar; control characters, which samples may hold, are not sent to the terminal."""
+        """A line (or several) above the bar; control characters, which samples may hold, do not reach the terminal."""
         shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
         self._console.print(shown, style=style, markup=False)
 
@@ -73,7 +73,11 @@ class Screen:
         """Show the bar, where there is a terminal."""
         if not self._console.is_terminal or self._console.quiet:
             return
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.completed}/{task.total}")]
+        columns = [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed}/{task.total}"),
+        ]
         columns += [TextColumn("{task.fields[numbers]}"), TextColumn("ETA {task.fields[eta]}")]
         self._bar = Progress(*columns, console=self._console, transient=True, expand=True, refresh_per_second=5)
         self._task = self._bar.add_task(self.name, total=self._steps, completed=step, numbers="compiling", eta="-:--")

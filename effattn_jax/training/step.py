@@ -44,7 +44,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The function (state, batch, step) -> (state, metrics), to be compiled with the state donated.
 
-    Metrics: `loss` and `grad_norm` of the step (before clipping), its `learning_rate`, and `good`, whether the update was taken.
+    Metrics: `loss` and `grad_norm` of the step (before clipping), its `learning_rate`, and `good`, whether the update
+    was taken.
     """
     gradients_of = accumulate_gradients(task.loss, num_microbatches)
 
