@@ -131,12 +131,14 @@ def test_version():
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parts[-2] not in ("tests", "laws")], ids=relative)
 def test_page_rule(path):
-    """No file over 400 lines, no function whose end is more than 70 lines below its first."""
+    """No file over 400 lines; no function over 60, its docstring not counted, which is the longer the more there is to say."""
     text = path.read_text()
     assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno <= 70, f"{node.name} has {node.end_lineno - node.lineno + 1} lines"
+            prose = node.body[0].end_lineno - node.body[0].lineno + 1 if ast.get_docstring(node) else 0
+            lines = node.end_lineno - node.lineno + 1 - prose
+            assert lines <= 60, f"{node.name} has {lines} lines"
 
 
 # What fails, or warns, on some jax from 0.7.2 to 0.12; each pattern with what to write instead.
