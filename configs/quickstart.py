@@ -17,5 +17,5 @@ def get_config() -> Config:
         model=ModelConfig(layers=4, width=128, heads=4, positions="rotary"),
         data=DataConfig(task="text", batch_size=8, context=128),
         optim=OptimConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=50),
-        train=TrainConfig(steps=600, eval_every=200, checkpoint_every=200, sample_tokens=300),
+        train=TrainConfig(steps=500, eval_every=250, checkpoint_every=250, sample_tokens=300, sample_prompt="The "),
     )

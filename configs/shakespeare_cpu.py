@@ -21,5 +21,5 @@ def get_config() -> Config:
         optim=OptimConfig(
             learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100, beta2=0.99, weight_decay=0.1, clip_norm=1.0
         ),
-        train=TrainConfig(steps=2000, eval_every=500, checkpoint_every=500, eval_batches=None),
+        train=TrainConfig(steps=2000, eval_every=500, checkpoint_every=500, eval_batches=None, sample_prompt="\n"),
     )
