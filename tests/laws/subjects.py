@@ -23,7 +23,7 @@ OPTION_SAMPLES: dict[str, tuple] = {
     "logits_soft_cap": (1.5,),
     "normalize": (False,),
 }
-CHUNK = 4  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
+CHUNK = 3  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,10 +63,15 @@ class Subject:
         return tuple(form for form in self.forms if not _refuses(self, inputs, "state", return_state=True, **form))
 
     @functools.cached_property
-    def distinct_forms(self) -> tuple[dict, ...]:
-        """One stateful form of each implementation, whatever the chunks."""
-        kinds = {form.get("implementation"): form for form in reversed(self.stateful_forms)}
+    def kinds(self) -> tuple[dict, ...]:
+        """One form of each implementation, with the longest chunks."""
+        kinds = {form.get("implementation"): form for form in reversed(self.forms)}
         return tuple(kinds.values())[::-1]
+
+    @functools.cached_property
+    def stateful_kinds(self) -> tuple[dict, ...]:
+        """The same, of those that hand states on."""
+        return tuple(form for form in self.kinds if form in self.stateful_forms)
 
     @property
     def variants(self) -> tuple[dict, ...]:
@@ -173,9 +178,14 @@ def by_form(subjects=SUBJECTS) -> list:
     return [param(subject, form) for subject in subjects for form in subject.forms]
 
 
-def by_stateful_form(subjects=SUBJECTS) -> list:
-    """The same over the forms that hand states on."""
-    return [param(subject, form) for subject in subjects for form in subject.stateful_forms]
+def by_kind(subjects=SUBJECTS) -> list:
+    """The same with one form of each implementation."""
+    return [param(subject, form) for subject in subjects for form in subject.kinds]
+
+
+def by_stateful_kind(subjects=SUBJECTS) -> list:
+    """The same, of those that hand states on."""
+    return [param(subject, form) for subject in subjects for form in subject.stateful_kinds]
 
 
 def by_table_form(subjects=SUBJECTS) -> list:
@@ -189,7 +199,7 @@ def by_variant_and_form(subjects=SUBJECTS) -> list:
         param(subject, variant, form)
         for subject in subjects
         for variant in subject.variants
-        for form in (subject.distinct_forms if variant else subject.forms)
+        for form in (subject.kinds if variant else subject.forms)
     ]
 
 

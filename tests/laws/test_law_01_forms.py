@@ -14,10 +14,10 @@ from .subjects import (
     RECURRENCE_SUBJECTS,
     SUBJECTS,
     by_form,
-    by_stateful_form,
     by_table_form,
     by_variant_and_form,
     label,
+    param,
     stepwise,
     time_slice,
 )
@@ -60,11 +60,18 @@ def test_bidirectional_form_equals_reference(subject, form, dtype):
     check_against_reference(subject, {}, LENGTH, dtype, function, is_causal=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("subject, variant", [pytest.param(s, v, id=f"{s.name}-{label(v)}") for s in SUBJECTS for v in s.variants])
+@pytest.mark.parametrize(
+    "subject, variant, dtype",
+    [
+        pytest.param(s, v, dtype, id=f"{s.name}-{label(v)}-{dtype.__name__}")
+        for s in SUBJECTS
+        for v in s.variants
+        for dtype in ((np.float64,) if v else (np.float32, np.float64))
+    ],
+)
 def test_steps_equal_reference(subject, variant, dtype):
     """T = 1 calls that hand the state on, gradients through the whole chain of states."""
-    length = 6
+    length = 4
 
     def function(inputs):
         return stepwise(subject, inputs, **variant)[0]
@@ -72,22 +79,21 @@ def test_steps_equal_reference(subject, variant, dtype):
     check_against_reference(subject, variant, length, dtype, function)
 
 
-@pytest.mark.parametrize("subject, form", by_stateful_form())
+@functools.cache
+def by_steps(subject):
+    """(inputs, an initial state), and what the steps make of them: outputs, final state, gradients by both."""
+    inputs = checks.widened(subject.inputs(length=7, dtype=np.float64))
+    _, initial = subject.call(time_slice(inputs, 0, 3), return_state=True)
+    start = (time_slice(inputs, 3, None), initial)
+    return start, jax.tree.map(np.asarray, checks.value_and_grads(lambda tree: stepwise(subject, *tree), start))
+
+
+@pytest.mark.parametrize("subject, form", [param(s, f) for s in SUBJECTS for f in s.stateful_forms])
 def test_states_and_their_gradients_agree_with_the_steps(subject, form):
     """From one initial state: outputs, final state, and gradients by inputs and initial state equal those of the steps."""
     with checks.x64():
-        inputs = subject.inputs(length=9, dtype=np.float64)
-        inputs = checks.widened(inputs)
-        _, initial = jax.jit(lambda x: subject.call(x, return_state=True))(time_slice(inputs, 0, 4))
-        rest = time_slice(inputs, 4, None)
-
-        def whole(tree):
-            return subject.call(tree[0], initial_state=tree[1], return_state=True, **form)
-
-        def steps(tree):
-            return stepwise(subject, *tree)
-
-        actual, expected = (checks.value_and_grads(function, (rest, initial)) for function in (whole, steps))
+        start, expected = by_steps(subject)
+        actual = checks.value_and_grads(lambda tree: subject.call(tree[0], initial_state=tree[1], return_state=True, **form), start)
         checks.assert_close(actual, expected, checks.DOUBLE, "output, final state and gradients")
         assert jax.tree.structure(actual[0]) == jax.tree.structure(expected[0])
 
@@ -140,7 +146,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
-@settings(max_examples=8, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(problem=problems())
 def test_random_problems_equal_reference(subject, problem):
     keys = problem["keys"] if subject.crosswise else None

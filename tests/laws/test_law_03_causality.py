@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from . import checks
-from .subjects import MIXER_SUBJECTS, by_form, by_stateful_form, by_table_form, by_variant_and_form, time_slice
+from .subjects import MIXER_SUBJECTS, by_form, by_kind, by_stateful_kind, by_table_form, by_variant_and_form, time_slice
 
 FUTURES = {"x100": lambda x: 100 * x, "nan": lambda x: x * np.nan, "inf": lambda x: x * 0 + np.inf, "-inf": lambda x: x * 0 - np.inf}
 
@@ -56,7 +56,7 @@ def test_fewer_queries_than_keys(subject, form):
     checks.assert_close(function(inputs), whole({**inputs, "query": query})[:, 7:], checks.OUTPUT)
 
 
-@pytest.mark.parametrize("subject, form", by_stateful_form())
+@pytest.mark.parametrize("subject, form", by_stateful_kind())
 def test_resumed_calls_too(subject, form):
     """With a state handed in, the same bits again, and the state of the past does not change."""
     inputs = subject.inputs(length=9)
@@ -65,11 +65,11 @@ def test_resumed_calls_too(subject, form):
     check_future(function, time_slice(inputs, 3, 9), (1, 3, 5))
 
 
-@pytest.mark.parametrize("subject, form", by_form())
+@pytest.mark.parametrize("subject, form", by_kind())
 def test_future_inputs_get_no_gradient(subject, form):
     """d output_t / d input_s is exactly 0 for s > t."""
     inputs = subject.inputs(length=10)
-    for stop in (1, 4, 7):
+    for stop in (1, 7):
         _, gradients = checks.value_and_grads(lambda x, stop=stop: subject.call(x, **form)[:, :stop], inputs)
         for gradient in gradients:
             assert not np.any(np.asarray(gradient)[:, stop:])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from . import checks
-from .subjects import MIXER_SUBJECTS, SUBJECTS, by_form, time_slice
+from .subjects import MIXER_SUBJECTS, SUBJECTS, by_kind, time_slice
 
 HALVES = [pytest.param(ml_dtypes.bfloat16, id="bfloat16"), pytest.param(np.float16, id="float16")]
 LONG = 65_536
@@ -28,7 +28,7 @@ REAL = tuple(subject for subject in SUBJECTS if not is_complex(subject))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, pytest.param(np.float32, id="float32")])
-@pytest.mark.parametrize("subject, form", by_form(REAL))
+@pytest.mark.parametrize("subject, form", by_kind(REAL))
 def test_output_has_the_value_dtype(subject, form, dtype):
     inputs = cast(subject.inputs(length=6), dtype)
     output, gradients = jax.eval_shape(lambda x: checks.value_and_grads(functools.partial(subject.call, **form), x), inputs)
