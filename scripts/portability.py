@@ -26,7 +26,11 @@ JOBS = (
     Job("3.13", "constraints/colab.txt", "what Colab ships"),
     Job("3.12", "constraints/python3.12.txt", "the newest jax"),
 )
-TESTS = ("tests/laws", "tests/test_attention*.py", "tests/test_recurrence*.py", "tests/test_quickstart*.py", "notebooks/quickstart.ipynb")
+TESTS = (
+    "tests/laws",
+    *(f"tests/test_{room}*.py" for room in ("recurrence", "attention", "position", "objectives", "decoding", "models")),
+    "notebooks/quickstart.ipynb",
+)
 
 
 def run(*command: str, **options) -> bool:
