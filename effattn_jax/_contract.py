@@ -218,19 +218,21 @@ def check_call(
     return Call(*flat, bias, mask, q_ids, k_ids, batch)
 
 
-def key_mask(call: Call, name: str) -> jax.Array | None:
-    """The mask of a linear-time mixer, (B, S) over keys; a mask over pairs, or a bias, is refused with what to pass instead."""
+def key_mask(call: Call, name: str, bias: ArrayLike, mask: ArrayLike) -> jax.Array | None:
+    """The mask of a linear-time mixer, (B, S) over keys; a mask over pairs, or a bias, is refused with what to pass instead.
+
+    `bias` and `mask` are as the caller gave them.
+    """
     _require(
         call.bias is None,
-        f"{name} has no pairwise scores to add a bias to; got bias {None if call.bias is None else call.bias.shape}. "
+        f"{name} has no pairwise scores to add a bias to; got bias of shape {None if bias is None else jnp.shape(bias)}. "
         "Use dot_product_attention, or put the bias into query and key",
     )
     if call.mask is None:
         return None
-    shape = call.mask.shape
     _require(
-        shape[1] == shape[2] == 1,
-        f"{name} runs in linear time and cannot honour a mask over (query, key) pairs; got mask {shape}. Pass a mask over keys, "
-        "(*B, 1, 1, S), with is_causal or segment_ids for the rest",
+        call.mask.shape[1] == call.mask.shape[2] == 1,
+        f"{name} runs in linear time and cannot honour a mask over (query, key) pairs; got mask of shape {None if mask is None else jnp.shape(mask)}. "
+        "Pass a mask over keys, (*B, 1, 1, S), with is_causal or segment_ids for the rest",
     )
     return jnp.broadcast_to(call.mask[:, 0, 0, :], (call.key.shape[0], call.key.shape[1]))

@@ -34,7 +34,10 @@ def linear_zero(*arrays: jax.Array) -> jax.Array:
 
 def tie(tree: Any) -> Any:
     """The same pytree of arrays, each varying over every mesh axis that any of them varies over."""
-    zero = linear_zero(*jax.tree.leaves(tree))
+    return _add_zero(tree, linear_zero(*jax.tree.leaves(tree)))
+
+
+def _add_zero(tree: Any, zero: jax.Array) -> Any:
     return jax.tree.map(lambda x: _plus(x, zero), tree)
 
 
@@ -69,9 +72,13 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
         def tangent_map(t):
             return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
 
+        # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
+        # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.
+        zero = linear_zero(*jax.tree.leaves(arrays))
+
         def matvec(x):
-            t, y = x
-            return t, jax.tree.map(jnp.subtract, y, tangent_map(t))
+            t, y = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype) * leaf, x)
+            return t, jax.tree.map(jnp.subtract, y, tangent_map(x[0]))
 
         def solve(_, b):
             t, y = b
@@ -81,11 +88,9 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
             ct_in, ct_out = c
             return jax.tree.map(jnp.add, ct_in, backward(arrays, aux, out, ct_out)), ct_out
 
-        zero = linear_zero(*jax.tree.leaves(tangents))
-        right_side = (
-            jax.tree.map(lambda t: _plus(t, zero), tangents),
-            jax.tree.map(lambda y: _plus(jnp.zeros_like(y), zero), out),
-        )
-        return out, jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)[1]
+        nothing = jax.tree.map(jnp.zeros_like, out)
+        right_side = _add_zero((tangents, nothing), linear_zero(*jax.tree.leaves(tangents)))
+        solution = jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)
+        return out, _add_zero(solution[1], linear_zero(*jax.tree.leaves(solution)))
 
     return call

@@ -59,7 +59,7 @@ def _pairs(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_head
     """The block of a (B | 1, N | 1, T | 1, S | 1) array as (B | 1, K | 1, G | 1, R | 1, C | 1)."""
     x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, row, rows, 2)
     x = x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, column, columns, 3)
-    heads = (1, 1) if x.shape[1] == 1 else (kv_heads, -1)
+    heads = (1, 1) if x.shape[1] == 1 else (kv_heads, x.shape[1] // kv_heads)
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
 
@@ -172,12 +172,12 @@ def _over_columns(spec: Spec, marks: Marks, row: Any, keys: int, has_bias: bool,
 def _rows(x: jax.Array, row: Any, rows: int, kv_heads: int, dtype: Any) -> jax.Array:
     """Rows of (B, T, N, ...) as (B, K, G, R, ...)."""
     x = jnp.moveaxis(lax.dynamic_slice_in_dim(x, row, rows, 1), 1, 2)
-    return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:]).astype(dtype)
+    return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads, *x.shape[2:]).astype(dtype)
 
 
 def _unrows(x: jax.Array) -> jax.Array:
     """(B, K, G, R, ...) as (B, R, N, ...)."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 1, 2)
 
 
 def _heads_first(x: jax.Array, dtype: Any) -> jax.Array:
@@ -236,7 +236,7 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
 
 def _add_pairs(total: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.Array:
     """Adds a block (B, K, G, R, C) to a (B | 1, N | 1, T | 1, S | 1) gradient, summed over the axes that were broadcast."""
-    part = part.reshape(part.shape[0], -1, *part.shape[3:])
+    part = part.reshape(part.shape[0], part.shape[1] * part.shape[2], *part.shape[3:])
     axes = tuple(a for a in range(4) if total.shape[a] == 1 and part.shape[a] != 1)
     part = part.sum(axes, keepdims=True)
     start = [
@@ -316,7 +316,9 @@ def _plain(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Arr
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
         last = x[:, -1, spec.rows * (starts.shape[0]) - length :]
-        return jnp.concatenate([x[:, :-1].reshape(x.shape[0], -1, *x.shape[3:]), last], axis=1)
+        return jnp.concatenate(
+            [x[:, :-1].reshape(x.shape[0], (x.shape[1] - 1) * x.shape[2], *x.shape[3:]), last], axis=1
+        )
 
     return jax.tree.map(join, blocks)
 

@@ -15,7 +15,7 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
 from effattn_jax.attention.features import resolve
-from effattn_jax.recurrence._outer_chunks import Options, normalized, outer_product
+from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, outer_product
 from effattn_jax.recurrence.outer_product import check_decay
 
 __all__ = ["LinearState"]
@@ -100,7 +100,7 @@ def _causal(p: _Problem, state: LinearState | None, size: int | None, options: O
         size=size,
         options=options,
     )
-    return jax.tree.map(lambda x: x[:, p.skipped :], out), LinearState(kv, total, last_segment)
+    return out, LinearState(kv, total, last_segment)
 
 
 def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
@@ -121,20 +121,21 @@ def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
     return normalized(*both).astype(p.value.dtype) if options.normalize else both
 
 
-def _all_keys(p: _Problem, normalize: bool) -> jax.Array:
+def _all_keys(call: Call, mask: jax.Array | None, feature_map: Callable | None, normalize: bool) -> jax.Array:
     """Without causality or segments one state serves every query."""
-    dtype = accumulator(p.query, p.key, p.value)
-    query, key, value = p.query.astype(dtype), p.key.astype(dtype), p.value.astype(dtype)
-    if p.feature_map is not None:
-        query, key = p.feature_map(query), p.feature_map(key)
-    query = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
-    if p.mask is not None:
-        keep = p.mask[:, :, None, None]
-        key, value = jnp.where(keep, key, 0), jnp.where(keep, value, 0)
+    dtype = accumulator(call.query, call.key, call.value)
+    query, key, value = (
+        call.query.astype(dtype),
+        masked(call.key, mask).astype(dtype),
+        masked(call.value, mask).astype(dtype),
+    )
+    if feature_map is not None:
+        query, key = feature_map(query), masked(feature_map(key), mask)
+    query = query.reshape(*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[-1])
     out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
     if normalize:
         out = normalized(out, jnp.einsum("btkgm,bkm->btkg", query, key.sum(1)))
-    return _merge_heads(out).astype(p.value.dtype)
+    return _merge_heads(out).astype(call.value.dtype)
 
 
 def _dense(
@@ -143,16 +144,18 @@ def _dense(
     """All pairs, `rows` queries at a time: the form to check the others by, and the way for segments that are not aligned in time."""
     length, keys, kv_heads = call.query.shape[1], call.key.shape[1], call.key.shape[2]
     dtype = accumulator(call.query, call.key, call.value)
-    query, key, value = (x.astype(dtype) for x in (call.query, call.key, call.value))
+    query, key, value = (
+        call.query.astype(dtype),
+        masked(call.key, mask).astype(dtype),
+        masked(call.value, mask).astype(dtype),
+    )
     if feature_map is not None:
-        query, key = feature_map(query), feature_map(key)
-    if mask is not None:
-        key, value = (jnp.where(mask[:, :, None, None], x, 0) for x in (key, value))
+        query, key = feature_map(query), masked(feature_map(key), mask)
     finite = jnp.isfinite(value)
 
     def block(xs):
         query, row, ids = xs  # (B, R, K, G, M), (R,), (B, R)
-        allowed = row[:, None] >= jnp.arange(keys) if is_causal else jnp.ones((row.shape[0], keys), bool)
+        allowed = row[:, None] >= jnp.arange(keys)[None] if is_causal else jnp.ones((row.shape[0], keys), bool)
         allowed = jnp.broadcast_to(allowed, (key.shape[0], *allowed.shape))
         if call.key_segments is not None:
             allowed = allowed & (ids[:, :, None] == call.key_segments[:, None, :])
@@ -163,21 +166,21 @@ def _dense(
         poisoned = jnp.einsum("bij,bjk->bik", allowed.astype(dtype), (~finite).any(-1).astype(dtype)) > 0
         return jnp.where(poisoned[..., None, None], jnp.nan, out).astype(call.value.dtype)
 
-    query = query.reshape(*query.shape[:2], kv_heads, -1, query.shape[-1])
+    query = query.reshape(*query.shape[:2], kv_heads, query.shape[2] // kv_heads, query.shape[-1])
     rows, missing = min(rows, length), -length % min(rows, length)
     row = jnp.arange(length + missing) + keys - length
     ids = jnp.zeros(query.shape[:2], jnp.int32) if call.query_segments is None else call.query_segments
 
     def blocks(x, axis):
         x = jnp.pad(x, [(0, missing if a == 1 else 0) for a in range(x.ndim)]) if axis else x
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, rows, *x.shape[axis + 1 :]), axis, 0)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // rows, rows, *x.shape[axis + 1 :]), axis, 0)
 
     out = lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(row, 0), blocks(ids, 1)))
     return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length]
 
 
 def _merge_heads(out: jax.Array) -> jax.Array:
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+    return out.reshape(*out.shape[:2], out.shape[2] * out.shape[3], out.shape[-1])
 
 
 def _no_state(call: Call, feature_map: Callable | None, normalize: bool) -> LinearState:
@@ -200,7 +203,8 @@ def _attend(
     feature_map, inside = resolve(feature_map)
     if not inside:
         dtype = accumulator(call.query, call.key)
-        call = call._replace(query=feature_map(call.query.astype(dtype)), key=feature_map(call.key.astype(dtype)))
+        key = masked(feature_map(masked(call.key, mask).astype(dtype)), mask)
+        call = call._replace(query=feature_map(call.query.astype(dtype)), key=key)
         feature_map = None
     aligned = call.query_segments is call.key_segments
     if not aligned and (state is not None or return_state or log_decay is not None):
@@ -214,15 +218,12 @@ def _attend(
         )
     if implementation == "dense" or not aligned:
         return _merge_heads(_dense(call, mask, feature_map, is_causal, normalize, _BLOCK)), None
+    if not is_causal and call.query_segments is None and log_decay is None:
+        return _all_keys(call, mask, feature_map, normalize), None
     problem = _align(call, mask, log_decay, feature_map)
     options = Options(normalize=normalize, feature_map=feature_map)
-    if is_causal:
-        out, state = _causal(problem, state, size, options)
-    elif problem.segments is None and log_decay is None:
-        out = _all_keys(problem, normalize)
-    else:
-        out = _both_ways(problem, size, options)
-    return out, state
+    out, state = _causal(problem, state, size, options) if is_causal else (_both_ways(problem, size, options), None)
+    return out[:, problem.skipped :], state
 
 
 def run(
@@ -234,7 +235,7 @@ def run(
     positive(chunk_size=chunk_size)
     stateful = return_state or initial_state is not None
     call = check_call(*arrays, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful)
-    mask = key_mask(call, name)
+    mask = key_mask(call, name, arrays[3], arrays[4])
     if implementation == "dense" and stateful:
         raise ValueError("implementation='dense' has no state; leave implementation None to pass or return one")
     heads = call.query.shape[2]

@@ -36,7 +36,7 @@ def gated_linear_attention(
 
     Args:
       query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N, keys and values are repeated to N heads.
-      bias, mask: as for `linear_attention`: no bias; a mask over keys only. A masked step still decays what came before it.
+      bias, mask: as for `linear_attention`: no bias; a mask over keys only. A masked step changes nothing: its decay does not count.
       log_decay: g, (*B, S, N) or, one a feature, (*B, S, N, H); <= 0, -inf forgets everything. One entry a key.
       scale: factor on query before the feature map; None is 1.
       is_causal: query i sees keys up to i, ends aligned. If False, later keys count as well, j > i with weight exp(g_i + ... + g_{j-1}).

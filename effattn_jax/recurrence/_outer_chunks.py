@@ -79,80 +79,114 @@ def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def _heads(x: jax.Array) -> jax.Array:
     """Axes K and G back as N."""
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
-def _inside(q, k, v, decay_between, allowed, dtype):
-    """Pairs of one chunk: scores (B, K, G, i, j), their product with the values, and which rows met a value that is not finite.
+def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x (B, T, ...) with 0 where the mask (B, T) is False, whatever stood there."""
+    return x if mask is None else jnp.where(_spread(mask, x), x, 0)
 
-    0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and rows that may see such a value become NaN again.
-    """
-    if decay_between is None:
+
+class _Decay(NamedTuple):
+    """What a chunk's decays come to: from the chunk's start to each step, from each step to the end, in between, in all."""
+
+    to_step: jax.Array  # factor on a query that reads the state, (B, C, K, 1 | H)
+    to_end: jax.Array  # factor on a key that enters the state, same
+    between: jax.Array  # sums over (j, i], (B, i, j, K[, H])
+    kept: jax.Array  # factor on the state, (B, K, 1 | H)
+    bad: jax.Array  # steps whose decay is no number <= 0, (B, C, K): all that passes through them is NaN
+
+
+def _decays(decay: jax.Array) -> _Decay:
+    decay = jnp.maximum(decay, _FLOOR)
+    known = jnp.isfinite(decay)
+    decay = jnp.where(known, decay, 0)
+    between, sums = _between(decay), jnp.cumsum(decay, axis=1)
+    wide = decay.ndim == 4
+    to_step, to_end = (x if wide else x[..., None] for x in (jnp.exp(sums), jnp.exp(between[:, -1])))
+    return _Decay(to_step, to_end, between, to_step[:, -1], ~(known.all(-1) if wide else known))
+
+
+def _pairs(q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
+    """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
+    if decay is None:
         scores = jnp.einsum("bikgh,bjkh->bkgij", q, k)
-    elif decay_between.ndim == 4:  # one decay a head
-        weight = jnp.exp(jnp.where(allowed[..., None], decay_between, -jnp.inf))
+    elif decay.between.ndim == 4:  # one decay a head
+        weight = jnp.exp(jnp.where(allowed[..., None], decay.between, -jnp.inf))
         scores = jnp.einsum("bikgh,bjkh->bkgij", q, k) * jnp.moveaxis(weight, 3, 1)[:, :, None]
     else:  # one decay a feature
-        weight = jnp.exp(jnp.where(allowed[..., None, None], decay_between, -jnp.inf))
+        weight = jnp.exp(jnp.where(allowed[..., None, None], decay.between, -jnp.inf))
         scores = jnp.einsum("bikgh,bijkh->bkgij", q, k[:, None] * weight)
-    scores = jnp.where(allowed[:, None, None], scores, 0)
+    return jnp.where(allowed[:, None, None], scores, 0)
+
+
+def _weighted_values(scores: jax.Array, v: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
+    """scores @ v, (B, i, K, G, V). 0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and the rows that
+    may see such a value, or come after such a decay, become NaN again."""
     finite = jnp.isfinite(v)
     out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, v, 0))
-    bad = jnp.any(~finite, axis=-1).astype(dtype)
-    poisoned = (
-        jnp.einsum("bij,bjk->bik", jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(dtype), bad) > 0
-    )
-    return scores, out, poisoned[..., None]
+    bad = jnp.any(~finite, axis=-1)
+    bad = bad if decay is None else bad | decay.bad
+    sees = jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(scores.dtype)
+    spoiled = jnp.einsum("bij,bjk->bik", sees, bad.astype(scores.dtype)) > 0
+    spoiled = spoiled if decay is None else spoiled | decay.bad
+    return jnp.where(spoiled[..., None, None], jnp.nan, out)
+
+
+def _read(q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
+    """What queries (B, C, K, G, H) get from the state before the chunk, where that belongs to their segment."""
+    old = jnp.einsum("bikgh,bkhv->bikgv", q, state)
+    old_total = None if total is None else jnp.einsum("bikgh,bkh->bikg", q, total)
+    if marks.run is None:
+        return old, old_total
+    same = marks.run == marks.run_before
+    return masked(old, same), None if total is None else masked(old_total, same)
+
+
+def _write(
+    k: jax.Array, v: jax.Array, state: jax.Array, total: jax.Array | None, decay: _Decay | None, marks: Marks
+) -> Any:
+    """The state after the chunk: what it was, decayed, and the keys and values of the segment in progress at its end."""
+    bad = None if decay is None else decay.bad
+    if decay is not None:
+        k, kept = k * decay.to_end, decay.kept
+        state, total = state * kept[..., None], None if total is None else total * kept
+    if marks.run is not None:
+        last = marks.run[:, -1:]
+        k, v = (masked(x, marks.run == last) for x in (k, v))
+        bad = None if bad is None else masked(bad, marks.run == last)
+        goes_on = last == marks.run_before[:, -1:]
+        state, total = masked(state, goes_on[:, 0]), None if total is None else masked(total, goes_on[:, 0])
+    state = state + jnp.einsum("bjkh,bjkv->bkhv", k, v)
+    total = None if total is None else total + k.sum(1)
+    if bad is not None:
+        spoiled = bad.any(axis=1)[..., None]
+        state = jnp.where(spoiled[..., None], jnp.nan, state)
+        total = None if total is None else jnp.where(spoiled, jnp.nan, total)
+    return state, total
 
 
 def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
     """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
     state, total = carry
-    dtype = state.dtype
-    q, k, v, decay = inputs
-    k, v = k.astype(dtype), v.astype(dtype)
-    q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1]).astype(
-        dtype
-    )  # here, not outside: there it would copy the whole array
+    q, k, v, log_decay = inputs
+    k, v = (masked(x, marks.key_mask).astype(state.dtype) for x in (k, v))
+    # Heads are grouped here, not outside: there it would copy the whole array.
+    q = q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[-1]).astype(state.dtype)
     if options.feature_map is not None:
-        q, k = options.feature_map(q), options.feature_map(k)
-    if marks.key_mask is not None:
-        k, v = (jnp.where(_spread(marks.key_mask, x), x, 0) for x in (k, v))
+        q, k = options.feature_map(q), masked(options.feature_map(k), marks.key_mask)
+    decay = None if log_decay is None else _decays(masked(log_decay, marks.key_mask).astype(state.dtype))
     allowed = _allowed(marks, q.shape[1], options.strict)
-    between = from_start = None
-    q_state, k_state, kept = q, k, 1
-    if decay is not None:
-        decay = jnp.maximum(decay.astype(dtype), _FLOOR)
-        between, from_start = _between(decay), jnp.cumsum(decay, axis=1)
-        q_state = q * jnp.exp(_spread(from_start[:, :, :, None], q))
-        k_state = k * _spread(jnp.exp(between[:, -1]), k)
-        kept = jnp.exp(from_start[:, -1])
-    scores, numerator, poisoned = _inside(q, k, v, between, allowed, dtype)
-    old = jnp.einsum("bikgh,bkhv->bikgv", q_state, state)
-    old_total = None if total is None else jnp.einsum("bikgh,bkh->bikg", q_state, total)
-    v_state = v
-    if marks.run is not None:
-        sees_state = marks.run == marks.run_before
-        old = jnp.where(_spread(sees_state, old), old, 0)
-        old_total = None if total is None else jnp.where(_spread(sees_state, old_total), old_total, 0)
-        last = marks.run[:, -1:]
-        k_state, v_state = (jnp.where(_spread(marks.run == last, x), x, 0) for x in (k_state, v))
-        goes_on = (last == marks.run_before[:, -1:])[:, :, None]
-        state = jnp.where(goes_on[..., None], state, 0)
-        total = None if total is None else jnp.where(goes_on, total, 0)
-    numerator = _heads(jnp.where(poisoned[..., None], jnp.nan, numerator + old))
-    after = (
-        _spread(kept, state) * state + jnp.einsum("bjkh,bjkv->bkhv", k_state, v_state)
-        if decay is not None
-        else state + jnp.einsum("bjkh,bjkv->bkhv", k_state, v_state)
-    )
+    scores = _pairs(q, k, decay, allowed)
+    old, old_total = _read(q if decay is None else q * decay.to_step[:, :, :, None], state, total, marks)
+    numerator = _heads(_weighted_values(scores, v, decay, allowed) + old)
+    state, new_total = _write(k, v, state, total, decay, marks)
     if total is None:
-        return (after, None), numerator.astype(out_dtype)
+        return (state, None), numerator.astype(out_dtype)
     denominator = _heads(jnp.moveaxis(scores.sum(-1), 3, 1) + old_total)
-    total = (total if decay is None else _spread(kept, total) * total) + k_state.sum(1)
     if options.split:
-        return (after, total), (numerator, denominator)
-    return (after, total), normalized(numerator, denominator).astype(out_dtype)
+        return (state, new_total), (numerator, denominator)
+    return (state, new_total), normalized(numerator, denominator).astype(out_dtype)
 
 
 def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:

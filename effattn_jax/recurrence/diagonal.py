@@ -66,7 +66,7 @@ def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
     (a_end, h_end), (a_from_start, h_local) = lax.scan(step, identity, (a_CxBxn, x_CxBxn))
     ends = _scan(a_end, h_end, False)
     starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
-    h = jnp.moveaxis(_forget(a_from_start, starts) + h_local, 0, 2)
+    h = jnp.moveaxis(_forget(a_from_start, starts[None]) + h_local, 0, 2)
     return h.reshape(h.shape[0], count * size, *h.shape[3:])[:, :length]
 
 
