@@ -83,11 +83,16 @@ def restarts(segment_ids):
 
 
 def gated_linear(inputs, **pattern):
-    """o_i = sum_j (q_i * exp(decays from j to i)) . k_j v_j: g_{j+1} + ... + g_i for j <= i, and g_i + ... + g_{j-1} for later keys."""
+    """o_i = sum_j (q_i * exp(decays from j to i)) . k_j v_j: g_{j+1} + ... + g_i for j <= i, and g_i + ... + g_{j-1} for later keys.
+
+    A masked step does not count, its decay included.
+    """
     query, key, value, decay = (inputs[name] for name in ("query", "key", "value", "log_decay"))
     heads, T, S = query.shape[2], query.shape[1], key.shape[1]
     key, value = spread(key, heads), spread(value, heads)
     decay = decay[..., None] if decay.ndim == 3 else decay
+    if pattern.get("mask") is not None:
+        decay = jnp.where(jnp.asarray(pattern["mask"])[:, 0, 0, :, None, None], decay, 0.0)
     sums = jnp.concatenate([jnp.zeros_like(decay[:, :1]), jnp.cumsum(decay, axis=1)], axis=1)  # entry t: g_0 + ... + g_{t-1}
     i, j = np.maximum(np.arange(T)[:, None] + (S - T), -1), np.arange(S)[None, :]
     back = sums[:, np.broadcast_to(i + 1, (T, S))] - sums[:, np.broadcast_to(j + 1, (T, S))]
