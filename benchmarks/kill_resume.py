@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +87,8 @@ def losses(folder: Path) -> list[tuple[str, ...]]:
 
 def final_state(folder: Path, steps: int) -> list[np.ndarray]:
     """Every array of the last checkpoint: parameters, optimizer, step, seed."""
-    with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer:
+    with contextlib.closing(ocp.PyTreeCheckpointer()) as checkpointer, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on which devices the arrays were does not matter here
         return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpointer.restore(folder / str(steps) / "state"))]
 
 

@@ -51,14 +51,13 @@ class TrainConfig:
     run_dir: str | None = None
     """Folder of the run; None means runs/PRESET. The same command resumes what it finds there."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; the last step is always saved. The two newest are kept, and of those that were
-    evaluated the best."""
+    """Steps between checkpoints; the last step is always saved. The two newest and the best evaluated are kept."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     eval_batches: int | None = 20
     """Validation batches in an evaluation, evenly spaced over the validation set; None takes all of it."""
     log_every: int = 10
-    """Steps between rows of metrics.csv and lines on a screen that is no terminal."""
+    """Steps between rows of metrics.csv."""
     sample_tokens: int = 200
     """Tokens of text sampled at each evaluation; 0 samples nothing."""
     sample_prompt: str | None = None
