@@ -44,23 +44,19 @@ def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
         dot_product_attention,
-        (
-            {"implementation": "dense"},
-            {"implementation": "chunked", "chunk_size": 16},
-            {"implementation": "chunked", "chunk_size": 5},
-        ),
+        ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5}),
         pairwise=True,
         empty_state=_softmax_state,
     ),
     "linear": Mixer(
         linear_attention,
-        ({"implementation": "dense"}, {"chunk_size": 16}, {"chunk_size": 5}, {"chunk_size": 1}),
+        ({"implementation": "dense"}, {"chunk_size": 5}, {"chunk_size": 1}),
         pairwise=False,
         empty_state=empty_state,
     ),
     "gated_linear": Mixer(
         gated_linear_attention,
-        ({"chunk_size": 16}, {"chunk_size": 5}, {"chunk_size": 1}),
+        ({"chunk_size": 5}, {"chunk_size": 1}),
         pairwise=False,
         empty_state=partial(empty_state, normalize=False, gated=True),
         extras=_log_decay,
