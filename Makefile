@@ -46,9 +46,12 @@ notebooks: notebooks/quickstart.ipynb ## build the .ipynb files; REPOSITORY=owne
 notebooks/%.ipynb: notebooks/%.py scripts/notebook.py | $(VENV)/.test$(suffix)
 	@$(BIN)/python scripts/notebook.py $< $@ $(REPOSITORY)
 
-docs: $(VENV)/.docs$(suffix) ## the documentation, into docs/_build/html; a warning is an error
+docs: $(VENV)/.docs$(suffix) docs/transformations.md ## the documentation, into docs/_build/html; a warning is an error
 	@$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+docs/transformations.md: | $(VENV)/.test$(suffix)
+	@$(BIN)/python -m tests.laws.table
 
 portability: $(VENV)/.test$(suffix) ## kernels and quickstart on Colab's jax 0.7.2 (Python 3.13) and on jax 0.12 (Python 3.12)
 	@$(BIN)/python scripts/portability.py $(ARGS)
