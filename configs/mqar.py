@@ -19,5 +19,5 @@ def get_config() -> Config:
         model=ModelConfig(layers=2, width=64, heads=1, positions="rotary", conv_width=3),
         data=DataConfig(task="mqar", batch_size=64, context=64, num_pairs=4, vocab_size=256),
         optim=OptimConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=100),
-        train=TrainConfig(steps=1000, eval_every=250, checkpoint_every=500, eval_batches=None, sample_tokens=1),
+        train=TrainConfig(steps=600, eval_every=200, checkpoint_every=200, eval_batches=None, sample_tokens=1),
     )

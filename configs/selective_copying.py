@@ -18,5 +18,5 @@ def get_config() -> Config:
         model=ModelConfig(layers=2, width=64, heads=4, positions="rotary", conv_width=3),
         data=DataConfig(task="selective_copying", batch_size=64, context=64, num_tokens=8, vocab_size=16),
         optim=OptimConfig(learning_rate=3e-3, final_learning_rate=1e-4, warmup_steps=100),
-        train=TrainConfig(steps=2000, eval_every=500, checkpoint_every=500, eval_batches=None, sample_tokens=1),
+        train=TrainConfig(steps=1000, eval_every=250, checkpoint_every=500, eval_batches=None, sample_tokens=1),
     )

@@ -17,7 +17,7 @@ from effattn_jax.training.profiler import Profiler
 from effattn_jax.training.progress import Screen
 from effattn_jax.training.reports import Reporter
 from effattn_jax.training.setup import Setup, prepare
-from effattn_jax.training.startup import join_processes, use_compile_cache
+from effattn_jax.training.startup import join_processes, keep_freed_memory, use_compile_cache
 
 
 def train(config: Config, name: str = "run") -> dict[str, float]:
@@ -29,6 +29,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
     with user_errors():
         config.validate()
         dataset = load(config.data)
+    keep_freed_memory()
     use_compile_cache(config.train.compile_cache)
     join_processes(config.mesh)
     first_process = jax.process_index() == 0
