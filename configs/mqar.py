@@ -3,8 +3,8 @@
 Reproduces: the easiest cell of Zoology's figure 2 (Arora et al. 2023, arXiv 2312.04927), where attention is at 1.00:
 64 tokens, 4 pairs, 2 layers of width 64; with a vocabulary of 256 instead of 8,192, for a CPU, and the convolution of
 width 3 before each mixer that Zoology's later runs have. Other mixers: --model.mixer linear.
-Expected: validation accuracy of at least 0.99; guessing one of the values in the context gives 0.25.
-Hardware: 2 x86 cores; less than 10 minutes.
+Expected: validation accuracy of at least 0.99, measured 1.000; guessing one of the values in the context gives 0.25.
+Hardware: 2 x86 cores, less than 10 minutes; measured 53 s with compiling beside other work (2026-11-20).
 Command: python train.py mqar
 """
 

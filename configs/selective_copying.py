@@ -2,8 +2,8 @@
 
 Reproduces: the task of Mamba's appendix E.1 (Gu and Dao 2023, arXiv 2312.00752) at a CPU's size: 64 tokens of which 8
 are to be copied, instead of 4,096 and 16. Other mixers: --model.mixer gated_linear.
-Expected: validation accuracy of at least 0.99.
-Hardware: 2 x86 cores.
+Expected: validation accuracy of at least 0.99; measured 0.997.
+Hardware: 2 x86 cores, about a minute; measured 77 s with compiling beside other work (2026-11-20).
 Command: python train.py selective-copying
 """
 

