@@ -14,8 +14,6 @@ from effattn_jax.training.checkpoints import Checkpoints
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.setup import prepare
 
-ONE_DEVICE = {"mesh": MeshConfig(data=1)}
-
 
 def tiny(folder: Path, *, model=None, data=None, optim=None, mesh=None, **train) -> Config:
     """A run of eight steps of a model with one narrow layer, in a fraction of a second once compiled."""

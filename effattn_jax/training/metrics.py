@@ -153,8 +153,8 @@ def plot_losses(folder: RunFolder, title: str, unit: str = "nats a token") -> No
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Exponential running mean over about a twentieth of the run, corrected for its start."""
-    share = max(0.0, 1 - 20 / len(points))
+    """Exponential running mean over about a fortieth of the run, corrected for its start."""
+    share = max(0.0, 1 - 40 / len(points))
     out, total, weight = [], 0.0, 0.0
     for step, value in points:
         total, weight = share * total + (1 - share) * value, share * weight + (1 - share)
