@@ -15,7 +15,7 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
 from effattn_jax.attention.features import resolve
-from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, outer_product
+from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, outer_product, repeat_heads
 from effattn_jax.recurrence.outer_product import check_decay
 
 __all__ = ["LinearState"]
@@ -241,10 +241,7 @@ def run(
     heads = call.query.shape[2]
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
-        call = call._replace(
-            key=jnp.repeat(call.key, heads // call.key.shape[2], 2),
-            value=jnp.repeat(call.value, heads // call.value.shape[2], 2),
-        )
+        call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
     if scale is not None:
         call = call._replace(query=call.query * jnp.asarray(scale, call.query.dtype))
     if initial_state is not None:

@@ -49,7 +49,7 @@ def runs(segment_ids: jax.Array, last_id: jax.Array | None, size: int) -> tuple[
     change = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
     run = jnp.cumsum(change.astype(jnp.int32), axis=1)
     ends = jnp.concatenate([jnp.zeros_like(run[:, :1]), run[:, size - 1 : -1 : size]], axis=1)
-    return run, jnp.repeat(ends, size, axis=1)
+    return run, jnp.broadcast_to(ends[:, :, None], (*ends.shape, size)).reshape(run.shape)
 
 
 def _between(decay: jax.Array) -> jax.Array:
@@ -70,6 +70,13 @@ def _allowed(marks: Marks, size: int, strict: bool) -> jax.Array:
     if marks.run is not None:
         allowed = allowed & (marks.run[:, :, None] == marks.run[:, None, :])
     return allowed
+
+
+def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Keys or values (B, S, K, ...) for each of the N query heads, (B, S, N, ...)."""
+    groups = heads // x.shape[2]
+    wide = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], groups, *x.shape[3:]))
+    return wide.reshape(*x.shape[:2], heads, *x.shape[3:])
 
 
 def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -230,8 +237,10 @@ def outer_product(
     def pad(x):
         return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
 
-    if segments is not None:
-        segments = segments if missing == 0 else jnp.pad(segments, [(0, 0), (0, missing)], mode="edge")
+    if missing and key_mask is None:
+        key_mask = jnp.zeros_like(key.sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
+    if missing and segments is not None:
+        segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
     body = partial(_chunk, options, value.dtype)
     state, out = scan_chunks(body, state, tuple(map(pad, (query, key, value, log_decay))), marks, size=size)

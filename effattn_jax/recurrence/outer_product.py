@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, floating, positive
-from effattn_jax.recurrence._outer_chunks import Options, normalized, outer_product
+from effattn_jax.recurrence._outer_chunks import Options, normalized, outer_product, repeat_heads
 
 __all__ = ["outer_product_recurrence"]
 
@@ -117,7 +117,7 @@ def outer_product_recurrence(
     if key.shape[1] != length:
         raise ValueError(f"key must have the length T of query; got query {query.shape}, key {key.shape}")
     log_decay = check_decay(log_decay, key, heads, call.batch)
-    key, value = (jnp.repeat(x, heads // key.shape[2], axis=2) for x in (key, value))
+    key, value = repeat_heads(key, heads), repeat_heads(value, heads)
     state = _check_state(initial_state, normalize, (*call.batch, heads, key.shape[-1], value.shape[-1]), call)
     if length == 0:
         state = (
