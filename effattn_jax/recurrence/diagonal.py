@@ -38,7 +38,7 @@ def _scan(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
 
 def _compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The affine map h -> a2 (a1 h + x1) + x2."""
-    return first[0] * second[0], _forget(second[0], first[1]) + second[1]
+    return _forget(second[0], first[0]), _forget(second[0], first[1]) + second[1]
 
 
 def _associative(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
