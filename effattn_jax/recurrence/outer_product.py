@@ -23,7 +23,7 @@ __all__ = ["outer_product_recurrence"]
 def _step_by_step(query, key, value, log_decay, state, *, segments=None, options, **_):
     """The recurrence as it is written, one step at a time."""
     dtype = accumulator(query, key, value)
-    begins = jnp.zeros(query.shape[:2], bool)
+    begins = jnp.zeros_like(key.sum((2, 3))) > 0
     if segments is not None:
         begins = begins.at[:, 1:].set(segments[:, 1:] != segments[:, :-1])
     decay = jnp.zeros_like(key[..., 0], dtype) if log_decay is None else log_decay.astype(dtype)

@@ -134,7 +134,8 @@ def problems(draw):
             "length": draw(st.integers(1, 14)),
             "kv_heads": kv_heads,
             "heads": kv_heads * draw(st.integers(1, 3)),
-            "head_dim": draw(st.integers(1, 6)),
+            # With one feature a normalised output does not depend on the query: its gradient is 0 but for rounding.
+            "head_dim": draw(st.integers(2, 6)),
             "value_dim": draw(st.integers(1, 6)),
         },
         "keys": draw(st.one_of(st.none(), st.integers(1, 14))),
