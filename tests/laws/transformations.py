@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.export  # jax 0.7 does not import it by itself
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
