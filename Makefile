@@ -36,6 +36,7 @@ test: $(VENV)/.test$(suffix) lint notebooks/quickstart.ipynb ## lint, walls, law
 
 lint: $(VENV)/.test$(suffix) ## ruff, and the walls between the rooms
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports
 
 bench: $(VENV)/.test$(suffix) ## time and compiled memory of every mixer against jax.nn

@@ -46,7 +46,9 @@ def table(name: str, members: Mapping) -> list[str]:
     lines = [f"## {name}", "", "| name | what it is |", "| --- | --- |"]
     for key, member in members.items():
         text = inspect.getdoc(getattr(member, "function", member)) or ""
-        lines.append(f"| `{key}` | {text.splitlines()[0] if callable(getattr(member, 'function', member)) and text else ''} |")
+        lines.append(
+            f"| `{key}` | {text.splitlines()[0] if callable(getattr(member, 'function', member)) and text else ''} |"
+        )
     return [*lines, ""]
 
 

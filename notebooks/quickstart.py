@@ -105,7 +105,11 @@ stepped = one_by_one(query, key, value)
 first, state = linear(query[:, :100], key[:, :100], value[:, :100], return_state=True)
 second = linear(query[:, 100:], key[:, 100:], value[:, 100:], initial_state=state)
 
-for name, got in {"chunked": chunked, "step by step": stepped, "split at 100 and resumed": jnp.concatenate([first, second], 1)}.items():
+for name, got in {
+    "chunked": chunked,
+    "step by step": stepped,
+    "split at 100 and resumed": jnp.concatenate([first, second], 1),
+}.items():
     print(f"{name:25} relative error {error(got, expected):.1e}")
     assert error(got, expected) < 1e-5
 
@@ -149,7 +153,9 @@ config = Config(
     model=ModelConfig(layers=2, width=128, heads=4, mixer="linear", conv_width=4),
     data=DataConfig(batch_size=16, context=128),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=steps // 10),
-    train=TrainConfig(steps=steps, run_dir=str(run_dir), eval_every=steps // 3, sample_prompt="The ", tensorboard=False),
+    train=TrainConfig(
+        steps=steps, run_dir=str(run_dir), eval_every=steps // 3, sample_prompt="The ", tensorboard=False
+    ),
 )
 final = train(config, "notebook")
 

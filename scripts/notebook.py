@@ -21,7 +21,9 @@ def build(source: pathlib.Path, repository: str | None = None) -> str:
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number}"  # jupytext would draw it at random
         if repository:
-            cell.source = cell.source.replace(f"]({COLAB})", f"]({COLAB}github/{repository}/blob/main/notebooks/{source.stem}.ipynb)")
+            cell.source = cell.source.replace(
+                f"]({COLAB})", f"]({COLAB}github/{repository}/blob/main/notebooks/{source.stem}.ipynb)"
+            )
     notebook.metadata = {
         "accelerator": "TPU",
         "colab": {"provenance": []},

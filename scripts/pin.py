@@ -45,7 +45,9 @@ def main() -> None:
     texts = project["dependencies"] + [t for extra in EXTRAS for t in project["optional-dependencies"][extra]]
     own = canonicalize_name(project["name"])
     names = closure([r for r in map(Requirement, texts) if canonicalize_name(r.name) != own])
-    print(f"# Python {sys.version_info.major}.{sys.version_info.minor}; made by scripts/pin.py from a tested environment.")
+    print(
+        f"# Python {sys.version_info.major}.{sys.version_info.minor}; made by scripts/pin.py from a tested environment."
+    )
     for name in sorted(names):
         print(f"{name}=={importlib.metadata.version(name)}")
 

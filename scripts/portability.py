@@ -73,7 +73,10 @@ def main() -> int:
     wanted = sys.argv[1:] or [job.python for job in JOBS]
     unknown = set(wanted) - {job.python for job in JOBS}
     if unknown:
-        print(f"unknown job {', '.join(sorted(unknown))}; there are {', '.join(job.python for job in JOBS)}", file=sys.stderr)
+        print(
+            f"unknown job {', '.join(sorted(unknown))}; there are {', '.join(job.python for job in JOBS)}",
+            file=sys.stderr,
+        )
         return 2
     rows = [(job, result(job)) for job in JOBS if job.python in wanted]
     print(f"\n{'Python':8}{'jax':12}{'flax':10}{'why':20}result")

@@ -20,7 +20,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PACKAGE = sorted((ROOT / "effattn_jax").rglob("*.py"))
 SOURCES = [*PACKAGE, ROOT / "train.py", ROOT / "conftest.py"] + [
-    path for folder in ("configs", "scripts", "benchmarks", "tests", "notebooks", "docs") for path in sorted((ROOT / folder).rglob("*.py"))
+    path
+    for folder in ("configs", "scripts", "benchmarks", "tests", "notebooks", "docs")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 ROOMS = sorted(module.name for module in pkgutil.iter_modules(effattn_jax.__path__) if module.ispkg)
 WALLS = {contract["name"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
@@ -41,7 +43,9 @@ def legend() -> set[str]:
 
 def suffix_names(tree: ast.AST) -> set[str]:
     """The names of a module that end in a shape, as q_BxTxNxH does."""
-    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)
+    }
     return {name for name in names if re.search(r"_[A-Z0-9]+(x[A-Z0-9]+)+$", name)}
 
 
@@ -54,7 +58,9 @@ def test_suffix_names_use_the_legend(path):
     known = legend()
     for name in suffix_names(ast.parse(path.read_text())):
         for dimension in name.rsplit("_", 1)[1].split("x"):
-            assert dimension.isdigit() or dimension in known, f"{name}: {dimension} is not in the legend of effattn_jax/__init__.py"
+            assert dimension.isdigit() or dimension in known, (
+                f"{name}: {dimension} is not in the legend of effattn_jax/__init__.py"
+            )
 
 
 # The walls
@@ -69,7 +75,17 @@ def test_walls():
 
 def test_every_room_of_the_design_that_stands_has_its_wall():
     pure = {name.split(".")[1] for name in PURE["source_modules"]}
-    assert pure >= {"analysis", "attention", "decoding", "mixing", "objectives", "position", "recurrence", "similarity", "ssm"}
+    assert pure >= {
+        "analysis",
+        "attention",
+        "decoding",
+        "mixing",
+        "objectives",
+        "position",
+        "recurrence",
+        "similarity",
+        "ssm",
+    }
 
 
 def test_pure_rooms_import_where_jax_and_numpy_are_all_there_is():
@@ -175,7 +191,17 @@ def tracked_text() -> list[pathlib.Path]:
 
 def test_nothing_left_over():
     """No note to do something later, no path of one machine, no host of a package index."""
-    words = ["TO" + "DO", "FIX" + "ME", "XX" + "X:", "/home" + "/", "/ro" + "ot/", "/wo" + "rk/", "pypi" + ".org", "index" + "-url", "pythonhosted"]
+    words = [
+        "TO" + "DO",
+        "FIX" + "ME",
+        "XX" + "X:",
+        "/home" + "/",
+        "/ro" + "ot/",
+        "/wo" + "rk/",
+        "pypi" + ".org",
+        "index" + "-url",
+        "pythonhosted",
+    ]
     for path in tracked_text():
         text = path.read_text(errors="ignore")
         found = [word for word in words if word in text and path != pathlib.Path(__file__)]
@@ -211,7 +237,9 @@ def test_readme_lists_what_there_is(row):
     listed = re.search(rf"^\| `{re.escape(row)}` \|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     expected = tables()[row]
     line = f"| `{row}` | {', '.join(f'`{name}`' for name in expected)} |"
-    assert listed and set(re.findall(r"`([^`]+)`", listed[1])) == set(expected), f"the README's table needs the row\n{line}"
+    assert listed and set(re.findall(r"`([^`]+)`", listed[1])) == set(expected), (
+        f"the README's table needs the row\n{line}"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.py")), ids=relative)

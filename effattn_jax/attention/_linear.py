@@ -121,17 +121,21 @@ def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
     return normalized(*both).astype(p.value.dtype) if options.normalize else both
 
 
-def _all_keys(call: Call, mask: jax.Array | None, feature_map: Callable | None, normalize: bool) -> jax.Array:
-    """Without causality or segments one state serves every query."""
+def _features(
+    call: Call, mask: jax.Array | None, feature_map: Callable | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Query features by key head (B, T, K, G, M), key features (B, S, K, M) and value in the accumulator's dtype, masked keys as 0."""
     dtype = accumulator(call.query, call.key, call.value)
-    query, key, value = (
-        call.query.astype(dtype),
-        masked(call.key, mask).astype(dtype),
-        masked(call.value, mask).astype(dtype),
-    )
+    query, key, value = (x.astype(dtype) for x in (call.query, masked(call.key, mask), masked(call.value, mask)))
     if feature_map is not None:
         query, key = feature_map(query), masked(feature_map(key), mask)
-    query = query.reshape(*query.shape[:2], key.shape[2], query.shape[2] // key.shape[2], query.shape[-1])
+    heads = key.shape[2]
+    return query.reshape(*query.shape[:2], heads, query.shape[2] // heads, query.shape[-1]), key, value
+
+
+def _all_keys(call: Call, mask: jax.Array | None, feature_map: Callable | None, normalize: bool) -> jax.Array:
+    """Without causality or segments one state serves every query."""
+    query, key, value = _features(call, mask, feature_map)
     out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
     if normalize:
         out = normalized(out, jnp.einsum("btkgm,bkm->btkg", query, key.sum(1)))
@@ -142,15 +146,8 @@ def _dense(
     call: Call, mask: jax.Array | None, feature_map: Callable | None, is_causal: bool, normalize: bool, rows: int
 ) -> jax.Array:
     """All pairs, `rows` queries at a time: the form to check the others by, and the way for segments that are not aligned in time."""
-    length, keys, kv_heads = call.query.shape[1], call.key.shape[1], call.key.shape[2]
-    dtype = accumulator(call.query, call.key, call.value)
-    query, key, value = (
-        call.query.astype(dtype),
-        masked(call.key, mask).astype(dtype),
-        masked(call.value, mask).astype(dtype),
-    )
-    if feature_map is not None:
-        query, key = feature_map(query), masked(feature_map(key), mask)
+    length, keys = call.query.shape[1], call.key.shape[1]
+    query, key, value = _features(call, mask, feature_map)
     finite = jnp.isfinite(value)
 
     def block(xs):
@@ -163,10 +160,9 @@ def _dense(
         out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, value, 0))
         if normalize:
             out = normalized(out, jnp.moveaxis(scores.sum(-1), 3, 1))
-        poisoned = jnp.einsum("bij,bjk->bik", allowed.astype(dtype), (~finite).any(-1).astype(dtype)) > 0
+        poisoned = jnp.einsum("bij,bjk->bik", allowed.astype(query.dtype), (~finite).any(-1).astype(query.dtype)) > 0
         return jnp.where(poisoned[..., None, None], jnp.nan, out).astype(call.value.dtype)
 
-    query = query.reshape(*query.shape[:2], kv_heads, query.shape[2] // kv_heads, query.shape[-1])
     rows, missing = min(rows, length), -length % min(rows, length)
     row = jnp.arange(length + missing) + keys - length
     ids = jnp.zeros(query.shape[:2], jnp.int32) if call.query_segments is None else call.query_segments

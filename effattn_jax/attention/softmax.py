@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, choose, positive
 from effattn_jax.attention import kv_cache as caches
-from effattn_jax.attention._blocks import Arrays, Marks, Spec, by_blocks, whole_rows
+from effattn_jax.attention._blocks import by_blocks
+from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
 

@@ -38,7 +38,9 @@ def assert_close(actual, expected, tolerance: float, what: str = "output") -> No
     against a hundredth of the largest, for there rounding is relative to what cancelled.
     """
     actual_leaves, expected_leaves = jax.tree.leaves(actual), jax.tree.leaves(expected)
-    assert len(actual_leaves) == len(expected_leaves), f"{what}: {len(actual_leaves)} leaves, expected {len(expected_leaves)}"
+    assert len(actual_leaves) == len(expected_leaves), (
+        f"{what}: {len(actual_leaves)} leaves, expected {len(expected_leaves)}"
+    )
     floor = 1e-2 * max([rms(leaf) for leaf in expected_leaves], default=0.0)
     for index, (a, e) in enumerate(zip(actual_leaves, expected_leaves)):
         a, e = np.asarray(a), np.asarray(e)
@@ -46,7 +48,9 @@ def assert_close(actual, expected, tolerance: float, what: str = "output") -> No
         assert np.all(np.isfinite(a)), f"{what}[{index}]: not finite"
         wide = np.complex128 if np.iscomplexobj(e) else np.float64
         error, scale = rms(a.astype(wide) - e.astype(wide)), max(rms(e), floor)
-        assert error <= tolerance * scale, f"{what}[{index}]: relative RMS {error / max(scale, 1e-300):.2e} > {tolerance:.0e}"
+        assert error <= tolerance * scale, (
+            f"{what}[{index}]: relative RMS {error / max(scale, 1e-300):.2e} > {tolerance:.0e}"
+        )
 
 
 def assert_identical(actual, expected, what: str = "output") -> None:
@@ -103,6 +107,7 @@ def value_and_grads(function, tree, compiled=True):
 
 def widened(tree):
     """The same numbers in float64 or complex128; other leaves as they are."""
+
     def widen(leaf):
         leaf = np.asarray(leaf)
         if leaf.dtype.kind == "c":
@@ -115,4 +120,6 @@ def widened(tree):
 def oracle(reference, tree):
     """Values and gradients of a naive reference in float64, as NumPy arrays; op by op, for XLA is slow on loops written out."""
     with x64():
-        return jax.tree.map(np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree)), compiled=False))
+        return jax.tree.map(
+            np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree)), compiled=False)
+        )

@@ -93,12 +93,16 @@ def gated_linear(inputs, **pattern):
     decay = decay[..., None] if decay.ndim == 3 else decay
     if pattern.get("mask") is not None:
         decay = jnp.where(jnp.asarray(pattern["mask"])[:, 0, 0, :, None, None], decay, 0.0)
-    sums = jnp.concatenate([jnp.zeros_like(decay[:, :1]), jnp.cumsum(decay, axis=1)], axis=1)  # entry t: g_0 + ... + g_{t-1}
+    sums = jnp.concatenate(
+        [jnp.zeros_like(decay[:, :1]), jnp.cumsum(decay, axis=1)], axis=1
+    )  # entry t: g_0 + ... + g_{t-1}
     i, j = np.maximum(np.arange(T)[:, None] + (S - T), -1), np.arange(S)[None, :]
     back = sums[:, np.broadcast_to(i + 1, (T, S))] - sums[:, np.broadcast_to(j + 1, (T, S))]
     ahead = sums[:, np.broadcast_to(j, (T, S))] - sums[:, np.broadcast_to(np.maximum(i, 0), (T, S))]
     between = jnp.where((j <= i)[None, :, :, None, None], back, ahead)
-    weights = jnp.einsum("btnh,btsnh,bsnh->bnts", query, jnp.exp(jnp.broadcast_to(between, (*between.shape[:4], key.shape[3]))), key)
+    weights = jnp.einsum(
+        "btnh,btsnh,bsnh->bnts", query, jnp.exp(jnp.broadcast_to(between, (*between.shape[:4], key.shape[3]))), key
+    )
     return jnp.einsum("bnts,bsnv->btnv", jnp.where(allowed(inputs, **pattern), weights, 0.0), value)
 
 

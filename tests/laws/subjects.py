@@ -53,7 +53,10 @@ class Subject:
     @property
     def forms(self) -> tuple[dict, ...]:
         """The table's forms, with chunks small enough that a dozen steps fill several."""
-        small = [{**form, "chunk_size": min(form["chunk_size"], CHUNK)} if "chunk_size" in form else form for form in self.entry.forms]
+        small = [
+            {**form, "chunk_size": min(form["chunk_size"], CHUNK)} if "chunk_size" in form else form
+            for form in self.entry.forms
+        ]
         return tuple(form for index, form in enumerate(small) if form not in small[:index])
 
     @functools.cached_property
@@ -88,7 +91,9 @@ class Subject:
         """Does a state know its last segment id? A recurrence's is the bare array of DESIGN's conventions, so it belongs to the next id."""
         return self.is_mixer
 
-    def inputs(self, *, seed=0, batch=2, length=9, keys=None, heads=4, kv_heads=2, head_dim=4, value_dim=3, dtype=np.float32):
+    def inputs(
+        self, *, seed=0, batch=2, length=9, keys=None, heads=4, kv_heads=2, head_dim=4, value_dim=3, dtype=np.float32
+    ):
         """Arrays by argument name, time on axis 1 of each; `keys` gives another length to key and value."""
         if not self.is_mixer:
             sample = self.entry.sample(jax.random.key(seed), batch, length, dtype)
@@ -129,7 +134,9 @@ class Subject:
     def takes_pairs_of_ids(self) -> bool:
         """Does it take other segment ids for keys than for queries?"""
         ids = tuple(np.zeros((2, 3), np.int32) for _ in "qk")
-        return self.bidirectional and not _refuses(self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids)
+        return self.bidirectional and not _refuses(
+            self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids
+        )
 
 
 def _refuses(subject: Subject, inputs: dict, word: str, **options) -> bool:
@@ -151,7 +158,9 @@ def stepwise(subject: Subject, inputs: dict, state=None, *, per_call: dict | Non
     length = next(iter(inputs.values())).shape[1]
     for t in range(length):
         now = {name: slice_key(array, t, t + 1) for name, array in (per_call or {}).items()}
-        output, state = subject.call(time_slice(inputs, t, t + 1), initial_state=state, return_state=True, **now, **options)
+        output, state = subject.call(
+            time_slice(inputs, t, t + 1), initial_state=state, return_state=True, **now, **options
+        )
         outputs.append(output)
     return jax.numpy.concatenate(outputs, axis=1), state
 

@@ -33,7 +33,10 @@ def outcome(subject, name: str) -> str:
         try:
             transformations.CHECKS[name](subject, form)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong is what the table has to show
-            print(f"{subject} {form} {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", file=sys.stderr)
+            print(
+                f"{subject} {form} {name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                file=sys.stderr,
+            )
             return "no"
     return "✓"
 
@@ -43,7 +46,9 @@ def page(rows: dict[str, list[str]]) -> str:
     names = list(transformations.CHECKS)
     lines = ["| member | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     lines += [f"| `{member}` | " + " | ".join(cells) + " |" for member, cells in rows.items()]
-    legend = [f"- **{name}**: {' '.join(function.__doc__.split())}." for name, function in transformations.CHECKS.items()]
+    legend = [
+        f"- **{name}**: {' '.join(function.__doc__.split())}." for name, function in transformations.CHECKS.items()
+    ]
     return HEAD.format(version=jax.__version__) + "\n".join([*lines, "", *legend, ""])
 
 

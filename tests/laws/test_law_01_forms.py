@@ -93,7 +93,9 @@ def test_states_and_their_gradients_agree_with_the_steps(subject, form):
     """From one initial state: outputs, final state, and gradients by inputs and initial state equal those of the steps."""
     with checks.x64():
         start, expected = by_steps(subject)
-        actual = checks.value_and_grads(lambda tree: subject.call(tree[0], initial_state=tree[1], return_state=True, **form), start)
+        actual = checks.value_and_grads(
+            lambda tree: subject.call(tree[0], initial_state=tree[1], return_state=True, **form), start
+        )
         checks.assert_close(actual, expected, checks.DOUBLE, "output, final state and gradients")
         assert jax.tree.structure(actual[0]) == jax.tree.structure(expected[0])
 
@@ -105,7 +107,9 @@ def test_many_chunks_equal_reference(subject, form):
     actual = checks.value_and_grads(functools.partial(subject.call, **form), inputs)
     if references.is_looped(subject):
         with checks.x64():
-            expected = checks.value_and_grads(functools.partial(subject.call, **subject.forms[0]), checks.widened(inputs))
+            expected = checks.value_and_grads(
+                functools.partial(subject.call, **subject.forms[0]), checks.widened(inputs)
+            )
             expected = jax.tree.map(np.asarray, expected)
     else:
         expected = checks.oracle(references.reference_of(subject), inputs)

@@ -83,8 +83,12 @@ def check_inside(subject, form):
     for split in (1, 3, 4):
 
         def resumed(inputs, split=split):
-            head, state = subject.call(time_slice(inputs, 0, split), segment_ids=ids[:, :split], return_state=True, **form)
-            tail = subject.call(time_slice(inputs, split, None), segment_ids=ids[:, split:], initial_state=state, **form)
+            head, state = subject.call(
+                time_slice(inputs, 0, split), segment_ids=ids[:, :split], return_state=True, **form
+            )
+            tail = subject.call(
+                time_slice(inputs, split, None), segment_ids=ids[:, split:], initial_state=state, **form
+            )
             return jnp.concatenate([head, tail], axis=1)
 
         actual = checks.value_and_grads(resumed, inputs)
@@ -160,14 +164,18 @@ def test_decoding_scans(subject):
         _, state = subject.call(time_slice(inputs, 0, 0), return_state=True)
 
     def step(state, now):
-        output, state = subject.call({name: x[:, None] for name, x in now.items()}, initial_state=state, return_state=True)
+        output, state = subject.call(
+            {name: x[:, None] for name, x in now.items()}, initial_state=state, return_state=True
+        )
         return state, output[:, 0]
 
     @jax.jit
     def decode(inputs, state):
         return jax.lax.scan(step, state, {name: jnp.moveaxis(x, 1, 0) for name, x in inputs.items()})[1]
 
-    checks.assert_close(jnp.moveaxis(decode(inputs, state), 0, 1), expected(subject, "plain", "plain")[0], checks.OUTPUT)
+    checks.assert_close(
+        jnp.moveaxis(decode(inputs, state), 0, 1), expected(subject, "plain", "plain")[0], checks.OUTPUT
+    )
 
 
 @pytest.mark.parametrize("subject", [s for s in MIXER_SUBJECTS if "window" in s.parameters], ids=repr)

@@ -9,7 +9,12 @@ import pytest
 from . import checks
 from .subjects import MIXER_SUBJECTS, by_form, by_kind, by_stateful_kind, by_table_form, by_variant_and_form, time_slice
 
-FUTURES = {"x100": lambda x: 100 * x, "nan": lambda x: x * np.nan, "inf": lambda x: x * 0 + np.inf, "-inf": lambda x: x * 0 - np.inf}
+FUTURES = {
+    "x100": lambda x: 100 * x,
+    "nan": lambda x: x * np.nan,
+    "inf": lambda x: x * 0 + np.inf,
+    "-inf": lambda x: x * 0 - np.inf,
+}
 
 
 def with_future(inputs: dict, start: int, change, names=None) -> dict:
@@ -28,7 +33,9 @@ def check_future(function, inputs, positions, offset=0, names=None):
         for what, change in FUTURES.items():
             output = np.asarray(function(with_future(inputs, start, change, names)))
             seen = max(start - offset, 0)
-            checks.assert_identical(output[:, :seen], clean[:, :seen], f"outputs before a future of {what} from step {start}")
+            checks.assert_identical(
+                output[:, :seen], clean[:, :seen], f"outputs before a future of {what} from step {start}"
+            )
 
 
 @pytest.mark.parametrize("subject, variant, form", by_variant_and_form())

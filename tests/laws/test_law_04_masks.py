@@ -106,7 +106,9 @@ def test_any_mask_of_pairs(subject, form, is_causal):
     assert not np.any(np.asarray(gradients["key"])[:, 5]) and not np.any(np.asarray(gradients["value"])[:, 5])
 
 
-@pytest.mark.parametrize("shape", [(B, 1, T, T), (1, N, T, T), (1, 1, T, T), (T, T), (N, T, T), (B, N, 1, T), (B, N, T, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(B, 1, T, T), (1, N, T, T), (1, 1, T, T), (T, T), (N, T, T), (B, N, 1, T), (B, N, T, 1)], ids=str
+)
 @pytest.mark.parametrize("subject, form", by_form(PAIRWISE))
 def test_masks_of_pairs_broadcast(subject, form, shape):
     inputs, mask = subject.inputs(length=T), np.random.default_rng(1).random(shape) < 0.6
@@ -114,9 +116,7 @@ def test_masks_of_pairs_broadcast(subject, form, shape):
     checks.assert_close(call(inputs, mask=mask), call(inputs, mask=np.broadcast_to(mask, (B, N, T, T))), checks.OUTPUT)
 
 
-@pytest.mark.parametrize(
-    "shape", [(B, N, T, T), (B, 1, T, T), (1, 1, 1, T), (N, 1, T), (T, T)], ids=str
-)
+@pytest.mark.parametrize("shape", [(B, N, T, T), (B, 1, T, T), (1, 1, 1, T), (N, 1, T), (T, T)], ids=str)
 @pytest.mark.parametrize("subject, form", by_form(PAIRWISE))
 def test_biases_broadcast_and_learn(subject, form, shape):
     """A bias of any broadcastable shape, and its gradient in that shape."""
@@ -167,7 +167,11 @@ def test_logits_of_any_size(subject, form):
 def test_linear_time_mixers_refuse_pairs(subject, under_jit):
     """An arbitrary T x S mask, a mask by head and a bias are errors that say what to pass instead."""
     inputs = subject.inputs(length=T)
-    for refused in ({"mask": np.ones((B, 1, T, T), bool)}, {"mask": np.ones((T, T), bool)}, {"bias": np.zeros((B, N, T, T), np.float32)}):
+    for refused in (
+        {"mask": np.ones((B, 1, T, T), bool)},
+        {"mask": np.ones((T, T), bool)},
+        {"bias": np.zeros((B, N, T, T), np.float32)},
+    ):
         (name, array), call = next(iter(refused.items())), subject.call
         call = jax.jit(functools.partial(call, **refused)) if under_jit else functools.partial(call, **refused)
         with pytest.raises(ValueError, match=name) as caught:

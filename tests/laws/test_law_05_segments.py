@@ -68,8 +68,12 @@ def test_another_document_changes_nothing(subject, form):
     call = jax.jit(functools.partial(subject.call, segment_ids=IDS, **form))
     clean = np.asarray(call(inputs))
     inside = (IDS[0] == 9)[None, :, None, None]
-    bad = {name: np.where(inside.reshape(inside.shape[: array.ndim] + (1,) * (array.ndim - 4)), np.nan, array).astype(array.dtype)
-           for name, array in inputs.items()}
+    bad = {
+        name: np.where(inside.reshape(inside.shape[: array.ndim] + (1,) * (array.ndim - 4)), np.nan, array).astype(
+            array.dtype
+        )
+        for name, array in inputs.items()
+    }
     output = np.asarray(call(bad))
     checks.assert_identical(output[:, IDS[0] != 9], clean[:, IDS[0] != 9])
 

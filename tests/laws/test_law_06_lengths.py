@@ -20,7 +20,9 @@ def longest(subject):
     """One row of the greatest length, and the reference over it: in float64, through the states of the first form."""
     inputs = subject.inputs(length=max(LENGTHS), batch=1, heads=1, kv_heads=1)
     with checks.x64():
-        return inputs, np.asarray(jax.jit(functools.partial(subject.call, **subject.entry.forms[0]))(checks.widened(inputs)))
+        return inputs, np.asarray(
+            jax.jit(functools.partial(subject.call, **subject.entry.forms[0]))(checks.widened(inputs))
+        )
 
 
 def check_lengths(subject, lengths, form):

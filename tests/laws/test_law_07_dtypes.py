@@ -31,7 +31,9 @@ REAL = tuple(subject for subject in SUBJECTS if not is_complex(subject))
 @pytest.mark.parametrize("subject, form", by_kind(REAL))
 def test_output_has_the_value_dtype(subject, form, dtype):
     inputs = cast(subject.inputs(length=6), dtype)
-    output, gradients = jax.eval_shape(lambda x: checks.value_and_grads(functools.partial(subject.call, **form), x), inputs)
+    output, gradients = jax.eval_shape(
+        lambda x: checks.value_and_grads(functools.partial(subject.call, **form), x), inputs
+    )
     assert output.dtype == dtype
     assert [gradient.dtype for gradient in gradients] == [dtype] * len(gradients)
 
@@ -49,6 +51,7 @@ def test_mixed_dtypes_follow_the_value(subject):
 @pytest.mark.parametrize("subject", [s for s in REAL if not s.pairwise], ids=repr)
 def test_states_are_kept_in_float32(subject, dtype):
     """And in float64 under x64; a state that goes around a loop of calls keeps its dtype."""
+
     def dtypes(inputs):
         state = jax.eval_shape(lambda x: subject.call(x, return_state=True), inputs)[1]
         again = jax.eval_shape(lambda x, s: subject.call(x, initial_state=s, return_state=True), inputs, state)[1]

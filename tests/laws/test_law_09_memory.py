@@ -30,13 +30,22 @@ def temporaries(function, *arguments) -> int:
 def patterns_of(subject) -> dict:
     """Calls that must stay linear in T: name -> f(inputs, extra), and the shape of extra (or None) as a function of T."""
     calls = {"plain": (lambda x, _: subject.call(x), None)}
-    calls["segments"] = (lambda x, ids: subject.call(x, segment_ids=ids), lambda T: jax.ShapeDtypeStruct((1, T), np.int32))
+    calls["segments"] = (
+        lambda x, ids: subject.call(x, segment_ids=ids),
+        lambda T: jax.ShapeDtypeStruct((1, T), np.int32),
+    )
     if subject.is_mixer:
-        calls["key mask"] = (lambda x, m: subject.call(x, mask=m), lambda T: jax.ShapeDtypeStruct((1, 1, 1, T), np.bool_))
+        calls["key mask"] = (
+            lambda x, m: subject.call(x, mask=m),
+            lambda T: jax.ShapeDtypeStruct((1, 1, 1, T), np.bool_),
+        )
     if "window" in subject.parameters:
         calls["window"] = (lambda x, _: subject.call(x, window=128), None)
     if subject.pairwise:
-        calls["bias"] = (lambda x, b: subject.call(x, bias=b), lambda T: jax.ShapeDtypeStruct((1, HEADS, 1, T), np.float32))
+        calls["bias"] = (
+            lambda x, b: subject.call(x, bias=b),
+            lambda T: jax.ShapeDtypeStruct((1, HEADS, 1, T), np.float32),
+        )
     if subject.bidirectional:
         calls["bidirectional"] = (lambda x, _: subject.call(x, is_causal=False), None)
     return calls

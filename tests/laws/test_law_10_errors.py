@@ -27,7 +27,10 @@ MIXER_MISTAKES = {
     "key of another rank": (replaced("key", lambda x: x[0]), ["key", f"({T}, {K}, {H})"]),
     "value of rank 1": (replaced("value", lambda x: x[0, 0, 0]), ["value", "(3,)"]),
     "another batch": (replaced("key", lambda x: x[:1]), ["key", f"(1, {T}, {K}, {H})"]),
-    "heads that do not divide": (lambda x: (x | {n: x[n][:, :, [0, 1, 0]] for n in ("key", "value")}, {}), ["head", "3", "4"]),
+    "heads that do not divide": (
+        lambda x: (x | {n: x[n][:, :, [0, 1, 0]] for n in ("key", "value")}, {}),
+        ["head", "3", "4"],
+    ),
     "value of other heads": (replaced("value", lambda x: x[:, :, :1]), ["value", f"({B}, {T}, 1, 3)"]),
     "another head dim": (replaced("key", lambda x: x[..., :3]), ["key", f"({B}, {T}, {K}, 3)"]),
     "value of another length": (replaced("value", lambda x: x[:, :4]), ["value", f"({B}, 4, {K}, 3)"]),
@@ -38,7 +41,10 @@ MIXER_MISTAKES = {
     "mask of another batch": (given(mask=np.ones((3, 1, 1, T), bool)), ["mask", f"(3, 1, 1, {T})"]),
     "mask of too many axes": (given(mask=np.ones((1, B, 1, 1, T), bool)), ["mask", f"(1, {B}, 1, 1, {T})"]),
     "mask of integers": (given(mask=np.ones((B, 1, 1, T), np.int32)), ["mask", "int32"]),
-    "segment_ids of another length": (given(segment_ids=np.zeros((B, T + 1), np.int32)), ["segment_ids", f"({B}, {T + 1})"]),
+    "segment_ids of another length": (
+        given(segment_ids=np.zeros((B, T + 1), np.int32)),
+        ["segment_ids", f"({B}, {T + 1})"],
+    ),
     "segment_ids of rank 1": (given(segment_ids=np.zeros((T,), np.int32)), ["segment_ids", f"({T},)"]),
     "segment_ids of floats": (given(segment_ids=np.zeros((B, T), np.float32)), ["segment_ids", "float32"]),
     "state without causality": (given(is_causal=False, return_state=True), ["return_state", "is_causal"]),
@@ -51,7 +57,10 @@ OPTION_MISTAKES = {
     "feature_map": [("eluu", "eluu")],
 }
 RECURRENCE_MISTAKES = {
-    "segment_ids of another length": (given(segment_ids=np.zeros((B, T + 1), np.int32)), ["segment_ids", f"({B}, {T + 1})"]),
+    "segment_ids of another length": (
+        given(segment_ids=np.zeros((B, T + 1), np.int32)),
+        ["segment_ids", f"({B}, {T + 1})"],
+    ),
     "segment_ids of floats": (given(segment_ids=np.zeros((B, T), np.float32)), ["segment_ids", "float32"]),
     "unknown implementation": (given(implementation="fastest"), ["implementation", "fastest"]),
 }
@@ -124,13 +133,23 @@ def test_a_state_of_other_sizes(subject, mode):
 @pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
 def test_a_state_needs_causality(subject):
     _, state = subject.call(subject.inputs(length=T), return_state=True)
-    check(subject, subject.inputs(length=T), {"initial_state": state, "is_causal": False}, ["initial_state", "is_causal"], "eager")
+    check(
+        subject,
+        subject.inputs(length=T),
+        {"initial_state": state, "is_causal": False},
+        ["initial_state", "is_causal"],
+        "eager",
+    )
 
 
 @MODES
 @pytest.mark.parametrize("subject", [s for s in MIXER_SUBJECTS if s.pairwise], ids=repr)
 def test_bias_mistakes(subject, mode):
-    for bias in (np.zeros((B, N, T, T + 1), np.float32), np.zeros((3, 1, 1, T), np.float32), np.zeros((B, N, T, T), np.int32)):
+    for bias in (
+        np.zeros((B, N, T, T + 1), np.float32),
+        np.zeros((3, 1, 1, T), np.float32),
+        np.zeros((B, N, T, T), np.int32),
+    ):
         shown = "int32" if bias.dtype == np.int32 else str(bias.shape)
         check(subject, subject.inputs(length=T), {"bias": bias}, ["bias", shown], mode)
 
@@ -142,7 +161,9 @@ def test_a_full_cache_is_an_error(subject):
     _, state = subject.call(subject.inputs(length=6), initial_state=state, return_state=True)
     with pytest.raises(ValueError, match="8"):
         subject.call(subject.inputs(length=3), initial_state=state, return_state=True)
-    output, _ = jax.jit(lambda x, s: subject.call(x, initial_state=s, return_state=True))(subject.inputs(length=3), state)
+    output, _ = jax.jit(lambda x, s: subject.call(x, initial_state=s, return_state=True))(
+        subject.inputs(length=3), state
+    )
     assert np.all(np.isnan(output))
 
 

@@ -164,7 +164,9 @@ def problem(subject, form):
         return checks.probe(jnp.tanh(call(rebuild(floats))))
 
     floats = [jnp.asarray(x) for x in floats]
-    tangents = [rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if jnp.iscomplexobj(x) else 0) for x in floats]
+    tangents = [
+        rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if jnp.iscomplexobj(x) else 0) for x in floats
+    ]
     return floats, loss, [jnp.asarray(t, x.dtype) for t, x in zip(tangents, floats)]
 
 
@@ -204,7 +206,9 @@ def scan(subject, form):
     call, layers = call_of(subject, form, (0, LENGTH)), stacked([sample(subject)] * 2)
 
     def layer(carry, inputs):
-        scaled = {name: array if name in PATTERNS else array * (1 + 0.1 * jnp.tanh(carry)) for name, array in inputs.items()}
+        scaled = {
+            name: array if name in PATTERNS else array * (1 + 0.1 * jnp.tanh(carry)) for name, array in inputs.items()
+        }
         output = call(scaled)
         return jnp.mean(jnp.real(output)), output
 

@@ -1,0 +1,172 @@
+"""Which pairs of queries and keys a softmax call is over, their scores, and the dense form.
+
+Shapes inside: a block of R rows and C keys is (B, K, G, R, C), G = N / K query heads for each of the K key heads.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+__all__: list[str] = []
+
+
+class Spec(NamedTuple):
+    """What is fixed at trace time. Windows count neighbours of a query's own key; None is no bound."""
+
+    left: int | None
+    right: int | None
+    cap: float | None
+    scale: float
+    rows: int
+    columns: int
+    dtype: Any
+
+
+class Marks(NamedTuple):
+    """Who may see whom, beside the window of `Spec`: all optional but `offset`."""
+
+    offset: jax.Array  # () int32: the key of row 0 is key number `offset`
+    mask: jax.Array | None = None  # (B | 1, N | 1, T | 1, S | 1)
+    key_mask: jax.Array | None = None  # (B, S)
+    query_segments: jax.Array | None = None  # (B, T)
+    key_segments: jax.Array | None = None  # (B, S)
+
+    @property
+    def only_window(self) -> bool:
+        return self.mask is None and self.key_mask is None and self.key_segments is None
+
+
+class Arrays(NamedTuple):
+    """The differentiable inputs."""
+
+    query: jax.Array  # (B, T, N, H); grouped by key head inside a block: outside it would copy the whole array
+    key: jax.Array  # (B, S, K, H)
+    value: jax.Array  # (B, S, K, V)
+    bias: jax.Array | None  # (B | 1, N | 1, T | 1, S | 1)
+
+
+def pairs_of(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_heads: int) -> jax.Array:
+    """The block of a (B | 1, N | 1, T | 1, S | 1) array as (B | 1, K | 1, G | 1, R | 1, C | 1)."""
+    x = x if x.shape[2] == 1 else lax.dynamic_slice_in_dim(x, row, rows, 2)
+    x = x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, column, columns, 3)
+    heads = (1, 1) if x.shape[1] == 1 else (kv_heads, x.shape[1] // kv_heads)
+    return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+
+def allowed(
+    spec: Spec, marks: Marks, kv_heads: int, row: Any, rows: int, column: Any, columns: int, begin: Any = None
+) -> jax.Array:
+    """Which rows [row, row + rows) see which keys [column, column + columns), broadcastable to (B, K, G, R, C); keys before `begin` are out."""
+    position = marks.offset + row + jnp.arange(rows)[:, None]
+    key = column + jnp.arange(columns)[None, :]
+    see = jnp.ones((rows, columns), bool) if begin is None else jnp.broadcast_to(key >= begin, (rows, columns))
+    if spec.left is not None:
+        see = see & (key >= position - spec.left)
+    if spec.right is not None:
+        see = see & (key <= position + spec.right)
+    see = see[None, None, None]
+    if marks.key_mask is not None:
+        see = see & lax.dynamic_slice_in_dim(marks.key_mask, column, columns, 1)[:, None, None, None, :]
+    if marks.key_segments is not None:
+        ids = lax.dynamic_slice_in_dim(marks.query_segments, row, rows, 1)[:, None, None, :, None]
+        see = see & (ids == lax.dynamic_slice_in_dim(marks.key_segments, column, columns, 1)[:, None, None, None, :])
+    if marks.mask is not None:
+        see = see & pairs_of(marks.mask, row, rows, column, columns, kv_heads)
+    return see
+
+
+def logits(spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled."""
+    s = jnp.einsum("bkgih,bkjh->bkgij", query, key)
+    s = s if bias is None else s + bias
+    if spec.cap is None:
+        return s, jnp.ones((), s.dtype)
+    t = jnp.tanh(s / spec.cap)
+    return spec.cap * t, 1 - t * t
+
+
+def poisoned(see: jax.Array, bad: jax.Array) -> jax.Array:
+    """Rows (B, K, G, R) that see a key marked bad (B, K, C). Those keys enter products as 0, since 0 * NaN is NaN where they are masked."""
+    if see.shape[1:3] == (1, 1):
+        see = jnp.broadcast_to(see[:, 0, 0], (bad.shape[0], *see.shape[3:])).astype(jnp.float32)
+        return (jnp.einsum("bij,bkj->bki", see, bad.astype(jnp.float32)) > 0)[:, :, None]
+    return jnp.any(see & bad[:, :, None, None, :], axis=-1)
+
+
+def finite_or_zero(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x with what is not finite set to 0, and whether anything along the last axis was."""
+    finite = jnp.isfinite(x)
+    return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
+
+
+def rows_of(x: jax.Array, row: Any, rows: int, kv_heads: int, dtype: Any) -> jax.Array:
+    """Rows of (B, T, N, ...) as (B, K, G, R, ...)."""
+    x = jnp.moveaxis(lax.dynamic_slice_in_dim(x, row, rows, 1), 1, 2)
+    return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads, *x.shape[2:]).astype(dtype)
+
+
+def unrows(x: jax.Array) -> jax.Array:
+    """(B, K, G, R, ...) as (B, R, N, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 1, 2)
+
+
+def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.moveaxis(x, 1, 2).astype(dtype)
+
+
+def whole_rows(
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
+    query, key, value, bias = arrays
+    kv_heads, keys = key.shape[1:3][::-1]
+    rows = query.shape[1] if rows is None else rows
+    q = rows_of(query, row, rows, kv_heads, spec.dtype) * spec.scale
+    k, bad_key = finite_or_zero(heads_first(key, spec.dtype))
+    v, bad_value = finite_or_zero(heads_first(value, spec.dtype))
+    see = allowed(spec, marks, kv_heads, row, rows, 0, keys)
+    if bias is not None:
+        bias = pairs_of(bias.astype(spec.dtype), row, rows, 0, keys, kv_heads)
+        see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
+    s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
+    top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(s - top)
+    total = p.sum(-1, keepdims=True)
+    empty = total == 0
+    weights = p / jnp.where(empty, 1, total)
+    out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
+    out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))[..., 0]
+    return unrows(out).astype(value.dtype), unrows(lse), weights
+
+
+class Block(NamedTuple):
+    """What both passes need of a block of rows and keys."""
+
+    key: jax.Array  # (B, K, C, H)
+    value: jax.Array  # (B, K, C, V)
+    scores: jax.Array  # (B, K, G, R, C), -inf where not seen
+    slope: jax.Array  # derivative of the soft cap
+    see: jax.Array | None  # None where every row sees every key
+    bad_value: jax.Array | None  # (B, K, C): values that are not finite, here set to 0
+
+
+def block_of(
+    spec: Spec, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None,
+    row: Any, column: Any, begin: Any, masked: bool,
+) -> Block:  # fmt: skip
+    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...)."""
+    kv_heads = key.shape[1]
+    key, value = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (key, value))
+    if bias is not None:
+        bias = pairs_of(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
+    scores, slope = logits(spec, query, key, bias)
+    if not masked:
+        return Block(key, value, scores, slope, None, None)
+    see = allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin)
+    see = see if bias is None else see & (bias != -jnp.inf)
+    value, bad_value = finite_or_zero(value)
+    return Block(finite_or_zero(key)[0], value, jnp.where(see, scores, -jnp.inf), slope, see, bad_value)
