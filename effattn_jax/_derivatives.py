@@ -68,6 +68,8 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
     def rule(primals, tangents):
         (arrays, aux), (tangents, _) = primals, tangents
         out = call(arrays, aux)
+        # Tangents that JAX fills in as zeros come without the sharding of their array (jax 0.7); the sum has it.
+        tangents = jax.tree.map(lambda t, array: t + jnp.zeros_like(array), tangents, arrays)
 
         def tangent_map(t):
             return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
