@@ -92,7 +92,7 @@ def probe(tree, seed: int = 1):
     return total
 
 
-def value_and_grads(function, tree, compiled=True):
+def value_and_grads(function, tree):
     """(function(tree), gradients of its probe by the real and complex leaves of tree), in one compiled program."""
     floats, rebuild = split_floats(tree)
 
@@ -100,8 +100,7 @@ def value_and_grads(function, tree, compiled=True):
         output = function(rebuild(floats))
         return probe(output), output
 
-    both = jax.value_and_grad(loss, has_aux=True)
-    (_, output), grads = (jax.jit(both) if compiled else both)(floats)
+    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
     return output, grads
 
 
@@ -118,8 +117,6 @@ def widened(tree):
 
 
 def oracle(reference, tree):
-    """Values and gradients of a naive reference in float64, as NumPy arrays; op by op, for XLA is slow on loops written out."""
+    """Values and gradients of a naive reference in float64, as NumPy arrays."""
     with x64():
-        return jax.tree.map(
-            np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree)), compiled=False)
-        )
+        return jax.tree.map(np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree))))

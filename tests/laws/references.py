@@ -117,32 +117,34 @@ def outer_product(inputs, *, normalize=False, segment_ids=None):
     decay = inputs.get("log_decay")
     if decay is not None and decay.ndim == 3:
         decay = decay[..., None]
-    new = None if segment_ids is None else restarts(segment_ids)
-    state = jnp.zeros((query.shape[0], query.shape[2], key.shape[3], value.shape[3]), query.dtype)
-    outputs = []
-    for t in range(query.shape[1]):
-        if new is not None:
-            state = jnp.where(new[:, t, None, None, None], 0.0, state)
-        if decay is not None:
-            state = jnp.exp(spread(decay, query.shape[2])[:, t, :, :, None]) * state
-        state = state + key[:, t, :, :, None] * value[:, t, :, None, :]
-        outputs.append(jnp.einsum("bnhv,bnh->bnv", state, query[:, t]))
-    return jnp.stack(outputs, axis=1) if outputs else jnp.zeros((*query.shape[:3], value.shape[3]), query.dtype)
+    T, heads = query.shape[1:3]
+    decay = jnp.zeros((1, T, 1, 1)) if decay is None else spread(decay, heads)
+    new = jnp.zeros((1, T), bool) if segment_ids is None else restarts(segment_ids)
+
+    def step(state, t):
+        state = jnp.where(new[:, t, None, None, None], 0.0, state)
+        state = jnp.exp(decay[:, t, :, :, None]) * state + key[:, t, :, :, None] * value[:, t, :, None, :]
+        return state, jnp.einsum("bnhv,bnh->bnv", state, query[:, t])
+
+    state = jnp.zeros((query.shape[0], heads, key.shape[3], value.shape[3]), query.dtype)
+    return jnp.moveaxis(jax.lax.scan(step, state, jnp.arange(T))[1], 0, 1)
 
 
 def diagonal(inputs, *, segment_ids=None, reverse=False):
     """h_t = a_t h_{t-1} + x_t, elementwise, forward or backward in time."""
     decay, x = inputs["decay"], inputs["inputs"]
-    state, outputs = jnp.zeros_like(x[:, 0]), {}
-    order = range(x.shape[1])[::-1] if reverse else range(x.shape[1])
-    last = None
-    for t in order:
-        if segment_ids is not None and last is not None:
-            same = (segment_ids[:, t] == segment_ids[:, last]).reshape((-1,) + (1,) * (x.ndim - 2))
-            state = jnp.where(same, state, 0.0)
-        state, last = decay[:, t] * state + x[:, t], t
-        outputs[t] = state
-    return jnp.stack([outputs[t] for t in range(x.shape[1])], axis=1)
+    if reverse:
+        ids = None if segment_ids is None else segment_ids[:, ::-1]
+        flipped = {name: array[:, ::-1] for name, array in inputs.items()}
+        return diagonal(flipped, segment_ids=ids)[:, ::-1]
+    new = jnp.zeros((1, x.shape[1]), bool) if segment_ids is None else restarts(segment_ids)
+
+    def step(state, t):
+        state = jnp.where(new[:, t].reshape((-1,) + (1,) * (x.ndim - 2)), 0.0, state)
+        state = decay[:, t] * state + x[:, t]
+        return state, state
+
+    return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.arange(x.shape[1]))[1], 0, 1)
 
 
 REFERENCES = {
@@ -157,12 +159,9 @@ REFERENCES = {
 }
 
 
-LOOPED = (outer_product, diagonal)
-
-
 def is_looped(subject: Subject) -> bool:
-    """Does the reference unroll one Python step a time step, so that long rows are out of its reach?"""
-    return REFERENCES.get(subject.name) in (None, *LOOPED)
+    """Is the member held against its own steps, one Python call a time step, so that long rows are out of reach?"""
+    return subject.name not in REFERENCES
 
 
 def reference_of(subject: Subject):
