@@ -48,16 +48,17 @@ def test_every_form(subject, form):
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
 def test_the_long_row_is_right(subject):
-    """The float64 row that the lengths are held against, against the naive reference on its first and last steps."""
+    """The float64 row that the lengths are held against, against the naive reference on its last steps."""
     if references.is_looped(subject):
         inputs = subject.inputs(length=20, batch=1)
         expected, _ = checks.oracle(references.reference_of(subject), inputs)
         checks.assert_close(jax.jit(subject.call)(inputs), expected, checks.OUTPUT)
         return
     inputs, row = longest(subject)
-    last = {name: array[:, -5:] if name == "query" else array for name, array in inputs.items()}
-    expected, _ = checks.oracle(references.reference_of(subject), last)
-    checks.assert_close(row[:, -5:], expected, checks.DOUBLE)
+    if subject.is_mixer:  # T x S weights: of the last queries only
+        inputs = {name: array[:, -5:] if name == "query" else array for name, array in inputs.items()}
+    expected, _ = checks.oracle(references.reference_of(subject), inputs)
+    checks.assert_close(row[:, -5:], expected[:, -5:], checks.DOUBLE)
 
 
 @pytest.mark.parametrize("length, keys", [(5, 12), (12, 5), (9, 1), (0, 4), (4, 0), (0, 0)])
