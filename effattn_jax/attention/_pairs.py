@@ -113,6 +113,7 @@ def unrows(x: jax.Array) -> jax.Array:
 
 
 def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
+    """(B, S, K, ...) as (B, K, S, ...), in `dtype`."""
     return jnp.moveaxis(x, 1, 2).astype(dtype)
 
 
