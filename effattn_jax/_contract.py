@@ -5,8 +5,9 @@ f(query, key, value, bias=None, mask=None, *, scale, is_causal, segment_ids, ini
 query (*B, T, N, H)   key (*B, S, K, H)   value (*B, S, K, V)   ->   out (*B, T, N, V)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,11 @@ class Mixer(NamedTuple):
       empty_state: `empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype)` -> the state before the first token,
         whose shapes stay the same from call to call.
       extras: `extras(rng, query)` -> further inputs with time on the axis that query has it, by argument name; None where there are none.
+      weights: `weights(rng, num_heads, num_kv_heads, head_dim)` -> further float32 inputs without a time axis, such as projections, by
+        argument name; None where there are none.
+      runs_on: the name of the member whose loops and derivative rules it runs on, "" for its own. What those loops alone decide is then
+        tested there, in every form and transformation; the member itself is tested under every law in its last form.
+      exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is).
     """
 
     function: Callable
@@ -34,6 +40,9 @@ class Mixer(NamedTuple):
     pairwise: bool
     empty_state: Callable
     extras: Callable | None = None
+    weights: Callable | None = None
+    runs_on: str = ""
+    exempt: Mapping[str, str] = MappingProxyType({})
 
 
 class Recurrence(NamedTuple):

@@ -4,9 +4,11 @@ q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k
 """
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from effattn_jax import attention
@@ -27,6 +29,7 @@ class MultiHeadAttention(SequenceMixer):
 
     Attributes:
       kernel: a name of `attention.MIXERS`.
+      options: fixed options of the kernel; such as {"feature_map": "relu"}; None for none.
       gates: further inputs of the kernel made from x, by argument name; "log_decay": log(sigmoid(x W_1 W_2)) / 16 for
         each feature of a head (GLA, arXiv 2312.06635).
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
@@ -37,6 +40,8 @@ class MultiHeadAttention(SequenceMixer):
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
         positions missing on a resumed call, an unknown kernel or gate.
 
+    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32.
+
     Cost and state: the kernel's.
 
     >>> import jax, jax.numpy as jnp
@@ -46,6 +51,7 @@ class MultiHeadAttention(SequenceMixer):
     """
 
     kernel: str = "softmax"
+    options: Mapping[str, Any] | None = None
     gates: tuple[str, ...] = ()
     head_norm: bool = False
     output_gate: bool = False
@@ -61,6 +67,7 @@ class MultiHeadAttention(SequenceMixer):
             inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
+        inputs.update(self._weights())
         out = self._kernel(inputs, mask, segment_ids, initial_state=state, return_state=return_state)
         out_BxTxNxH, state = out if return_state else (out, None)
         y_BxTxD = self._output(x_BxTxD, out_BxTxNxH)
@@ -87,6 +94,14 @@ class MultiHeadAttention(SequenceMixer):
         gate = nn.log_sigmoid(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))) / DECAY_TEMPERATURE
         return gate if mask is None else jnp.where(mask[..., None, None], gate, 0)  # padding does not age the state
 
+    def _weights(self):
+        make = _line(self.kernel).weights
+        if make is None:
+            return {}
+        sizes = (self.heads, self.kv_heads, self._head_dim)
+        names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
+        return {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
+
     def _kernel(self, inputs, mask, segment_ids, **options):
         for name in ("window", "chunk_size"):
             if getattr(self, name) is not None and name in _arguments(self.kernel):
@@ -95,6 +110,7 @@ class MultiHeadAttention(SequenceMixer):
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
         key_mask = None if mask is None else mask[:, None, None, :]
         kernel = _line(self.kernel).function
+        options = {**(self.options or {}), **options}
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
     def _output(self, x_BxTxD, out_BxTxNxH):

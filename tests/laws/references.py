@@ -165,9 +165,12 @@ def is_looped(subject: Subject) -> bool:
 
 
 def reference_of(subject: Subject):
-    """reference(inputs, **options): the entry above, or the member's own steps where there is none."""
+    """reference(inputs, **options): the entry above, or the member's own steps where there is none.
+
+    Inputs without a time axis reach a reference among its options; those of the member stand unless the caller gives others.
+    """
     if subject.name in REFERENCES:
-        return REFERENCES[subject.name]
+        return lambda inputs, **options: REFERENCES[subject.name](inputs, **{**subject.weights(inputs), **options})
 
     def own_steps(inputs, *, mask=None, segment_ids=None, **options):
         per_call = {"mask": mask, "segment_ids": segment_ids}

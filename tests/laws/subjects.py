@@ -8,6 +8,7 @@ member can do beyond the contract is read from its signature (options such as `w
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,8 @@ OPTION_SAMPLES: dict[str, tuple] = {
     "logits_soft_cap": (1.5,),
     "normalize": (False,),
 }
+# With LAWS=all, members that run on another's loops go through all their forms and transformations too.
+EVERYTHING = os.environ.get("LAWS") == "all"
 CHUNK = 3  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
 
 
@@ -51,11 +54,21 @@ class Subject:
         return frozenset(inspect.signature(self.function).parameters)
 
     @property
+    def brief(self) -> bool:
+        """True for a member that runs on another's loops: those are tested there, it in its last form."""
+        return self.is_mixer and bool(self.entry.runs_on) and not EVERYTHING
+
+    @property
+    def table_forms(self) -> tuple[dict, ...]:
+        """The forms that the table lists, or the last of them for a brief member."""
+        return self.entry.forms[-1:] if self.brief else self.entry.forms
+
+    @property
     def forms(self) -> tuple[dict, ...]:
-        """The table's forms, with chunks small enough that a dozen steps fill several."""
+        """The same with chunks small enough that a dozen steps fill several."""
         small = [
             {**form, "chunk_size": min(form["chunk_size"], CHUNK)} if "chunk_size" in form else form
-            for form in self.entry.forms
+            for form in self.table_forms
         ]
         return tuple(form for index, form in enumerate(small) if form not in small[:index])
 
@@ -80,6 +93,8 @@ class Subject:
     def variants(self) -> tuple[dict, ...]:
         """The options that change what is computed, one at a time, the plain call first."""
         options = [{}]
+        if self.brief:
+            return tuple(options)
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
                 default = inspect.signature(self.function).parameters[option].default
@@ -111,11 +126,18 @@ class Subject:
             arrays |= {name: np.asarray(array) for name, array in extras.items()}
         return arrays
 
+    def weights(self, inputs: dict) -> dict:
+        """Its inputs without a time axis, the same numbers for all calls of one shape."""
+        if not self.is_mixer or self.entry.weights is None:
+            return {}
+        query, key = inputs["query"], inputs["key"]
+        return _weights(self, query.shape[-2], key.shape[-2], query.shape[-1])
+
     def call(self, inputs: dict, **options):
         """The member's call, causal unless said otherwise."""
         if self.is_mixer:
             options.setdefault("is_causal", True)
-        return self.function(**inputs, **options)
+        return self.function(**inputs, **{**self.weights(inputs), **options})
 
     def batch_of(self, inputs: dict) -> int:
         return next(iter(inputs.values())).shape[0]
@@ -137,6 +159,13 @@ class Subject:
         return self.bidirectional and not _refuses(
             self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids
         )
+
+
+@functools.cache
+def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int) -> dict:
+    with jax.ensure_compile_time_eval():
+        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim)
+    return {name: np.asarray(array, np.float32) for name, array in made.items()}
 
 
 def _refuses(subject: Subject, inputs: dict, word: str, **options) -> bool:
@@ -199,7 +228,7 @@ def by_stateful_kind(subjects=SUBJECTS) -> list:
 
 def by_table_form(subjects=SUBJECTS) -> list:
     """The same with chunks as long as the table says."""
-    return [param(subject, form) for subject in subjects for form in subject.entry.forms]
+    return [param(subject, form) for subject in subjects for form in subject.table_forms]
 
 
 def by_variant_and_form(subjects=SUBJECTS) -> list:

@@ -128,6 +128,17 @@ def test_normalised_recurrences(subject, form):
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
 
 
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MIXER_SUBJECTS if s.entry.weights is not None)))
+def test_weights_get_gradients(subject, form):
+    """Inputs without a time axis, projections and the like, are differentiable as all others are."""
+    inputs = subject.inputs(length=LENGTH)
+    weights = subject.weights(inputs)
+    actual = checks.value_and_grads(lambda w: subject.call(inputs, **w, **form), weights)
+    wide = checks.widened(inputs)
+    expected = checks.oracle(lambda w: references.reference_of(subject)(wide, **w), weights)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient by weights")
+
+
 @st.composite
 def problems(draw):
     """Random shapes, options and patterns of a mixer call."""

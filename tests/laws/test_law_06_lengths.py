@@ -21,7 +21,7 @@ def longest(subject):
     inputs = subject.inputs(length=max(LENGTHS), batch=1, heads=1, kv_heads=1)
     with checks.x64():
         return inputs, np.asarray(
-            jax.jit(functools.partial(subject.call, **subject.entry.forms[0]))(checks.widened(inputs))
+            jax.jit(functools.partial(subject.call, **subject.table_forms[0]))(checks.widened(inputs))
         )
 
 

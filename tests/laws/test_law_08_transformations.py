@@ -12,7 +12,7 @@ from .subjects import KEYWISE, MIXER_SUBJECTS, PAIRWISE, SUBJECTS, by_form, labe
 CASES = [
     pytest.param(subject, form, name, id="-".join([subject.name, label(form), name]))
     for subject in SUBJECTS
-    for name in transformations.CHECKS
+    for name in transformations.names_of(subject)
     for form in transformations.forms_of(subject, name)
 ]
 

@@ -20,6 +20,8 @@ from .subjects import Subject, slice_key, time_slice
 LENGTH, SPLIT = 11, 5
 PATTERNS = ("mask", "segment_ids")
 CHECKS: dict[str, Callable] = {}
+# The checks of a member that runs on another's loops.
+BRIEF = ("one compile", "grad", "vmap", "shard_map, batch", "Explicit mesh", "export")
 BY_FORM: set[str] = set()  # checks whose outcome may differ between the implementations of a member
 
 
@@ -33,6 +35,11 @@ def check(name: str, *, by_form: bool = False):
         return function
 
     return enter
+
+
+def names_of(subject: Subject) -> tuple[str, ...]:
+    """The checks that a test run makes of a member; `table` makes all of every member."""
+    return BRIEF if subject.brief else tuple(CHECKS)
 
 
 def forms_of(subject: Subject, name: str) -> tuple[dict, ...]:
