@@ -15,7 +15,8 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
 from effattn_jax.attention.features import resolve
-from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, outer_product, repeat_heads
+from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, repeat_heads
+from effattn_jax.recurrence._outer_kernel import outer_product
 from effattn_jax.recurrence.outer_product import check_decay
 
 __all__ = ["LinearState"]
@@ -80,7 +81,9 @@ def _align(call: Call, mask, log_decay, feature_map: Callable | None) -> _Proble
     )  # fmt: skip
 
 
-def _causal(p: _Problem, state: LinearState | None, size: int | None, options: Options) -> tuple[Any, LinearState]:
+def _causal(
+    p: _Problem, state: LinearState | None, size: int | None, options: Options, implementation: str | None
+) -> tuple[Any, LinearState]:
     carry = None if state is None else (state.kv, state.total)
     last = None if state is None else state.segment
     segments = p.segments
@@ -99,23 +102,23 @@ def _causal(p: _Problem, state: LinearState | None, size: int | None, options: O
         key_mask=p.mask,
         size=size,
         options=options,
+        implementation=implementation,
     )
     return out, LinearState(kv, total, last_segment)
 
 
-def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
+def _both_ways(p: _Problem, size: int | None, options: Options, implementation: str | None) -> jax.Array:
     """Past and present by one pass, the future by the same pass over reversed time without each step's own pair."""
+    run = partial(outer_product, size=size, implementation=implementation)
     options = options._replace(split=options.normalize)
-    past = outer_product(
-        p.query, p.key, p.value, p.log_decay, None, segments=p.segments, key_mask=p.mask, size=size, options=options
-    )[0]
+    past = run(p.query, p.key, p.value, p.log_decay, None, segments=p.segments, key_mask=p.mask, options=options)[0]
 
     def flip(x):
         return None if x is None else jnp.flip(x, axis=1)
 
-    future = outer_product(
+    future = run(
         flip(p.query), flip(p.key), flip(p.value), flip(p.log_decay), None,
-        segments=flip(p.segments), key_mask=flip(p.mask), size=size, options=options._replace(strict=True),
+        segments=flip(p.segments), key_mask=flip(p.mask), options=options._replace(strict=True),
     )[0]  # fmt: skip
     both = jax.tree.map(lambda a, b: a + jnp.flip(b, 1), past, future)
     return normalized(*both).astype(p.value.dtype) if options.normalize else both
@@ -187,7 +190,7 @@ def _no_state(call: Call, feature_map: Callable | None, normalize: bool) -> Line
     return empty_state(batch, 0, heads, heads, dim, call.value.shape[-1], dtype, normalize=normalize)
 
 
-_FORMS = (None, "dense", "chunked")
+_FORMS = (None, "dense", "chunked", "parallel")
 _BLOCK = 128  # query rows at a time where all pairs are formed
 
 
@@ -218,7 +221,10 @@ def _attend(
         return _all_keys(call, mask, feature_map, normalize), None
     problem = _align(call, mask, log_decay, feature_map)
     options = Options(normalize=normalize, feature_map=feature_map)
-    out, state = _causal(problem, state, size, options) if is_causal else (_both_ways(problem, size, options), None)
+    if is_causal:
+        out, state = _causal(problem, state, size, options, implementation)
+    else:
+        out, state = _both_ways(problem, size, options, implementation), None
     return out[:, problem.skipped :], state
 
 

@@ -44,10 +44,11 @@ def linear_attention(
         arrays costs O(T S) time (still O(T) memory).
       initial_state: the state of an earlier call, which this one goes on from (causal only). Without segment_ids its last segment goes on.
       return_state: also return the state after the last key.
-      implementation: "chunked" or "dense" (all pairs, a block of queries at a time); None is "chunked".
+      implementation: "chunked" (one chunk after the other), "parallel" (all chunks side by side, for accelerators) or "dense" (all pairs, a
+        block of queries at a time); None is one of the first two, by the platform the program is compiled for.
       feature_map: a name of `FEATURE_MAPS` or a function of (..., H) -> (..., M).
       normalize: divide by the sum of weights; a row whose weights sum to 0 gives 0.
-      chunk_size: steps a chunk; None is 64.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form).
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).
