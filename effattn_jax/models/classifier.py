@@ -43,8 +43,8 @@ class SequenceClassifier(nn.Module):
           deterministic: False applies dropout, with rngs={"dropout": key}.
 
         Raises:
-          ValueError: inputs of the wrong rank or type, a wrong mask, a sequence beyond max_length with learned
-            positions.
+          ValueError: inputs of the wrong rank or type, a wrong mask, a sequence beyond max_length where
+            learned positions or a mixer fix the length.
         """
         c = self.config.validate()
         x_BxTxD = self._embed(inputs)

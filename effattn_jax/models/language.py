@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
           return_state: whether to return (logits, state).
 
         Raises:
-          ValueError: wrong shapes or types, a sequence beyond max_length with learned positions, an invalid config.
+          ValueError: wrong shapes or types, a sequence beyond max_length where positions or a mixer fix it, an invalid config.
         """
         c = self.config.validate()
         if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
         """The state before the first token of `batch` rows, with room for `capacity` tokens; its shapes never change.
 
         Raises:
-          ValueError: capacity beyond max_length with learned positions.
+          ValueError: capacity beyond max_length where learned positions or a mixer fix the length.
         """
         check_length(self.config.validate(), capacity)
         zeros = jnp.zeros((batch,), jnp.int32)
