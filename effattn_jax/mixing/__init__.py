@@ -44,9 +44,7 @@ MIXERS: dict[str, TokenMixer] = {
     "gmlp": TokenMixer(gmlp, _lines.gmlp, _lines.gmlp_flops, True, "out_kernel", _PAIRS),
     "amlp": TokenMixer(amlp, _lines.amlp, _lines.amlp_flops, True, "out_kernel", _PAIRS),
     "fnet": TokenMixer(fnet, _lines.fnet, _lines.fnet_flops, False, "", _LENGTHS),
-    "lightweight_convolution": TokenMixer(
-        lightweight_convolution, _lines.lightweight, _lines.lightweight_flops, False
-    ),
+    "lightweight_convolution": TokenMixer(lightweight_convolution, _lines.lightweight, _lines.lightweight_flops, False),
     "dynamic_convolution": TokenMixer(dynamic_convolution, _lines.dynamic, _lines.dynamic_flops, False),
     "rep_mlp": TokenMixer(rep_mlp, _lines.rep_mlp, _lines.square_flops, True, "kernel", _PAIRS),
 }

@@ -88,7 +88,10 @@ def merge_rep_mlp(
     bias = jnp.zeros_like(kernel[:, 0]) if bias is None else check_weight("bias", bias, (*lead, length))
     branches = [check_weight(f"convolutions[{i}]", k, (groups, "W")) for i, k in enumerate(convolutions)]
     ok = norms is None or len(norms) == len(branches) + 1
-    require(ok, f"norms must be one for the linear branch and one a convolution, {len(branches) + 1}; got {norms and len(norms)}")
+    require(
+        ok,
+        f"norms must be one for the linear branch and one a convolution, {len(branches) + 1}; got {len(norms or ())}",
+    )
     kernel, bias, *branches = wide(kernel, bias.reshape(groups, length), *branches)
     matrices = [kernel] + [_matrix_of(k, length, is_causal) for k in branches]
     if norms is None:

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from effattn_jax._contract import ArrayLike
 from effattn_jax.mixing._tokens import (
     Places,
-    Tokens,
     along,
     at_places,
     check_tokens,

@@ -1,13 +1,11 @@
 """From tokens to the residual stream: where each token stands, and what that adds to its embedding."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from effattn_jax.models.config import ModelConfig
 from effattn_jax.nn import Embedding
 from effattn_jax.position import sinusoidal_embedding
-from effattn_jax.position._counting import count_positions
 
 
 class InputEmbedding(nn.Module):
@@ -37,5 +35,9 @@ class InputEmbedding(nn.Module):
 def check_length(config: ModelConfig, length: int) -> None:
     """Raises ValueError for a sequence longer than learned positions, or the weights of a mixer, have places for."""
     if config.fixes_length and length > config.max_length:
-        why = "with learned positions" if config.positions == "learned" else f"with the mixer {config.mixers or config.mixer}"
+        why = (
+            "with learned positions"
+            if config.positions == "learned"
+            else f"with the mixer {config.mixers or config.mixer}"
+        )
         raise ValueError(f"sequences must be at most max_length={config.max_length} long {why}; got {length}")

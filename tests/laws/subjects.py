@@ -175,8 +175,8 @@ class Subject:
 
     def call(self, inputs: dict, **options):
         """The member's call, causal where it can be unless said otherwise; a key mask may have the shape (B, 1, 1, S)."""
-        if self.is_mixer or self.is_token_mixer:
-            options.setdefault("is_causal", self.causal)
+        if (self.is_mixer or self.is_token_mixer) and "is_causal" not in options:
+            options["is_causal"] = self.causal
         if self.is_token_mixer and getattr(options.get("mask"), "ndim", 0) == 4:
             options["mask"] = options["mask"][:, 0, 0]
         return self.function(**inputs, **{**self.weights(inputs), **options})

@@ -158,10 +158,7 @@ def test_prefill_then_decode_in_constant_memory(subject, prefill, situation):
 def test_decoding_scans(subject):
     """A recurrence's state, and a cache made beforehand, are valid carries of lax.scan."""
     inputs = subject.inputs(length=TOTAL)
-    if subject.is_mixer:
-        state = subject.empty_state(TOTAL)
-    else:
-        _, state = subject.call(time_slice(inputs, 0, 0), return_state=True)
+    state = subject.empty_state(TOTAL)
 
     def step(state, now):
         output, state = subject.call(
