@@ -213,7 +213,7 @@ def seen(product: Callable, x: jax.Array, sees: jax.Array | None) -> jax.Array:
     if sees is None:
         return product(x)
     lead = x.shape[:2]
-    clean, bad = finite_or_zero(x.reshape(*lead, -1))
+    clean, bad = finite_or_zero(x.reshape(*lead, prod(x.shape[2:])))
     spoiled = poisoned(sees[:, None, None], bad[:, None])[:, 0, 0]
     out = product(clean.reshape(x.shape))
     return jnp.where(spoiled.reshape(spoiled.shape + (1,) * (out.ndim - 2)), jnp.nan, out)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike
-from effattn_jax.mixing._tokens import check_weight, require, wide
+from effattn_jax._contract import ArrayLike, accumulator, floating
+from effattn_jax.mixing._tokens import check_weight, require
 from effattn_jax.mixing.token_mlp import token_mixing
 
 __all__ = ["BranchNorm", "merge_rep_mlp", "rep_mlp"]
@@ -28,11 +28,10 @@ class BranchNorm(NamedTuple):
     variance: ArrayLike
 
 
-def _affine(norm: BranchNorm, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
+def _affine(norm: BranchNorm, groups: int, epsilon: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """The norm as (factor, offset)."""
-    scale, offset, mean, variance = wide(
-        *(check_weight(f"norms: {name}", x, (groups,)) for name, x in norm._asdict().items())
-    )
+    named = BranchNorm(*norm)._asdict().items()
+    scale, offset, mean, variance = (check_weight(f"norms: {name}", x, (groups,)).astype(dtype) for name, x in named)
     factor = scale * jax.lax.rsqrt(variance + epsilon)
     return factor, offset - mean * factor
 
@@ -54,6 +53,7 @@ def merge_rep_mlp(
     *,
     is_causal: bool = False,
     epsilon: float = 1e-5,
+    dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The one kernel and bias of `token_mixing` that do what the parallel branches of RepMLP do.
 
@@ -66,6 +66,7 @@ def merge_rep_mlp(
       norms: one for the linear branch and one for each convolution, in this order; None for none.
       is_causal: of the calls that the result is for: convolutions of the past only.
       epsilon: of the norms.
+      dtype: that the sums are made in at least, for inputs wider than the weights.
 
     Returns:
       (kernel (N, T_max, T_max), bias (N, T_max)).
@@ -92,11 +93,12 @@ def merge_rep_mlp(
         ok,
         f"norms must be one for the linear branch and one a convolution, {len(branches) + 1}; got {len(norms or ())}",
     )
-    kernel, bias, *branches = wide(kernel, bias.reshape(groups, length), *branches)
+    dtype = accumulator(kernel, bias, *branches, *([] if dtype is None else [dtype]))
+    kernel, bias, *branches = (x.astype(dtype) for x in (kernel, bias.reshape(groups, length), *branches))
     matrices = [kernel] + [_matrix_of(k, length, is_causal) for k in branches]
     if norms is None:
         return sum(matrices), bias
-    affine = [_affine(norm, groups, epsilon) for norm in norms]
+    affine = [_affine(norm, groups, epsilon, dtype) for norm in norms]
     merged = sum(factor[:, None, None] * matrix for (factor, _), matrix in zip(affine, matrices, strict=True))
     return merged, affine[0][0][:, None] * bias + sum(offset for _, offset in affine)[:, None]
 
@@ -129,9 +131,11 @@ def rep_mlp(
 
     >>> import jax.numpy as jnp
     >>> rep_mlp(jnp.ones((3, 2)), jnp.eye(4), [jnp.ones((1, 3))])[:, 0].tolist()
-    [3.0, 4.0, 4.0]
+    [3.0, 4.0, 3.0]
     """
-    merged = merge_rep_mlp(kernel, convolutions, bias, norms, is_causal=is_causal, epsilon=epsilon)
+    (inputs,) = floating(inputs=inputs)
+    options = {"is_causal": is_causal, "epsilon": epsilon, "dtype": inputs.dtype}
+    merged = merge_rep_mlp(kernel, convolutions, bias, norms, **options)
     return token_mixing(
         inputs, *merged, is_causal=is_causal, mask=mask, segment_ids=segment_ids, initial_state=initial_state,
         return_state=return_state,
