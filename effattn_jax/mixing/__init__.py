@@ -7,12 +7,13 @@ only. `MIXERS` is the table that the law tests, the models and `--model.mixer NA
 
 from effattn_jax._contract import TokenMixer
 from effattn_jax.mixing import _lines
-from effattn_jax.mixing._tokens import PastTokens
+from effattn_jax.mixing._places import PastTokens
 from effattn_jax.mixing.convolution import ConvolutionState, dynamic_convolution, lightweight_convolution
+from effattn_jax.mixing.ffn_stack import ffn_stack
 from effattn_jax.mixing.fourier import fnet
 from effattn_jax.mixing.gating import AMLPState, amlp, gmlp, spatial_gating
 from effattn_jax.mixing.rep_mlp import BranchNorm, merge_rep_mlp, rep_mlp
-from effattn_jax.mixing.token_mlp import ffn_stack, mlp_mixer, res_mlp, token_mixing
+from effattn_jax.mixing.token_mlp import mlp_mixer, res_mlp, token_mixing
 
 __all__ = [
     "MIXERS",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, accumulator
-from effattn_jax.mixing._tokens import Places, check_tokens, places_of, require, seen
+from effattn_jax.mixing._places import Places, places_of, seen
+from effattn_jax.mixing._tokens import check_tokens, require
 
 __all__ = ["fnet"]
 

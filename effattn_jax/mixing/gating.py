@@ -13,16 +13,8 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike
 from effattn_jax.attention import Cache, cache, dot_product_attention
-from effattn_jax.mixing._tokens import (
-    PastTokens,
-    Tokens,
-    along,
-    check_tokens,
-    check_weight,
-    normalize,
-    require,
-    wide,
-)
+from effattn_jax.mixing._places import PastTokens
+from effattn_jax.mixing._tokens import Tokens, along, check_tokens, check_weight, normalize, require, wide
 from effattn_jax.mixing.token_mlp import token_mixing
 
 __all__ = ["AMLPState", "amlp", "gmlp", "spatial_gating"]
