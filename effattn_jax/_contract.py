@@ -59,6 +59,28 @@ class Recurrence(NamedTuple):
     sample: Callable
 
 
+class TokenMixer(NamedTuple):
+    """One line of the table of attention-free mixers.
+
+    Attributes:
+      function: f(inputs (*B, T, D), **weights, is_causal, mask (*B, T), segment_ids (*B, T), initial_state, return_state) -> out or
+        (out, state); one without a causal form has no state and refuses is_causal.
+      weights: `weights(rng, width, length, heads)` -> initial float32 weights by argument name, pytrees of arrays, for sequences of at
+        most `length` tokens.
+      flops: `flops(width, length, heads)` -> operations a token of a sequence of `length` tokens; a multiply-add is two.
+      fixes_length: whether its weights have a place for each step, which makes `length` the longest sequence.
+      output: the weight whose scale is that of the output; "" where there is none.
+      exempt: as in `Mixer`.
+    """
+
+    function: Callable
+    weights: Callable
+    flops: Callable
+    fixes_length: bool
+    output: str = ""
+    exempt: Mapping[str, str] = MappingProxyType({})
+
+
 class Call(NamedTuple):
     """The arguments of a mixer with batch axes flattened to one; sizes by the package's legend."""
 

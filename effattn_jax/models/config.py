@@ -17,7 +17,7 @@ class ModelConfig:
     >>> ModelConfig(mixer="sofmax").validate()
     Traceback (most recent call last):
     ...
-    ValueError: mixer must be among softmax, linear, gated_linear, min_gru; got 'sofmax'. Perhaps you meant 'softmax'
+    ValueError: mixer must be among softmax, ...; got 'sofmax'. Perhaps you meant 'softmax'
     """
 
     layers: int = 4
@@ -51,7 +51,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Longest wavelength of rotary positions over 2 pi."""
     max_length: int = 1024
-    """Rows of the table of learned positions, the longest sequence that they allow."""
+    """The longest sequence that learned positions, and mixers with weights for each place, allow."""
     tie_embeddings: bool = True
     """Whether the output layer is the token embedding."""
     use_bias: bool = False
@@ -89,7 +89,10 @@ class ModelConfig:
         """The mixer module of one layer; `module_options` such as name= or parent= go to Linen."""
         name = self.layer_mixers()[layer]
         options = self._mixer_options(causal)
-        if self.window is not None and nn.MIXERS[name](**options, parent=None).accepts_window():
+        mixer = nn.MIXERS[name](**options, parent=None)
+        if causal and not mixer.accepts_causal():
+            raise ValueError(f"mixer must have a causal form in a language model; {name!r} reads all tokens at once")
+        if self.window is not None and mixer.accepts_window():
             options["window"] = self.window
         return nn.MIXERS[name](**options, **module_options)
 
@@ -101,11 +104,19 @@ class ModelConfig:
             "causal": causal,
             "rotary_base": self.rotary_base if self.positions == "rotary" else None,
             "chunk_size": self.chunk_size,
+            "max_length": self.max_length,
             "output_scale": self.output_scale,
             "use_bias": self.use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
+
+    @property
+    def fixes_length(self) -> bool:
+        """Whether no sequence may be longer than max_length: with learned positions, or weights for each place."""
+        options = self._mixer_options(False)
+        fixed = (nn.MIXERS[name](**options, parent=None).fixes_length() for name in self.layer_mixers())
+        return self.positions == "learned" or any(fixed)
 
     @property
     def output_scale(self) -> float:

@@ -8,6 +8,7 @@ by its name. Every mixer takes (B, T, D) to (B, T, D) under the contract of `nn.
 from collections.abc import Callable
 from functools import partial
 
+from effattn_jax.nn.attention_free import AttentionFree
 from effattn_jax.nn.convolution import ShortConvolution
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
@@ -25,10 +26,20 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         output_gate=True,
     ),
     "min_gru": MinGRU,
+    "mlp_mixer": partial(AttentionFree, kernel="mlp_mixer"),
+    "ffn_stack": partial(AttentionFree, kernel="ffn_stack"),
+    "res_mlp": partial(AttentionFree, kernel="res_mlp"),
+    "gmlp": partial(AttentionFree, kernel="gmlp"),
+    "amlp": partial(AttentionFree, kernel="amlp"),
+    "fnet": partial(AttentionFree, kernel="fnet", options={"orthonormal": True}),
+    "lightweight_convolution": partial(AttentionFree, kernel="lightweight_convolution", projections=True),
+    "dynamic_convolution": partial(AttentionFree, kernel="dynamic_convolution", projections=True),
+    "rep_mlp": partial(AttentionFree, kernel="rep_mlp"),
 }
 
 __all__ = [
     "MIXERS",
+    "AttentionFree",
     "Embedding",
     "FeedForward",
     "MinGRU",

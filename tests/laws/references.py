@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks import widened
 from .subjects import Subject, stepwise
+from .token_references import TOKEN_REFERENCES
 
 
 def allowed(inputs, *, is_causal=True, window=None, mask=None, segment_ids=None):
@@ -156,6 +158,7 @@ REFERENCES = {
     "outer_product": outer_product,
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
+    **TOKEN_REFERENCES,
 }
 
 
@@ -170,7 +173,10 @@ def reference_of(subject: Subject):
     Inputs without a time axis reach a reference among its options; those of the member stand unless the caller gives others.
     """
     if subject.name in REFERENCES:
-        return lambda inputs, **options: REFERENCES[subject.name](inputs, **{**subject.weights(inputs), **options})
+        form = {"is_causal": subject.causal} if subject.is_token_mixer else {}
+        return lambda inputs, **options: REFERENCES[subject.name](
+            inputs, **{**form, **widened(subject.weights(inputs)), **options}
+        )
 
     def own_steps(inputs, *, mask=None, segment_ids=None, **options):
         per_call = {"mask": mask, "segment_ids": segment_ids}
