@@ -12,6 +12,7 @@ from effattn_jax._contract import Mixer
 from effattn_jax.attention import _synthetic as synthetic
 from effattn_jax.attention._linear import LinearState, empty_state
 from effattn_jax.attention.adapters import as_attention_fn
+from effattn_jax.attention.external import ExternalState, external_attention
 from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
@@ -38,12 +39,14 @@ __all__ = [
     "FEATURE_MAPS",
     "MIXERS",
     "Cache",
+    "ExternalState",
     "LinearState",
     "as_attention_fn",
     "cache",
     "dense_scores",
     "dot_product_attention",
     "elu_plus_one",
+    "external_attention",
     "factorized_dense_scores",
     "factorized_random_scores",
     "gated_linear_attention",

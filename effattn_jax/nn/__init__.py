@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from effattn_jax.nn.convolution import ShortConvolution
+from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
@@ -25,11 +26,19 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         output_gate=True,
     ),
     "min_gru": MinGRU,
+    "residual": partial(MultiHeadAttention, kernel="residual"),
+    "synthesizer_dense": partial(MultiHeadAttention, kernel="synthesizer_dense"),
+    "synthesizer_random": partial(MultiHeadAttention, kernel="synthesizer_random"),
+    "synthesizer_factorized_dense": partial(MultiHeadAttention, kernel="synthesizer_factorized_dense"),
+    "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
+    "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
+    "external": ExternalAttention,
 }
 
 __all__ = [
     "MIXERS",
     "Embedding",
+    "ExternalAttention",
     "FeedForward",
     "MinGRU",
     "MultiHeadAttention",
