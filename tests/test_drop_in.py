@@ -202,7 +202,12 @@ def test_what_cannot_be_honoured_is_refused(arguments, reason):
 def test_what_changes_nothing_is_accepted():
     x = jax.random.normal(jax.random.key(0), (B, T, N, H))
     attend = as_attention_fn("softmax", is_causal=True)
-    settings = {"dropout_rate": 0.5, "deterministic": True, "promote_dtype": nnx.nn.dtypes.promote_dtype, "precision": "highest"}
+    settings = {
+        "dropout_rate": 0.5,
+        "deterministic": True,
+        "promote_dtype": nnx.nn.dtypes.promote_dtype,
+        "precision": "highest",
+    }
     close(attend(x, x, x, **settings), MIXERS["softmax"].function(x, x, x, is_causal=True))
     assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="is_causal=True of Flax aligns the first query"):

@@ -168,9 +168,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
 
 
-def by_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None
-) -> tuple[jax.Array, jax.Array]:
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once; `more(row, count)` adds scores to those of the rows.
 
     Any derivative; O(T) memory in each, since a block is computed again where it is differentiated.

@@ -94,7 +94,6 @@ class Problem(NamedTuple):
         return x + jnp.zeros_like(self.call.query[..., :1], x.dtype)
 
 
-
 def mixer(
     name: str, arrays: tuple, score: Callable, weights: dict[str, tuple[ArrayLike, tuple]], *, limit: int, scale: Any, is_causal: bool,
     **options: Any,

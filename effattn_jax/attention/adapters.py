@@ -24,7 +24,11 @@ _REASONS = {
     "promote_dtype": "inputs are cast to dtype, and the output has the dtype of value",
     "module": "sow_weights=True asks for attention weights, and this kernel forms none",
 }
-_MORE_RESULTS = ("initial_state", "return_state", "return_weights")  # options that an attention_fn, one array for another, has no place for
+_MORE_RESULTS = (
+    "initial_state",
+    "return_state",
+    "return_weights",
+)  # options that an attention_fn, one array for another, has no place for
 
 
 def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:

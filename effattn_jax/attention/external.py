@@ -123,9 +123,7 @@ def _within_segments(combine: Any, x: jax.Array, ids: jax.Array | None, reverse:
     return lax.associative_scan(step, (x, begins), axis=1, reverse=reverse)[0]
 
 
-def _running(
-    scores: jax.Array, ids: jax.Array | None, state: ExternalState | None
-) -> tuple[jax.Array, ExternalState]:
+def _running(scores: jax.Array, ids: jax.Array | None, state: ExternalState | None) -> tuple[jax.Array, ExternalState]:
     """log sum_{j <= i} exp(a_js), and the state after the last step."""
     batch, length = scores.shape[:2]
     log_total = _within_segments(jnp.logaddexp, scores, ids)

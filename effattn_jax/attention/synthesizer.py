@@ -178,7 +178,10 @@ def factorized_random_scores(left: ArrayLike, right: ArrayLike, length: int, key
     """
     left, right = floating(left=left, right=right)
     keys = length if keys is None else keys
-    left, right = left[:, : _columns(length, left.shape[1], "left")], right[:, : _columns(keys, right.shape[1], "right")]
+    left, right = (
+        left[:, : _columns(length, left.shape[1], "left")],
+        right[:, : _columns(keys, right.shape[1], "right")],
+    )
     return jnp.einsum("nik,njk->nij", left, right)
 
 

@@ -82,6 +82,7 @@ def synthesizer_dense(
     >>> synthesizer_dense(x, x, x, is_causal=True, **weights).shape
     (1, 5, 2, 4)
     """
+
     def score(p: Problem, hidden_bias, columns, column_bias) -> Scores:
         hidden = jax.nn.relu(p.call.query.astype(p.dtype) + hidden_bias[None, None])
         features = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
@@ -138,6 +139,7 @@ def synthesizer_random(
     >>> print(synthesizer_random(x, x, x, table=jnp.zeros((8, 1, 8)), is_causal=True)[0, :, 0, 0])
     [0.  0.5 1. ]
     """
+
     def score(p: Problem, table) -> Scores:
         def rows(row, count):
             some = rows_of_table(table, lax.dynamic_slice_in_dim(p.places.query, row, count, 1), False)
@@ -194,6 +196,7 @@ def synthesizer_factorized_dense(
     >>> synthesizer_factorized_dense(x, x, x, hidden_bias=jnp.zeros((2, 4)), left=left, right=right).shape
     (1, 6, 2, 4)
     """
+
     def score(p: Problem, hidden_bias, left, right) -> Scores:
         hidden, width = jax.nn.relu(p.call.query.astype(p.dtype) + hidden_bias[None, None]), right.shape[0]
 
@@ -254,6 +257,7 @@ def synthesizer_factorized_random(
     >>> print(synthesizer_factorized_random(x, x, x, left=jnp.zeros((8, 1, 2)), right=jnp.ones((8, 1, 2)), is_causal=True)[0, :, 0, 0])
     [0.  0.5 1. ]
     """
+
     def score(p: Problem, left, right) -> Scores:
         rows = p.like_query(rows_of_table(left, p.places.query, p.places.plain))
         columns = p.like_value(rows_of_table(right, p.places.key, p.places.plain))
@@ -308,6 +312,7 @@ def synthesizer_mixed(
     >>> synthesizer_mixed(x, x, x, mixture=jnp.zeros((2, 2)), left=table, right=table).shape
     (1, 5, 2, 4)
     """
+
     def score(p: Problem, mixture, left, right) -> Scores:
         alpha = jax.nn.softmax(mixture, axis=-1)
         factor = 1 / math.sqrt(p.call.query.shape[-1]) if p.scale is None else p.scale

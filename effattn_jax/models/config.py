@@ -160,7 +160,9 @@ class ModelConfig:
         rule = "the same mixer in every layer when scan_layers is set"
         _require(not self.scan_layers or len(set(names)) == 1, "mixers", self.mixers, rule)
         if self.residual_scores:
-            without = [name for name in names if not nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_scores()]
+            without = [
+                name for name in names if not nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_scores()
+            ]
             rule = f"False, since {', '.join(dict.fromkeys(without))} has no scores to hand on; the mixer residual has"
             _require(not without, "residual_scores", True, rule)
         if self.window is not None:

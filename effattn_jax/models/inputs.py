@@ -8,7 +8,6 @@ from effattn_jax.nn import Embedding
 from effattn_jax.position import sinusoidal_embedding
 from effattn_jax.position.counting import count_positions
 
-
 __all__ = ["InputEmbedding", "check_length", "count_positions"]
 
 

@@ -149,7 +149,11 @@ def diagonal(inputs, *, segment_ids=None, reverse=False):
 
 def counted(mask, segment_ids, batch, length):
     """(B, T): how many real tokens of its segment stand before each token, one step at a time."""
-    real = np.ones((batch, length), bool) if mask is None else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
+    real = (
+        np.ones((batch, length), bool)
+        if mask is None
+        else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
+    )
     ids = np.zeros((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
     places = np.zeros((batch, length), int)
     for b in range(batch):
