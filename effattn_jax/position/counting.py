@@ -43,4 +43,5 @@ def count_positions(
     previous = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
     boundary = segment_ids != jnp.concatenate([previous, segment_ids[:, :-1]], axis=1)
     # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
-    return before - jax.lax.cummax(jnp.where(boundary, before, jnp.broadcast_to(start, boundary.shape)), axis=1)
+    start = start + jnp.zeros_like(boundary, jnp.int32)  # sharded as the ids are, where a broadcast would not be
+    return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
