@@ -132,7 +132,10 @@ assert errors[0, 1] < errors[1, 1] < errors[2, 1], "longer queries and keys, mor
 # row's outputs are the same bits whatever stands behind them, for every causal kernel of the table.
 
 # %%
-loud = [jnp.concatenate([x[:, :12], change], axis=1) for x, change in ((key, 100 * key[:, 12:]), (value, value[:, 12:] * jnp.nan))]
+loud = [
+    jnp.concatenate([x[:, :12], change], axis=1)
+    for x, change in ((key, 100 * key[:, 12:]), (value, value[:, 12:] * jnp.nan))
+]
 projection = ea.random_features(jax.random.key(2), 64, H)
 kernels = {
     "softmax": ea.dot_product_attention,
@@ -165,6 +168,7 @@ assert float(delta[0, -1, 0, 0]) == 4.0 and float(added[0, -1, 0, 0]) == 5.0
 # ## Memory grows with T, not with its square
 #
 # XLA says what a compiled program needs beside its inputs and outputs. Gradients included, no T x S array is among it.
+
 
 # %%
 def temporaries(kernel, length):

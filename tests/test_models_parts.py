@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax import nn
+from effattn_jax import attention, nn
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
-from effattn_jax.position._counting import count_positions
+from effattn_jax.position.counting import count_positions
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,11 @@ from effattn_jax.position._counting import count_positions
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"window": -1}, "window must be at least 0; got -1"),
         ({"window": 4, "mixer": "linear"}, "window must be None, since no layer can limit itself to a window: linear"),
+        (
+            {"residual_scores": True},
+            "residual_scores must be False, since softmax has no scores to hand on; .*; got True",
+        ),
+        ({"residual_scores": True, "mixer": "min_gru"}, "since min_gru has no scores"),
         ({"conv_width": -1}, "conv_width must be at least 0; got -1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive; got 0.0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
@@ -171,7 +176,9 @@ def test_flops_of_recurrences_do_not_depend_on_the_context_and_windows_limit_it(
         config = ModelConfig(mixer=mixer)
         causal = config.mixer != "fnet"
         few, many = (flops_per_token(config, 65, context, causal=causal) for context in (100, 10_000))
-        assert (few != many) == (config.fixes_length or mixer in ("softmax", "fnet"))
+        line = attention.MIXERS.get(mixer)
+        reads_all_keys = line is not None and line.pairwise
+        assert (few != many) == (config.fixes_length or reads_all_keys or mixer == "fnet")
     windowed = ModelConfig(window=63)
     assert flops_per_token(windowed, 65, 10_000) == flops_per_token(ModelConfig(), 65, 64)
     assert flops_per_token(ModelConfig(), None, 64) == flops_per_token(ModelConfig(), 65, 64) - 2 * 128 * 65

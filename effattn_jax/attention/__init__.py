@@ -9,25 +9,57 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
+from effattn_jax.attention import _synthetic as synthetic
 from effattn_jax.attention._linear import LinearState, empty_state
 from effattn_jax.attention.adapters import as_attention_fn
+from effattn_jax.attention.external import ExternalState, external_attention
 from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
+from effattn_jax.attention.residual import one_layer, residual_attention
 from effattn_jax.attention.softmax import dot_product_attention
+from effattn_jax.attention.synthesizer import (
+    dense_scores,
+    factorized_dense_scores,
+    factorized_random_scores,
+    mix_scores,
+    random_scores,
+    synthesizer_attention,
+)
+from effattn_jax.attention.synthesizer_mixers import (
+    synthesizer_dense,
+    synthesizer_factorized_dense,
+    synthesizer_factorized_random,
+    synthesizer_mixed,
+    synthesizer_random,
+)
 
 __all__ = [
     "FEATURE_MAPS",
     "MIXERS",
     "Cache",
+    "ExternalState",
     "LinearState",
     "as_attention_fn",
     "cache",
+    "dense_scores",
     "dot_product_attention",
     "elu_plus_one",
+    "external_attention",
+    "factorized_dense_scores",
+    "factorized_random_scores",
     "gated_linear_attention",
     "linear_attention",
+    "mix_scores",
+    "random_scores",
+    "residual_attention",
+    "synthesizer_attention",
+    "synthesizer_dense",
+    "synthesizer_factorized_dense",
+    "synthesizer_factorized_random",
+    "synthesizer_mixed",
+    "synthesizer_random",
 ]
 
 
@@ -40,6 +72,9 @@ def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
     noise = jax.random.normal(rng, query.shape[:-1], jnp.float32)
     return {"log_decay": jax.nn.log_sigmoid(2 + noise).astype(query.dtype)}
 
+
+_SYNTHESIZER_FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
+_MOVES = "a query's score depends on its place among the tokens that are there"
 
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
@@ -60,5 +95,65 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=partial(empty_state, normalize=False, gated=True),
         extras=_log_decay,
+    ),
+    "residual": Mixer(
+        one_layer,
+        ({"implementation": "dense"},),
+        pairwise=True,
+        empty_state=_softmax_state,
+        with_scores=residual_attention,
+        runs_on="softmax",
+        exempt={"memory": "its scores, T x S numbers a head, are part of what it returns"},
+    ),
+    "synthesizer_dense": Mixer(
+        synthesizer_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_random": Mixer(
+        synthesizer_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={
+            "memory": "its table, a score for each pair of places, is a T x S array",
+            "length": "its table has the square of the longest sequence of entries a head",
+            "removal": _MOVES,
+        },
+    ),
+    "synthesizer_factorized_dense": Mixer(
+        synthesizer_factorized_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_factorized_random": Mixer(
+        synthesizer_factorized_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
+    ),
+    "synthesizer_mixed": Mixer(
+        synthesizer_mixed,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=_softmax_state,
+        weights=synthetic.mixed_weights,
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
     ),
 }

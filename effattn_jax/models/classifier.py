@@ -12,7 +12,7 @@ from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
-from effattn_jax.position._counting import count_positions
+from effattn_jax.position.counting import count_positions
 
 
 class SequenceClassifier(nn.Module):

@@ -14,7 +14,7 @@ class ModelConfig:
 
     >>> ModelConfig(layers=2, mixers="softmax,linear").layer_mixers()
     ('softmax', 'linear')
-    >>> ModelConfig(mixer="sofmax").validate()
+    >>> ModelConfig(mixer="sofmax").validate()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
     ValueError: mixer must be among softmax, ...; got 'sofmax'. Perhaps you meant 'softmax'
@@ -42,6 +42,8 @@ class ModelConfig:
     """Normalisation of the residual stream."""
     residual: Literal["pre", "post", "rezero"] = "pre"
     """Block form: x + f(norm(x)), norm(x + f(x)), or x + alpha f(x) with alpha starting at 0."""
+    residual_scores: bool = False
+    """Whether attention scores add up from layer to layer (RealFormer, there with residual=post); every layer's mixer must be residual."""
     mlp: Literal["mlp", "gated"] = "mlp"
     """Feed-forward layer: gelu, or gated by silu (SwiGLU)."""
     mlp_ratio: float = 4.0
@@ -167,6 +169,12 @@ class ModelConfig:
         )
         rule = "the same mixer in every layer when scan_layers is set"
         _require(not self.scan_layers or len(set(names)) == 1, "mixers", self.mixers, rule)
+        if self.residual_scores:
+            without = [
+                name for name in names if not nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_scores()
+            ]
+            rule = f"False, since {', '.join(dict.fromkeys(without))} has no scores to hand on; the mixer residual has"
+            _require(not without, "residual_scores", True, rule)
         if self.window is not None:
             _require(self.window >= 0, "window", self.window, "at least 0")
             windowed = any(nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_window() for name in names)

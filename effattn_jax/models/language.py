@@ -16,7 +16,7 @@ from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
 from effattn_jax.nn.products import float32_product
-from effattn_jax.position._counting import count_positions
+from effattn_jax.position.counting import count_positions
 
 
 class LanguageState(NamedTuple):

@@ -10,6 +10,7 @@ from functools import partial
 
 from effattn_jax.nn.attention_free import AttentionFree
 from effattn_jax.nn.convolution import ShortConvolution
+from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
@@ -35,12 +36,20 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "lightweight_convolution": partial(AttentionFree, kernel="lightweight_convolution", projections=True),
     "dynamic_convolution": partial(AttentionFree, kernel="dynamic_convolution", projections=True),
     "rep_mlp": partial(AttentionFree, kernel="rep_mlp"),
+    "residual": partial(MultiHeadAttention, kernel="residual"),
+    "synthesizer_dense": partial(MultiHeadAttention, kernel="synthesizer_dense"),
+    "synthesizer_random": partial(MultiHeadAttention, kernel="synthesizer_random"),
+    "synthesizer_factorized_dense": partial(MultiHeadAttention, kernel="synthesizer_factorized_dense"),
+    "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
+    "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
+    "external": ExternalAttention,
 }
 
 __all__ = [
     "MIXERS",
     "AttentionFree",
     "Embedding",
+    "ExternalAttention",
     "FeedForward",
     "MinGRU",
     "MultiHeadAttention",

@@ -74,6 +74,11 @@ class SequenceMixer(nn.Module):
         """Whether its weights have a place for each step, so that no sequence is longer than `max_length`."""
         return False
 
+    @nn.nowrap
+    def accepts_scores(self) -> bool:
+        """Whether this mixer can add its attention scores to those of the layer before, `previous_scores`."""
+        return False
+
     def _dense(self, features: int, name: str, scale: float = 1.0, use_bias: bool | None = None) -> nn.Dense:
         return nn.Dense(
             features,

@@ -149,7 +149,82 @@ def diagonal(inputs, *, segment_ids=None, reverse=False):
     return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.arange(x.shape[1]))[1], 0, 1)
 
 
+def counted(mask, segment_ids, batch, length):
+    """(B, T): how many real tokens of its segment stand before each token, one step at a time."""
+    real = (
+        np.ones((batch, length), bool)
+        if mask is None
+        else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
+    )
+    ids = np.zeros((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
+    places = np.zeros((batch, length), int)
+    for b in range(batch):
+        count = 0
+        for t in range(length):
+            count = 0 if t and ids[b, t] != ids[b, t - 1] else count
+            places[b, t] = count
+            count += real[b, t]
+    return places
+
+
+def places_of(inputs, *, is_causal=True, mask=None, segment_ids=None, **_):
+    """Places of queries (B, T) and keys (B, S): a query's is its key's where both are one sequence or the ends are aligned."""
+    (B, T), S = inputs["query"].shape[:2], inputs["key"].shape[1]
+    query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    over_keys = mask if mask is not None and four_axes(np.asarray(mask)).shape[1:3] == (1, 1) else None
+    keys = counted(over_keys, key_ids, B, S)
+    if not is_causal and (T != S or query_ids is not key_ids):
+        return counted(None, query_ids, B, T), keys
+    return np.concatenate([np.zeros((B, max(T - S, 0)), int), keys], axis=1)[:, -T or S + T :], keys
+
+
+def synthesizer(make):
+    """The reference of a Synthesizer: `make(inputs, query places, key places, **weights)` forms all scores, (B, N, T, S)."""
+
+    def reference(inputs, *, bias=None, is_causal=True, mask=None, segment_ids=None, **weights):
+        pattern = {"is_causal": is_causal, "mask": mask, "segment_ids": segment_ids}
+        scores = make(inputs, *places_of(inputs, **pattern), **weights)
+        T, S = inputs["query"].shape[1], inputs["key"].shape[1]
+        scores = jnp.broadcast_to(scores, (inputs["query"].shape[0], inputs["query"].shape[2], T, S))
+        nothing = {"query": 0 * inputs["query"][..., :1], "key": 0 * inputs["key"][..., :1], "value": inputs["value"]}
+        return softmax(nothing, bias=scores if bias is None else scores + four_axes(bias), scale=1.0, **pattern)
+
+    return reference
+
+
+def dense_columns(inputs, _, keys, hidden_bias, columns, column_bias):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    return jnp.einsum("btnh,bsnh->bnts", hidden, columns[keys]) + jnp.moveaxis(column_bias[keys], 2, 1)[:, :, None]
+
+
+def random_table(_, queries, keys, table):
+    return jnp.moveaxis(table[queries[:, :, None], :, keys[:, None, :]], 3, 1)
+
+
+def factorized_columns(inputs, _, keys, hidden_bias, left, right):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    u, v = np.divmod(keys, right.shape[0])
+    return jnp.einsum("btnh,bsnh->bnts", hidden, left[u]) * jnp.einsum("btnh,bsnh->bnts", hidden, right[v])
+
+
+def factorized_table(_, queries, keys, left, right):
+    return jnp.einsum("btnk,bsnk->bnts", left[queries], right[keys])
+
+
+def mixed_scores(inputs, queries, keys, mixture, left, right):
+    alpha = jax.nn.softmax(mixture, axis=-1)[None, :, :, None, None]
+    key = spread(inputs["key"], inputs["query"].shape[2])
+    products = jnp.einsum("btnh,bsnh->bnts", inputs["query"], key) / np.sqrt(key.shape[-1])
+    return alpha[:, :, 0] * products + alpha[:, :, 1] * factorized_table(inputs, queries, keys, left, right)
+
+
 REFERENCES = {
+    "residual": softmax,
+    "synthesizer_dense": synthesizer(dense_columns),
+    "synthesizer_random": synthesizer(random_table),
+    "synthesizer_factorized_dense": synthesizer(factorized_columns),
+    "synthesizer_factorized_random": synthesizer(factorized_table),
+    "synthesizer_mixed": synthesizer(mixed_scores),
     "softmax": softmax,
     "linear": linear,
     "gated_linear": gated_linear,

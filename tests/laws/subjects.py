@@ -28,6 +28,7 @@ OPTION_SAMPLES: dict[str, tuple] = {
 # With LAWS=all, members that run on another's loops go through all their forms and transformations too.
 EVERYTHING = os.environ.get("LAWS") == "all"
 PLACES = 300  # T_max of the members whose weights have a place for each step
+SHORTEST_TABLE = 128  # places of the tables of members that have such, more where a call needs more
 CHUNK = 3  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
 
 
@@ -171,7 +172,11 @@ class Subject:
         if not self.is_mixer or self.entry.weights is None:
             return {}
         query, key = inputs["query"], inputs["key"]
-        return _weights(self, query.shape[-2], key.shape[-2], query.shape[-1])
+        sizes = (query.shape[-2], key.shape[-2], query.shape[-1])
+        if "length" not in inspect.signature(self.entry.weights).parameters:
+            return _weights(self, *sizes)
+        keys = key.shape[-3] if key.ndim > 2 else 1
+        return _weights(self, *sizes, max(SHORTEST_TABLE, 1 << (keys - 1).bit_length()))
 
     def call(self, inputs: dict, **options):
         """The member's call, causal where it can be unless said otherwise; a key mask may have the shape (B, 1, 1, S)."""
@@ -226,9 +231,10 @@ class Subject:
 
 
 @functools.cache
-def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int) -> dict:
+def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length: int | None = None) -> dict:
+    options = {} if length is None else {"length": length}
     with jax.ensure_compile_time_eval():
-        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim)
+        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim, **options)
     return {name: np.asarray(array, np.float32) for name, array in made.items()}
 
 

@@ -25,6 +25,7 @@ def is_complex(subject) -> bool:
 
 
 REAL = tuple(subject for subject in SUBJECTS if not is_complex(subject))
+LASTING = tuple(s for s in REAL if not (s.is_mixer and "length" in s.entry.exempt))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, pytest.param(np.float32, id="float32")])
@@ -90,7 +91,7 @@ def long_reference(subject):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("subject", REAL, ids=repr)
+@pytest.mark.parametrize("subject", LASTING, ids=repr)
 def test_half_precision_over_65536_steps(subject, dtype):
     """Within 1e-2 of float64 on the same numbers; nothing overflows, in gradients neither."""
     inputs = cast(long_row(subject), dtype)
@@ -100,7 +101,7 @@ def test_half_precision_over_65536_steps(subject, dtype):
     assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(slopes))
 
 
-@pytest.mark.parametrize("subject", REAL, ids=repr)
+@pytest.mark.parametrize("subject", LASTING, ids=repr)
 def test_float32_over_65536_steps(subject):
     """The same rows in float32 stay within 1e-5 of float64: no sum is one long addition."""
     output = jax.jit(functools.partial(mean_of_squares, subject))(long_row(subject))[1]

@@ -1,4 +1,4 @@
-"""A token's place in its document, with padding, packed documents and earlier calls."""
+"""Where each token of a row stands, with padding, packed documents and earlier calls counted as they should be."""
 
 import jax
 import jax.numpy as jnp
@@ -43,5 +43,5 @@ def count_positions(
     previous = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
     boundary = segment_ids != jnp.concatenate([previous, segment_ids[:, :-1]], axis=1)
     # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
-    zero = boundary.astype(jnp.int32) * 0  # gives both cases the shape and the sharding of the ids
-    return before - jax.lax.cummax(jnp.where(boundary, before + zero, start + zero), axis=1)
+    start = start + jnp.zeros_like(boundary, jnp.int32)  # sharded as the ids are, where a broadcast would not be
+    return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
