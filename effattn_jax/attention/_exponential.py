@@ -74,7 +74,9 @@ def _chunk(joint: bool, out_dtype: Any, carry: Any, inputs: Any, marks: Any) -> 
     scores = jnp.einsum("bkgim,bkijm->bkgij", p, mass.weight)
     out = _outer_chunks._weighted_values(jnp.where(allowed[:, None, None], scores, 0), v, None, allowed)
     out = out + _outer_chunks._read(p * mass.old[:, :, None], kv, None, marks)[0]
-    v = jnp.where(allowed[:, None, -1, :, None], v, 0)  # 0 * NaN is NaN: a value of another segment has no place in the state
+    v = jnp.where(
+        allowed[:, None, -1, :, None], v, 0
+    )  # 0 * NaN is NaN: a value of another segment has no place in the state
     kv = kv * mass.old[:, :, -1, :, None]
     if marks.run is not None:
         kv = masked(kv, marks.run[:, -1] == marks.run_before[:, -1])

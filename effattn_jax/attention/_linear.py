@@ -5,7 +5,6 @@
 Causal calls are one run of the outer-product recurrence, calls in both directions two, calls without order one product.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -48,7 +47,9 @@ def _wide(maps: Maps, key: jax.Array) -> bool:
     return jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32)).shape[-1] > 256
 
 
-def _learned(options: Options, weights: Any, rows: tuple, carry: Any, *, size: int, key_mask: Any = None, **marks) -> Any:
+def _learned(
+    options: Options, weights: Any, rows: tuple, carry: Any, *, size: int, key_mask: Any = None, **marks
+) -> Any:
     """A recurrence whose features come from weights; these ride in the carry, so that each chunk makes its own features."""
     value = rows[2]
 
@@ -86,9 +87,7 @@ def _all_keys(call: Call, mask: jax.Array | None, maps: Maps, normalize: bool) -
     return _merge_heads(out).astype(call.value.dtype)
 
 
-def _dense(
-    call: Call, mask: jax.Array | None, maps: Maps, is_causal: bool, normalize: bool, rows: int
-) -> jax.Array:
+def _dense(call: Call, mask: jax.Array | None, maps: Maps, is_causal: bool, normalize: bool, rows: int) -> jax.Array:
     """All pairs, `rows` queries at a time: the form to check the others by, and the way for segments that are not aligned in time."""
     length, keys = call.query.shape[1], call.key.shape[1]
     query, key, value = _features(call, mask, maps)
@@ -132,7 +131,9 @@ def _outside(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[Call, Maps
     key = masked(maps.key(masked(call.key, mask).astype(dtype)), mask)
     query = maps.query(call.query.astype(dtype))
     if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"feature_map must give queries and keys one size M; got {query.shape[-1]} and {key.shape[-1]}")
+        raise ValueError(
+            f"feature_map must give queries and keys one size M; got {query.shape[-1]} and {key.shape[-1]}"
+        )
     return call._replace(query=query, key=key), Maps(_same, _same, inside=_same)
 
 

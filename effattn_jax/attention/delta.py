@@ -146,7 +146,9 @@ def _writes(k, v, beta, log_decay, state, marks) -> jax.Array:
     old, _ = _outer_chunks._read((k if decay is None else k * decay.to_step)[:, :, None], state, None, marks)
     right = beta[..., None] * (v - old[:, :, 0])
     bad = bad | overflow | ~jnp.isfinite(right).all(-1)
-    writes = jnp.einsum("bkij,bkjv->bkiv", inverse, jnp.where(jnp.isfinite(right), right, 0), precision=lax.Precision.HIGHEST)
+    writes = jnp.einsum(
+        "bkij,bkjv->bkiv", inverse, jnp.where(jnp.isfinite(right), right, 0), precision=lax.Precision.HIGHEST
+    )
     seen = jnp.broadcast_to(_outer_chunks._allowed(marks, k.shape[2], strict=False), (k.shape[0], *earlier.shape[1:]))
     spoiled = jnp.einsum("bij,bkj->bki", seen.astype(k.dtype), bad.astype(k.dtype)) > 0
     return jnp.moveaxis(jnp.where(spoiled[..., None], jnp.nan, writes), 2, 1)

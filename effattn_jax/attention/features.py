@@ -139,7 +139,9 @@ class Maps(NamedTuple):
 
     query: Callable
     key: Callable
-    inside: Callable | None = None  # the one map of both where it closes over no array, so that it may run inside a chunk
+    inside: Callable | None = (
+        None  # the one map of both where it closes over no array, so that it may run inside a chunk
+    )
     weights: tuple[jax.Array, jax.Array] | None = None  # hedgehog's, for queries and keys
     exponential: bool = False  # exp, whose sums need a running maximum
 
@@ -152,7 +154,9 @@ def resolve(feature_map: Any, query_weights: Any, key_weights: Any, heads: tuple
         raise ValueError(f"{name} belongs to feature_map='hedgehog'; got feature_map={feature_map!r}")
     if isinstance(feature_map, tuple | list):
         if len(feature_map) != 2 or not all(map(callable, feature_map)):
-            raise ValueError(f"feature_map as a pair must hold two functions, for query and for key; got {feature_map!r}")
+            raise ValueError(
+                f"feature_map as a pair must hold two functions, for query and for key; got {feature_map!r}"
+            )
         return Maps(*feature_map)
     if callable(feature_map):
         return Maps(feature_map, feature_map)

@@ -11,7 +11,9 @@ from effattn_jax._contract import ArrayLike, choose, floating
 __all__ = ["attention_weights"]
 
 
-def attention_weights(kernel: str | Callable, query: ArrayLike, key: ArrayLike, *args: Any, **options: Any) -> jax.Array:
+def attention_weights(
+    kernel: str | Callable, query: ArrayLike, key: ArrayLike, *args: Any, **options: Any
+) -> jax.Array:
     """W with out = W value: how much each query takes of each key, for any kernel whose output is linear in the values.
 
     The kernel is applied to the identity in place of values: column s of W is the output for a value of 1 at key s and 0 elsewhere. For

@@ -96,9 +96,7 @@ PHI = {
 }
 
 
-def linear(
-    inputs, *, normalize=True, scale=None, feature_map="elu", query_weights=None, key_weights=None, **pattern
-):
+def linear(inputs, *, normalize=True, scale=None, feature_map="elu", query_weights=None, key_weights=None, **pattern):
     """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     assert scale is None
