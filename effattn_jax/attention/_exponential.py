@@ -16,8 +16,16 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator
 from effattn_jax.attention import _frame
-from effattn_jax.recurrence import _outer_chunks
-from effattn_jax.recurrence._outer_chunks import Options, masked, over_chunks
+from effattn_jax.recurrence._outer_chunks import (
+    Options,
+    allowed_pairs,
+    heads_first,
+    masked,
+    read_state,
+    time_first,
+    weighted_values,
+)
+from effattn_jax.recurrence._outer_kernel import outer_product, over_chunks
 
 __all__: list[str] = []
 
@@ -36,7 +44,7 @@ class _Mass(NamedTuple):
 def _mass(k: jax.Array, total: jax.Array, maximum: jax.Array, marks: Any, strict: bool) -> tuple[_Mass, jax.Array]:
     """The exponentials of keys (B, K, C, M) before which total and maximum (B, K, M) stood, and which pairs interact (B, i, j)."""
     nothing = _frame.lowest(k.dtype)
-    allowed = _outer_chunks._allowed(marks, k.shape[2], strict)
+    allowed = allowed_pairs(marks, k.shape[2], strict)
     allowed = allowed if marks.key_mask is None else allowed & marks.key_mask[:, None]
     sees = allowed[:, None, :, :, None]
     same = jnp.ones((1, 1, k.shape[2], 1), bool)
@@ -66,14 +74,14 @@ def _chunk(joint: bool, out_dtype: Any, carry: Any, inputs: Any, marks: Any) -> 
     """One chunk: sums and maxima before it, its steps, sums and maxima after it and the outputs."""
     kv, total, maximum = carry
     q, k, v = inputs
-    k, v = (_outer_chunks._heads_first(masked(x, marks.key_mask), kv.dtype) for x in (k, v))
-    q = _outer_chunks._heads_first(q, kv.dtype)
+    k, v = (heads_first(masked(x, marks.key_mask), kv.dtype) for x in (k, v))
+    q = heads_first(q, kv.dtype)
     q = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])  # (B, K, G, C, M)
     mass, allowed = _mass(k, total, maximum, marks, strict=False)
     p = _mixture(q, mass.maximum[:, :, None], mass.total[:, :, None], joint)
     scores = jnp.einsum("bkgim,bkijm->bkgij", p, mass.weight)
-    out = _outer_chunks._weighted_values(jnp.where(allowed[:, None, None], scores, 0), v, None, allowed)
-    out = out + _outer_chunks._read(p * mass.old[:, :, None], kv, None, marks)[0]
+    out = weighted_values(Options(), jnp.where(allowed[:, None, None], scores, 0), v, None, allowed)
+    out = out + read_state(Options(), p * mass.old[:, :, None], kv, None, marks)[0]
     v = jnp.where(
         allowed[:, None, -1, :, None], v, 0
     )  # 0 * NaN is NaN: a value of another segment has no place in the state
@@ -81,7 +89,7 @@ def _chunk(joint: bool, out_dtype: Any, carry: Any, inputs: Any, marks: Any) -> 
     if marks.run is not None:
         kv = masked(kv, marks.run[:, -1] == marks.run_before[:, -1])
     kv = kv + jnp.einsum("bkjm,bkjv->bkmv", mass.weight[:, :, -1], v)
-    return (kv, mass.total[:, :, -1], mass.maximum[:, :, -1]), _outer_chunks._time_first(out).astype(out_dtype)
+    return (kv, mass.total[:, :, -1], mass.maximum[:, :, -1]), time_first(out).astype(out_dtype)
 
 
 def _first(key: jax.Array, value: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -105,7 +113,7 @@ def _log_mass(query, key, value, extras, carry, *, size, strict=False, **marks):
     dtype = accumulator(query, key, value)
 
     def body(carry, inputs, marks):
-        k = _outer_chunks._heads_first(masked(inputs[1], marks.key_mask), dtype)
+        k = heads_first(masked(inputs[1], marks.key_mask), dtype)
         mass, _ = _mass(k, *carry, marks, strict)
         empty = mass.total == 0
         log = jnp.where(empty, _frame.lowest(dtype), mass.maximum + jnp.log(jnp.where(empty, 1, mass.total)))
@@ -128,7 +136,7 @@ def _both_ways(p: _frame.Problem, size: int | None, joint: bool) -> jax.Array:
     q = jax.nn.softmax(q + log_mass[:, :, :, None] if joint else q, axis=-1).reshape(p.query.shape)
 
     def kernel(query, key, value, extras, carry, *, strict=False, **marks):
-        return _outer_chunks.outer_product(query, key, value, None, carry, options=Options(strict=strict), **marks)
+        return outer_product(query, key, value, None, carry, options=Options(strict=strict), **marks)
 
     past, future = _frame.both_ways(kernel, p._replace(query=q, key=key), size)
     return past + future

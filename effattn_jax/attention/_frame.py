@@ -119,7 +119,7 @@ def open_call(
 
     `one_sequence`: whether queries and keys must have the same segment ids, as they must wherever a state or a decay follows one sequence.
     """
-    choose("implementation", implementation, (None, "dense", "chunked"))
+    choose("implementation", implementation, (None, "dense", "chunked", "parallel"))
     positive(chunk_size=chunk_size)
     stateful = return_state or initial_state is not None
     call = check_call(*arrays, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful)
@@ -135,10 +135,11 @@ def open_call(
     return call, mask
 
 
-def only_chunked(name: str, implementation: str | None) -> None:
-    """Raises the ValueError of kernels that have no dense form."""
-    if implementation == "dense":
-        raise ValueError(f"implementation='dense' is unknown to {name}; known: None, chunked")
+def refuse(name: str, implementation: str | None, *unknown: str) -> None:
+    """Raises the ValueError of kernels that lack one of the family's forms."""
+    if implementation in unknown:
+        known = ", ".join(form for form in ("None", "chunked", "parallel", "dense") if form not in unknown)
+        raise ValueError(f"implementation={implementation!r} is unknown to {name}; known: {known}")
 
 
 def nothing(call: Call, state: LinearState | None, features: int, *, total: bool, maximum: bool = False) -> Any:

@@ -14,14 +14,14 @@ from jax import lax
 from effattn_jax._contract import Call, accumulator
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
-from effattn_jax.recurrence import _outer_chunks
-from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, over_chunks, repeat_heads
+from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
+from effattn_jax.recurrence._outer_kernel import outer_product, over_chunks
 from effattn_jax.recurrence.outer_product import check_decay
 
 __all__: list[str] = []
 
 
-def _kernel(maps: Maps, normalize: bool, split: bool) -> Any:
+def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None) -> Any:
     """The recurrence as a kernel of the frame; `split` returns numerator and denominator apart."""
 
     def kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
@@ -32,8 +32,8 @@ def _kernel(maps: Maps, normalize: bool, split: bool) -> Any:
         else:
             (decay,) = extras
             size = size or (128 if _wide(maps, key) else None)
-            out, carry = _outer_chunks.outer_product(
-                query, key, value, decay, carry, size=size, options=options, **marks
+            out, carry = outer_product(
+                query, key, value, decay, carry, size=size, options=options, implementation=implementation, **marks
             )
         return out, (*carry, None)
 
@@ -57,8 +57,8 @@ def _learned(
         state, weights = carry
         x = (inputs[0], masked(inputs[1], marks.key_mask))
         query, key = (hedgehog(a.astype(state[0].dtype), w) for a, w in zip(x, weights, strict=True))
-        state, out = _outer_chunks._chunk(options, value.dtype, state, (query, key, inputs[2], None), marks)
-        return (state, weights), out
+        state, out = chunk(options, value.dtype, state, (query, key, inputs[2], None), marks)
+        return (state, weights), out[0] if options.normalize and not options.split else out
 
     if carry is None:
         dtype = accumulator(*rows)
@@ -163,9 +163,9 @@ def _attend(
         call, maps = _outside(call, mask, maps)
     problem = _frame.align(call, mask, (log_decay,))
     if is_causal:
-        out, state = _frame.causal(_kernel(maps, normalize, False), problem, state, size)
+        out, state = _frame.causal(_kernel(maps, normalize, False, implementation), problem, state, size)
     else:
-        past, future = _frame.both_ways(_kernel(maps, normalize, True), problem, size)
+        past, future = _frame.both_ways(_kernel(maps, normalize, True, implementation), problem, size)
         out = jax.tree.map(jnp.add, past, future)
         out = normalized(*out).astype(call.value.dtype) if normalize else out
     return out[:, problem.skipped :], state
@@ -187,6 +187,8 @@ def run(
         return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=log_decay is not None,
     )  # fmt: skip
     heads, dim = call.query.shape[2:]
+    if feature_map in ("exp", "hedgehog"):
+        _frame.refuse(f"feature_map={feature_map!r}", implementation, "parallel")
     maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:

@@ -20,8 +20,18 @@ from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
 from effattn_jax.attention import _frame
-from effattn_jax.recurrence import _outer_chunks
-from effattn_jax.recurrence._outer_chunks import Options, masked, over_chunks, repeat_heads
+from effattn_jax.recurrence._outer_chunks import (
+    Options,
+    allowed_pairs,
+    chunk,
+    decays_of,
+    heads_first,
+    masked,
+    read_state,
+    repeat_heads,
+    weights_of_pairs,
+)
+from effattn_jax.recurrence._outer_kernel import over_chunks
 from effattn_jax.recurrence.outer_product import check_decay
 
 __all__ = ["delta_rule_attention"]
@@ -76,7 +86,7 @@ def delta_rule_attention(
     >>> print(delta_rule_attention(key, key, value, beta=beta, is_causal=True)[0, :, 0, 0])
     [5. 6. 7.]
     """
-    _frame.only_chunked("delta_rule_attention", implementation)
+    _frame.refuse("delta_rule_attention", implementation, "dense", "parallel")
     call, mask = _frame.open_call(
         "delta_rule_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
@@ -128,28 +138,28 @@ def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Any
     q, k, v, beta, log_decay = inputs
     k, v, beta = (masked(x, marks.key_mask).astype(state.dtype) for x in (k, v, beta))
     writes = _writes(k, v, beta, log_decay, state, marks)
-    return _outer_chunks._chunk(options, out_dtype, carry, (q, k, writes, log_decay), marks)
+    return chunk(options, out_dtype, carry, (q, k, writes, log_decay), marks)
 
 
 def _writes(k, v, beta, log_decay, state, marks) -> jax.Array:
     """U of a chunk, (B, C, N, V), from keys, values and the state before it; NaN from the first step on that is not finite."""
-    k, v, beta = (_outer_chunks._heads_first(x, state.dtype) for x in (k, v, beta))
+    k, v, beta = (heads_first(x, state.dtype) for x in (k, v, beta))
     bad = ~(jnp.isfinite(k).all(-1) & jnp.isfinite(v).all(-1) & jnp.isfinite(beta))
     k, v, beta = (jnp.where(jnp.isfinite(x), x, 0) for x in (k, v, beta))
     decay = None
     if log_decay is not None:
-        decay = _outer_chunks._decays(_outer_chunks._heads_first(masked(log_decay, marks.key_mask), state.dtype))
+        decay = decays_of(heads_first(masked(log_decay, marks.key_mask), state.dtype))
         bad = bad | decay.bad
-    earlier = _outer_chunks._allowed(marks, k.shape[2], strict=True)
-    pairs = _outer_chunks._pairs(k[:, :, None], k, decay, earlier)[:, :, 0]
+    earlier = allowed_pairs(marks, k.shape[2], strict=True)
+    pairs = weights_of_pairs(Options(), k[:, :, None], k, decay, earlier)[:, :, 0]
     inverse, overflow = _unit_inverse(beta[..., None] * pairs)
-    old, _ = _outer_chunks._read((k if decay is None else k * decay.to_step)[:, :, None], state, None, marks)
+    old, _ = read_state(Options(), (k if decay is None else k * decay.to_step)[:, :, None], state, None, marks)
     right = beta[..., None] * (v - old[:, :, 0])
     bad = bad | overflow | ~jnp.isfinite(right).all(-1)
     writes = jnp.einsum(
         "bkij,bkjv->bkiv", inverse, jnp.where(jnp.isfinite(right), right, 0), precision=lax.Precision.HIGHEST
     )
-    seen = jnp.broadcast_to(_outer_chunks._allowed(marks, k.shape[2], strict=False), (k.shape[0], *earlier.shape[1:]))
+    seen = jnp.broadcast_to(allowed_pairs(marks, k.shape[2], strict=False), (k.shape[0], *earlier.shape[1:]))
     spoiled = jnp.einsum("bij,bkj->bki", seen.astype(k.dtype), bad.astype(k.dtype)) > 0
     return jnp.moveaxis(jnp.where(spoiled[..., None], jnp.nan, writes), 2, 1)
 

@@ -56,7 +56,7 @@ def efficient_attention(
     >>> print(efficient_attention(*(x.reshape(1, 3, 1, 1) for x in (key, key, value)), is_causal=True)[0, :, 0, 0])
     [4. 2. 2.]
     """
-    _frame.only_chunked("efficient_attention", implementation)
+    _frame.refuse("efficient_attention", implementation, "dense", "parallel")
     call, mask = _frame.open_call(
         "efficient_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,

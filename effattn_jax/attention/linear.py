@@ -47,7 +47,9 @@ def linear_attention(
         arrays costs O(T S) time (still O(T) memory).
       initial_state: the state of an earlier call, which this one goes on from (causal only). Without segment_ids its last segment goes on.
       return_state: also return the state after the last key.
-      implementation: "chunked" or "dense" (all pairs, a block of queries at a time); None is "chunked".
+      implementation: "chunked" (one chunk after the other), "parallel" (all chunks side by side, for accelerators; not for "exp" and
+        "hedgehog") or "dense" (all pairs, a block of queries at a time); None is one of the first two, by the platform the program is
+        compiled for.
       feature_map: a name of `FEATURE_MAPS`, a function of (..., H) -> (..., M), or a pair of functions (for query, for key). The features of
         "exp" never overflow where they are normalised (but in the dense form): sums are kept relative to a running maximum of each feature.
       normalize: divide by the sum of weights, without any constant added, so that the scale of features cancels. A row whose weights sum
@@ -55,7 +57,7 @@ def linear_attention(
         features ("relu", "dpfp") or all keys point away from it ("cosine"). "identity" sums may be near 0 or negative: the quotient is then
         as large as it is, and normalize=False is what such maps are for.
       query_weights, key_weights: W of feature_map="hedgehog", (N, H, P) and (K, H, P), or (H, P) for all heads.
-      chunk_size: steps a chunk; None is 64, 32 with "exp", 128 with "hedgehog" or more than 256 features.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), 32 with "exp", 128 with "hedgehog" or more than 256 features.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import ArrayLike, accumulator, floating, positive
-from effattn_jax.attention._frame import LinearState, only_chunked
+from effattn_jax.attention._frame import LinearState, refuse
 from effattn_jax.attention._linear import run
 
 __all__ = ["retention_attention", "retention_decay"]
@@ -59,8 +59,8 @@ def retention_attention(
       scale: factor on query; None is 1. The paper has 1 / sqrt(H), and divides by norms of heads afterwards.
       is_causal: query i sees keys up to i, ends aligned. If False, later keys count as well, with gamma^(j - i).
       segment_ids, initial_state, return_state: as for `gated_linear_attention`.
-      implementation: "chunked" or None.
-      chunk_size: steps a chunk; None is 64.
+      implementation: "chunked" or "parallel", as for `gated_linear_attention`; None picks by the platform.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form).
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).
@@ -75,7 +75,7 @@ def retention_attention(
     >>> print(retention_attention(ones, ones, ones, is_causal=True)[0, :, 0, 0])
     [1.        1.96875   2.9072266]
     """
-    only_chunked("retention_attention", implementation)
+    refuse("retention_attention", implementation, "dense")
     query, key, value = floating(query=query, key=key, value=value)
     options = {"scale": scale, "is_causal": is_causal, "segment_ids": segment_ids, "initial_state": initial_state}
     return run(

@@ -20,7 +20,7 @@ from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
 
-_FORMS = (None, "dense", "chunked")
+_FORMS = (None, "dense", "chunked", "cudnn")
 _DENSE_PAIRS = 256 * 512  # up to so many (query, key) pairs a head all scores are formed at once
 
 
@@ -95,6 +95,28 @@ def _split_mask(call: Call, state: caches.Cache | None) -> tuple[jax.Array | Non
     return None, jax.lax.dynamic_update_slice_in_dim(everything, mask, begin, axis=3)
 
 
+def _by_cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, is_causal: bool, left: int | None, given: dict[str, Any]
+) -> jax.Array:  # fmt: skip
+    """cuDNN's kernel, or the ValueError that names what it cannot honour."""
+    refused = [name for name, setting in given.items() if setting is not None and setting is not False]
+    half = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
+    if refused or not half or (is_causal and query.shape[1] != key.shape[1]) or (left is not None and not is_causal):
+        what = (
+            f"{', '.join(refused)} given"
+            if refused
+            else f"query {query.dtype}{query.shape}, key {key.dtype}{key.shape}"
+        )
+        raise ValueError(
+            "implementation='cudnn' takes bfloat16 or float16 alone, with is_causal only where T = S, a window only when causal, and no "
+            f"bias, mask, segment_ids, state, logits_soft_cap or weights; got {what}. Leave implementation None"
+        )
+    window = None if left is None else (left, 0)
+    return jax.nn.dot_product_attention(
+        query, key, value, scale=scale, is_causal=is_causal, local_window_size=window, implementation="cudnn"
+    )
+
+
 def _overfull(state: caches.Cache | None, out: jax.Array) -> jax.Array:
     """NaN where a cache of fixed size was written past its end."""
     if state is None or state.length is None:
@@ -136,7 +158,9 @@ def dot_product_attention(
       logits_soft_cap: c: scores s become c tanh(s / c), before masking.
       chunk_size: rows and columns of a block; None picks.
       return_weights: also return p, (*B, N, T, S), from the dense form.
-      implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks by size.
+      implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks one of them by size.
+        "cudnn" is cuDNN's flash attention through jax.nn, for half-precision calls on an NVIDIA GPU that need no more than a scale, causality
+        with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits.
 
     Returns:
       out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.
@@ -166,6 +190,13 @@ def dot_product_attention(
     call = check_call(
         query, key, value, bias, mask, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful, totals=totals
     )  # fmt: skip
+    if implementation == "cudnn":
+        given = {
+            "bias": bias, "mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state,
+            "logits_soft_cap": logits_soft_cap, "return_weights": return_weights, "chunk_size": chunk_size,
+        }  # fmt: skip
+        scale = 1 / math.sqrt(call.query.shape[-1]) if scale is None else scale
+        return call.restore(_by_cudnn(call.query, call.key, call.value, scale, is_causal, left, given))
     state = None if initial_state is None else caches.flat(initial_state, call)
     valid, pair_mask = _split_mask(call, state)
     full, marks, after = _with_state(call, state, valid, left if is_causal else None, return_state)
