@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.peers import JAX_PEERS, TORCH_PEERS, WINDOW, Contender
 from benchmarks.plot import plot
+from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -61,7 +62,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
         groups[name] = {
-            "effattn_jax": partial(_jax_contender, settings, partial(mixer.function, is_causal=True), mixer.extras)
+            "effattn_jax": partial(_jax_contender, settings, partial(_causal, mixer, settings), mixer.extras)
         }
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
@@ -71,6 +72,13 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
         for name, build in TORCH_PEERS.get(group, {}).items():
             members[name] = lambda length, build=build: build(length, settings.heads, settings.dim)
     return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
+
+
+def _causal(mixer: Mixer, settings: Settings, *arrays: jax.Array, **more: jax.Array) -> jax.Array:
+    """The mixer's causal call, its inputs without a time axis made for it."""
+    rng, sizes = jax.random.key(1), (settings.heads, settings.heads, settings.dim)
+    weights = {} if mixer.weights is None else mixer.weights(rng, *sizes)
+    return mixer.function(*arrays, **more, **weights, is_causal=True)
 
 
 def _jax_contender(settings: Settings, function: Callable, extras: Callable | None, length: int) -> Contender:
