@@ -84,7 +84,7 @@ MIXERS: dict[str, Mixer] = {
     ),
     "linear": Mixer(
         linear_attention,
-        ({"implementation": "dense"}, {"chunk_size": 5}, {"chunk_size": 1}),
+        ({"implementation": "dense"}, {"implementation": "parallel", "chunk_size": 5}, {"chunk_size": 5}),
         pairwise=False,
         empty_state=empty_state,
     ),

@@ -134,43 +134,43 @@ def side_by_side(
     """
     batch, length = inputs[1].shape[:2]
     count = length // size
+    # Chunks are an axis of their own, not part of the batch: that may be sharded. `every` runs a function over them.
+    every = partial(jax.vmap, in_axes=1, out_axes=1)
 
     def split(x):
-        return x.reshape(batch * count, size, *x.shape[2:])
+        return x.reshape(batch, count, size, *x.shape[2:])
 
     def join(x):
-        return x.reshape(batch, length, *x.shape[2:])
+        return x.reshape(batch, length, *x.shape[3:])
 
     def between(state, factors, sums, reverse=False):
-        """States before each chunk (after it in reverse) and at the end, from the sums that the chunks add."""
-
-        def by_time(x):
-            return jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 0)
+        """The last state, and the states before each chunk (after it in reverse), from the sums that the chunks add."""
 
         def step(state, x):
             return jax.tree.map(lambda f, s, new: forget(f, s) + new, x[0], state, x[1]), state
 
-        state, seen = jax.lax.scan(step, state, jax.tree.map(by_time, (factors, sums)), reverse=reverse)
-        return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch * count, *x.shape[2:]), seen)
+        over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factors, sums))
+        state, seen = jax.lax.scan(step, state, over_time, reverse=reverse)
+        return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
 
     def states(state, inputs, marks):
-        zero = jax.tree.map(lambda x: jnp.repeat(jnp.zeros_like(x), count, axis=0), state)
-        factors = kept(inputs, marks)
-        return zero, factors, *between(state, factors, body(zero, inputs, marks)[0])
+        zero = jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x)[:, None], (batch, count, *x.shape[1:])), state)
+        factors = every(kept)(inputs, marks)
+        return zero, factors, *between(state, factors, every(body)(zero, inputs, marks)[0])
 
     def forward(arrays, marks):
         state, inputs = arrays
         inputs, marks = jax.tree.map(split, (inputs, marks))
         _, _, state, before = states(state, inputs, marks)
-        return state, jax.tree.map(join, body(before, inputs, marks)[1])
+        return state, jax.tree.map(join, every(body)(before, inputs, marks)[1])
 
     def backward(arrays, marks, results, cotangents):
         state, inputs = arrays
         d_state, d_out = cotangents
         inputs, marks, outputs, d_out = jax.tree.map(split, (inputs, marks, results[1], d_out))
         zero, factors, _, before = states(state, inputs, marks)
-        sums = pull(before, inputs, marks, outputs, zero, d_out)[0]
+        sums = every(pull)(before, inputs, marks, outputs, zero, d_out)[0]
         d_state, after = between(d_state, factors, sums, reverse=True)
-        return d_state, jax.tree.map(join, pull(before, inputs, marks, outputs, after, d_out)[1])
+        return d_state, jax.tree.map(join, every(pull)(before, inputs, marks, outputs, after, d_out)[1])
 
     return with_backward(forward, forward, backward)((state, inputs), marks)
