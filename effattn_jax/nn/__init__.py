@@ -19,10 +19,29 @@ from effattn_jax.nn.recurrent import MinGRU
 MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "softmax": partial(MultiHeadAttention, kernel="softmax"),
     "linear": partial(MultiHeadAttention, kernel="linear"),
+    **{
+        f"linear_{name}": partial(MultiHeadAttention, kernel="linear", options={"feature_map": name})
+        for name in ("relu", "cosine", "exp", "taylor", "dpfp")
+    },
+    "linear_hedgehog": partial(MultiHeadAttention, kernel="linear_hedgehog"),
+    "efficient": partial(MultiHeadAttention, kernel="efficient"),
     "gated_linear": partial(
         MultiHeadAttention,
         kernel="gated_linear",
         gates=("log_decay",),
+        head_norm=True,
+        output_gate=True,
+    ),
+    "retention": partial(MultiHeadAttention, kernel="retention", head_norm=True, output_gate=True),
+    "delta_rule": partial(
+        MultiHeadAttention, kernel="delta_rule", gates=("beta",), unit_keys=True, head_norm=True, output_gate=True
+    ),
+    "gated_delta_rule": partial(
+        MultiHeadAttention,
+        kernel="gated_delta_rule",
+        gates=("beta", "log_decay"),
+        head_decay=True,
+        unit_keys=True,
         head_norm=True,
         output_gate=True,
     ),

@@ -79,7 +79,9 @@ class SequenceMixer(nn.Module):
         """Whether this mixer can add its attention scores to those of the layer before, `previous_scores`."""
         return False
 
-    def _dense(self, features: int, name: str, scale: float = 1.0, use_bias: bool | None = None) -> nn.Dense:
+    def _dense(
+        self, features: int, name: str, scale: float = 1.0, use_bias: bool | None = None, **options: Any
+    ) -> nn.Dense:
         return nn.Dense(
             features,
             use_bias=self.use_bias if use_bias is None else use_bias,
@@ -88,6 +90,7 @@ class SequenceMixer(nn.Module):
             dot_general=dense_product,
             kernel_init=nn.initializers.variance_scaling(scale**2, "fan_in", "normal"),
             name=name,
+            **options,
         )
 
     def _check_state(self, state: Any, return_state: bool) -> None:

@@ -32,7 +32,10 @@ class MultiHeadAttention(SequenceMixer):
       kernel: a name of `attention.MIXERS`.
       options: fixed options of the kernel; such as {"feature_map": "relu"}; None for none.
       gates: further inputs of the kernel made from x, by argument name; "log_decay": log(sigmoid(x W_1 W_2)) / 16 for
-        each feature of a head (GLA, arXiv 2312.06635).
+        each feature of a head (GLA, arXiv 2312.06635); "beta": sigmoid(x W), one a head.
+      head_decay: whether "log_decay" is one number a head instead: -softplus(x W + b), from memories of 1 to 1,000
+        tokens at the start (gated delta rule, arXiv 2412.06464).
+      unit_keys: whether q and k are divided by their length, |q| = |k| = 1, as the delta rule needs.
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
       output_gate: whether the output is multiplied by silu(x W_gate) before W_out.
       The others: see `SequenceMixer`.
@@ -56,6 +59,8 @@ class MultiHeadAttention(SequenceMixer):
     kernel: str = "softmax"
     options: Mapping[str, Any] | None = None
     gates: tuple[str, ...] = ()
+    head_decay: bool = False
+    unit_keys: bool = False
     head_norm: bool = False
     output_gate: bool = False
 
@@ -70,6 +75,8 @@ class MultiHeadAttention(SequenceMixer):
         if self.rotary_base is not None and not _line(self.kernel).unread:
             positions = self._positions(x_BxTxD, positions, state)
             inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
+        if self.unit_keys:
+            inputs = {name: _unit(value) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
         inputs.update(self._weights())
@@ -95,14 +102,23 @@ class MultiHeadAttention(SequenceMixer):
         return jnp.arange(x_BxTxD.shape[1])[None] if positions is None else positions
 
     def _gate(self, x_BxTxD, name, mask):
-        if name != "log_decay":
-            raise ValueError(f"gates must be among ('log_decay',); got {name!r}")
+        if name not in ("log_decay", "beta"):
+            raise ValueError(f"gates must be among ('log_decay', 'beta'); got {name!r}")
+        if name == "beta":
+            gate = nn.sigmoid(_wide(self._dense(self.heads, name)(x_BxTxD)))
+        elif self.head_decay:
+            gate = -nn.softplus(_wide(self._dense(self.heads, name, use_bias=True, bias_init=_rates)(x_BxTxD)))
+        else:
+            gate = self._feature_decay(x_BxTxD, name)
+        keep = None if mask is None else mask.reshape(*mask.shape, *(1,) * (gate.ndim - 2))
+        return gate if mask is None else jnp.where(keep, gate, 0)  # padding neither ages the state nor writes into it
+
+    def _feature_decay(self, x_BxTxD, name):
         # GLA's low-rank gate; the second factor has a bias, so a token's decay can start from any value.
         low = self._dense(DECAY_RANK, f"{name}_in", use_bias=False)(x_BxTxD)
         logits = self._dense(self.heads * self._head_dim, f"{name}_out", use_bias=True)(low)
         logits = logits.reshape(*x_BxTxD.shape[:2], self.heads, self._head_dim)
-        gate = nn.log_sigmoid(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))) / DECAY_TEMPERATURE
-        return gate if mask is None else jnp.where(mask[..., None, None], gate, 0)  # padding does not age the state
+        return nn.log_sigmoid(_wide(logits)) / DECAY_TEMPERATURE
 
     def _weights(self):
         make = _line(self.kernel).weights
@@ -159,12 +175,15 @@ class MultiHeadAttention(SequenceMixer):
             raise ValueError(
                 f"capacity must be at most max_length={self.max_length}, the length of the tables of {self.kernel!r}; got {capacity}"
             )
-        dim = self._head_dim
-        return _line(self.kernel).empty_state(batch, capacity, self.heads, self.kv_heads, dim, dim, dtype or self.dtype)
+        dim, make = self._head_dim, _line(self.kernel).empty_state
+        known = inspect.signature(make).parameters
+        options = {name: value for name, value in (self.options or {}).items() if name in known}
+        return make(batch, capacity, self.heads, self.kv_heads, dim, dim, dtype or self.dtype, **options)
 
     @nn.nowrap
     def flops_per_token(self, context: int) -> int:
-        """Projections, and 4 H for each visible key (pairwise kernels) or 4 H^2 for the state (others), a head.
+        """Projections, and 4 H for each visible key (pairwise kernels) or 4 M H for a state of M features (others), a
+        head; the delta rule reads its state once more, 2 M H.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
         limits them.
@@ -174,13 +193,17 @@ class MultiHeadAttention(SequenceMixer):
         for name in _line(self.kernel).unread:
             wide, narrow = (wide - inner, narrow) if name == "query" else (wide, narrow - key_inner)
         projections = 2 * self.width * (wide + narrow)
-        gates = len(self.gates) * 2 * DECAY_RANK * (self.width + inner)
-        seen = self._head_dim
+        sizes = {"beta": self.width * self.heads, "log_decay": DECAY_RANK * (self.width + inner)}
+        if self.head_decay:
+            sizes["log_decay"] = self.width * self.heads
+        gates = 2 * sum(sizes[name] for name in self.gates)
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
+        else:
+            seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
-        return projections + gates + passes * 4 * inner * seen
+        return projections + gates + passes * (6 if "beta" in self.gates else 4) * inner * seen
 
     @nn.nowrap
     def fixes_length(self) -> bool:
@@ -206,6 +229,22 @@ class MultiHeadAttention(SequenceMixer):
             keys = state.key.shape[-3] + (length if state.length is None else 0)
         zeros = jnp.zeros_like(x_BxTxD[:, None, :, :1], jnp.promote_types(x_BxTxD.dtype, jnp.float32))
         return jnp.broadcast_to(zeros, (x_BxTxD.shape[0], self.heads, length, keys))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / |x| along the last axis; 0, with a finite gradient, for x = 0."""
+    wide = _wide(x)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _rates(rng, shape, dtype=jnp.float32):
+    """Biases b with softplus(b) from 1/1000 to 1, evenly in the logarithm."""
+    rate = jnp.exp(jax.random.uniform(rng, shape, jnp.float32, jnp.log(1e-3), 0.0))
+    return jnp.log(jnp.expm1(rate)).astype(dtype)
 
 
 def _line(kernel: str):

@@ -109,7 +109,9 @@ def product(equation: str, a: jax.Array, b: jax.Array, options: Options) -> jax.
     return jnp.einsum(equation, a.astype(options.operands), b.astype(options.operands), preferred_element_type=a.dtype)
 
 
-def _pairs(options: Options, q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
+def weights_of_pairs(
+    options: Options, q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array
+) -> jax.Array:
     """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
     if decay is None:
         scores = product("bkgih,bkjh->bkgij", q, k, options)
@@ -122,7 +124,7 @@ def _pairs(options: Options, q: jax.Array, k: jax.Array, decay: _Decay | None, a
     return jnp.where(allowed[:, None, None], scores, 0)
 
 
-def _weighted_values(
+def weighted_values(
     options: Options, scores: jax.Array, v: jax.Array, decay: _Decay | None, allowed: jax.Array
 ) -> jax.Array:
     """scores @ v, (B, K, G, i, V). 0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and the rows that
@@ -142,7 +144,7 @@ def last_segment(marks: Marks) -> tuple[jax.Array, jax.Array]:
     return marks.run == marks.run_before, marks.run == marks.run[:, -1:]
 
 
-def _read(
+def read_state(
     options: Options, q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks
 ) -> tuple[jax.Array, jax.Array | None]:
     """What queries (B, K, G, C, H) get from the state before the chunk, where that belongs to their segment."""
@@ -205,9 +207,9 @@ def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mark
     state, total = carry
     q, k, v, decay = prepared(options, marks, state.dtype, inputs)
     allowed = allowed_pairs(marks, q.shape[3], options.strict)
-    scores = _pairs(options, q, k, decay, allowed)
-    old, old_total = _read(options, q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
-    numerator = _weighted_values(options, scores, v, decay, allowed) + old
+    scores = weights_of_pairs(options, q, k, decay, allowed)
+    old, old_total = read_state(options, q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
+    numerator = weighted_values(options, scores, v, decay, allowed) + old
     after = _write(options, k, v, state, total, decay, marks)
     if total is None:
         return after, time_first(numerator).astype(out_dtype)

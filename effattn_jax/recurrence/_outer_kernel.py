@@ -73,28 +73,42 @@ def outer_product(
             jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))),
             z if options.normalize else None,
         )
-    arrays = (query, key, value, log_decay, state, segments, last_segment, key_mask)
-    query, key, value, log_decay, state, segments, last_segment, key_mask = tie(arrays)
+    if parallel and value.dtype == jnp.bfloat16:
+        options = options._replace(operands=value.dtype)
+    body = partial(chunk, options, value.dtype)
+    pull = partial(pull_by_vjp, body) if per_feature else partial(pull_chunk, options)
+
+    def fold(body, state, inputs, marks, *, size):
+        if parallel:
+            return side_by_side(body, pull, partial(_kept, state), state, inputs, marks, size)
+        return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
+
+    marked = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
+    out, state = over_chunks(body, state, (query, key, value, log_decay), **marked, size=size, fold=fold)
+    return out[0] if options.normalize and not options.split else out, state
+
+
+def over_chunks(
+    body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
+    key_mask: jax.Array | None = None, size: int, fold: Callable = scan_chunks,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...), key second; returns (out, state).
+
+    A last chunk that is not full is padded with masked steps of the last segment.
+    """
+    length = arrays[0].shape[1]
+    arrays, state, segments, last_segment, key_mask = tie((arrays, state, segments, last_segment, key_mask))
     missing = -length % size
 
     def pad(x):
         return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
 
     if missing and key_mask is None:
-        key_mask = jnp.zeros_like(key.sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
+        key_mask = jnp.zeros_like(arrays[1].sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
     if missing and segments is not None:
         segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
-    if parallel and value.dtype == jnp.bfloat16:
-        options = options._replace(operands=value.dtype)
-    body = partial(chunk, options, value.dtype)
-    pull = partial(pull_by_vjp, body) if per_feature else partial(pull_chunk, options)
-    inputs = tuple(map(pad, (query, key, value, log_decay)))
-    if parallel:
-        state, out = side_by_side(body, pull, partial(_kept, state), state, inputs, marks, size)
-    else:
-        state, out = scan_chunks(body, state, inputs, marks, size=size, pull=pull)
-    out = out[0] if options.normalize and not options.split else out
+    state, out = fold(body, state, tuple(map(pad, arrays)), marks, size=size)
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
 
 

@@ -62,20 +62,70 @@ def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, **pattern):
     return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
 
 
-def linear(inputs, *, normalize=True, scale=None, **pattern):
-    """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j) with phi = elu + 1."""
+def unit(x):
+    """x / |x|, 0 for x = 0."""
+    length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    return x / jnp.where(length == 0, 1.0, length)
+
+
+def second_order(x):
+    """[1, y, y (x) y / sqrt(2)] with y = x / H^(1/4), all H^2 products."""
+    y = x / x.shape[-1] ** 0.25
+    products = (y[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([jnp.ones_like(y[..., :1]), y, products / np.sqrt(2)], axis=-1)
+
+
+def neighbours(x):
+    """r_i r_{i + 1} around the circle, r = relu([x, -x])."""
+    r = jnp.maximum(jnp.concatenate([x, -x], axis=-1), 0)
+    return r * jnp.roll(r, -1, axis=-1)
+
+
+def both_softmaxes(x, weights):
+    """[softmax(x W), softmax(-x W)], one W a head."""
+    logits = jnp.einsum("btnh,nhp->btnp", x, weights)
+    return jnp.concatenate([jax.nn.softmax(logits), jax.nn.softmax(-logits)], axis=-1)
+
+
+PHI = {
+    "elu": lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.where(x > 0, 0.0, x))),
+    "relu": lambda x: jnp.maximum(x, 0),
+    "identity": lambda x: x,
+    "exp": jnp.exp,
+    "cosine": lambda x: jnp.concatenate([jnp.ones_like(x[..., :1]), unit(x)], axis=-1),
+    "taylor": second_order,
+    "dpfp": neighbours,
+}
+
+
+def linear(inputs, *, normalize=True, scale=None, feature_map="elu", query_weights=None, key_weights=None, **pattern):
+    """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
     assert scale is None
-
-    def phi(x):
-        return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.where(x > 0, 0.0, x)))
-
-    weights = jnp.where(allowed(inputs, **pattern), jnp.einsum("btnh,bsnh->bnts", phi(query), phi(key)), 0.0)
+    if query_weights is not None:
+        query, key = both_softmaxes(query, query_weights), both_softmaxes(key, key_weights)
+    else:
+        query, key = PHI[feature_map](query), PHI[feature_map](key)
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    weights = jnp.where(allowed(inputs, **pattern), jnp.einsum("btnh,bsnh->bnts", query, key), 0.0)
     if normalize:
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights / jnp.where(total > 0, total, 1.0)
+        weights = weights / jnp.where(total == 0, 1.0, total)
     return jnp.einsum("bnts,bsnv->btnv", weights, value)
+
+
+def efficient(inputs, **pattern):
+    """o_i = sum_a softmax(q_i)_a sum_j r_ija v_j, r_ija the softmax of feature a over the positions j that i sees."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    pairs = allowed(inputs, **pattern)[..., None]
+    shape = (query.shape[0], query.shape[2], query.shape[1], *key.shape[1::2])
+    logits = jnp.where(pairs, jnp.broadcast_to(jnp.moveaxis(key, 2, 1)[:, :, None], shape), -1e30)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=3, keepdims=True, initial=-1e30))
+    weights = jnp.where(pairs, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=3, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("btna,bntsa,bsnv->btnv", jax.nn.softmax(query), weights, value)
 
 
 def restarts(segment_ids):
@@ -106,6 +156,49 @@ def gated_linear(inputs, **pattern):
         "btnh,btsnh,bsnh->bnts", query, jnp.exp(jnp.broadcast_to(between, (*between.shape[:4], key.shape[3]))), key
     )
     return jnp.einsum("bnts,bsnv->btnv", jnp.where(allowed(inputs, **pattern), weights, 0.0), value)
+
+
+def retention(inputs, **pattern):
+    """The decay 1 - 2^(-5 - h) for every step of head h."""
+    heads = inputs["query"].shape[2]
+    decay = jnp.broadcast_to(jnp.log(1 - 0.5 ** (5 + jnp.arange(heads))), (*inputs["key"].shape[:2], heads))
+    return gated_linear({**inputs, "log_decay": decay}, **pattern)
+
+
+def delta_states(key, value, beta, decay, new):
+    """Per step, time first: the state as it decays, and after the write that makes key return more of value."""
+
+    def step(state, t):
+        state = jnp.where(new[:, t, None, None, None], 0.0, state) * jnp.exp(decay[:, t])[..., None, None]
+        found = jnp.einsum("bnhv,bnh->bnv", state, key[:, t])
+        write = jnp.einsum("bnh,bnv->bnhv", key[:, t], beta[:, t][..., None] * (value[:, t] - found))
+        return state + write, (state, state + write)
+
+    state = jnp.zeros((key.shape[0], *key.shape[2:], value.shape[3]), key.dtype)
+    return jax.lax.scan(step, state, jnp.arange(key.shape[1]))[1]
+
+
+def delta_rule(inputs, *, is_causal=True, mask=None, segment_ids=None):
+    """o_i = S_i^T q_i, S the states of the delta rule; without causality also those of reversed time before their step i writes."""
+    query, key, value, beta = (inputs[name] for name in ("query", "key", "value", "beta"))
+    B, T, N, _ = query.shape
+    S = key.shape[1]
+    key, value, decay = spread(key, N), spread(value, N), inputs.get("log_decay", jnp.zeros_like(beta))
+    if mask is not None:
+        keep = jnp.broadcast_to(jnp.asarray(mask)[..., 0, 0, :], (B, S))[..., None]
+        beta, decay = jnp.where(keep, beta, 0.0), jnp.where(keep, decay, 0.0)
+    ids = jnp.zeros((B, S), int) if segment_ids is None else segment_ids
+    if S == 0:
+        return jnp.zeros((B, T, N, value.shape[3]), query.dtype)
+    rows = np.arange(T) + S - T
+    here = jnp.asarray(np.maximum(rows, 0))
+    _, states = delta_states(key, value, beta, decay, restarts(ids))
+    read = jnp.where((rows >= 0)[:, None, None, None, None], states[here], 0.0)
+    if not is_causal:
+        arrays = [x[:, ::-1] for x in (key, value, beta, decay)]
+        decayed, states = delta_states(*arrays, restarts(ids[:, ::-1]))
+        read = read + jnp.where((rows >= 0)[:, None, None, None, None], decayed[::-1][here], states[-1][None])
+    return jnp.einsum("tbnhv,btnh->btnv", read, query)
 
 
 def outer_product(inputs, *, normalize=False, segment_ids=None):
@@ -227,7 +320,12 @@ REFERENCES = {
     "synthesizer_mixed": synthesizer(mixed_scores),
     "softmax": softmax,
     "linear": linear,
+    "linear_hedgehog": linear,
     "gated_linear": gated_linear,
+    "efficient": efficient,
+    "retention": retention,
+    "delta_rule": delta_rule,
+    "gated_delta_rule": delta_rule,
     "diagonal": diagonal,
     "diagonal_complex": diagonal,
     "outer_product": outer_product,
