@@ -256,7 +256,7 @@ def _attend(
         out, _, weights = whole_rows(spec, arrays, marks, more=more)
         weights = weights.reshape(batch, heads, length, keys)
     elif more is not None:
-        rows = rows if chunk_size is not None else max(1, min(length, 2**21 // max(1, batch * heads * keys)))
+        rows = rows if chunk_size is not None else max(1, min(length, 2**18 // max(1, batch * heads * keys)))
         out, weights = by_rows(spec._replace(rows=rows), arrays, marks, more)[0], None
     else:
         out, weights = by_blocks(spec, arrays, marks)[0], None
