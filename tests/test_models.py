@@ -26,12 +26,13 @@ def make(vocab=VOCAB, **options):
 
 
 def random_parameter(rng):
-    """Draws kernels at the scale of their inputs, tables at 0.1 and others about 1."""
+    """Draws kernels and other matrices at the scale of their inputs, tables at 0.1 and vectors about 1."""
 
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape)
         name = path[-1].key
-        value = {"kernel": noise / leaf.shape[0] ** 0.5, "embedding": 0.1 * noise}.get(name, 1 + 0.1 * noise)
+        value = 1 + 0.1 * noise if leaf.ndim < 2 else noise / leaf.shape[0] ** 0.5
+        value = 0.1 * noise if name == "embedding" else value
         return jnp.asarray(value, leaf.dtype)
 
     return draw
