@@ -39,11 +39,11 @@ def _span(spec: Spec, marks: Marks, row: Any, keys: int) -> tuple[Any, Any, Any]
     """First and one past the last key that a block of rows sees, and how many whole column blocks need no mask."""
     first = marks.offset + row
     last = first + spec.rows - 1
-    low = 0 if spec.left is None else jnp.clip(first - spec.left, 0, keys)
-    high = keys if spec.right is None else jnp.clip(last + spec.right + 1, low, keys)
-    if not marks.only_window or spec.left is not None:
+    low = 0 if spec.left is None else jnp.clip(spec.keys_before(first - spec.left), 0, keys)
+    high = keys if spec.right is None else jnp.clip(spec.keys_before(last + spec.right + 1), low, keys)
+    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
         return low, high, 0
-    inner = keys if spec.right is None else jnp.clip(first + spec.right + 1, 0, keys)
+    inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
     return low, high, inner // spec.columns
 
 
@@ -167,7 +167,8 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
 
 
-def _plain(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
+    """out and lse by blocks of rows, each against all keys and computed again for its derivatives."""
     length = arrays.query.shape[1]
     starts = jnp.minimum(jnp.arange(_row_blocks(length, spec.rows)) * spec.rows, length - spec.rows)
     blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows)[:2]), starts)
@@ -190,7 +191,7 @@ def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.
         return _forward(spec, arrays, marks)
 
     def plain(arrays, marks):
-        return _plain(spec, arrays, marks)
+        return by_rows(spec, arrays, marks)
 
     def backward(arrays, marks, results, cotangents):
         return _backward(spec, arrays, marks, results, cotangents)

@@ -24,6 +24,12 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         head_norm=True,
         output_gate=True,
     ),
+    "local": partial(MultiHeadAttention, kernel="local", window=128),
+    "atrous": partial(MultiHeadAttention, kernel="atrous", options={"dilation": 4}),
+    "sparse": partial(MultiHeadAttention, kernel="sparse", window=32, options={"dilation": 16, "num_global": 1}),
+    "strided": partial(MultiHeadAttention, kernel="strided", options={"stride": 32}),
+    "fixed": partial(MultiHeadAttention, kernel="fixed", options={"block": 32, "summary": 4}),
+    "topk": partial(MultiHeadAttention, kernel="topk", options={"k": 32}),
     "min_gru": MinGRU,
 }
 

@@ -141,7 +141,7 @@ class MultiHeadAttention(SequenceMixer):
         """Projections, and 4 H for each visible key (pairwise kernels) or 4 H^2 for the state (others), a head.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
-        limits them.
+        or a pattern limits them.
         """
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
         projections = 2 * self.width * (inner * (3 if self.output_gate else 2) + 2 * key_inner)
@@ -150,6 +150,9 @@ class MultiHeadAttention(SequenceMixer):
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
+            if _line(self.kernel).keys_seen is not None:
+                options = {**(self.options or {}), **({} if self.window is None else {"window": self.window})}
+                seen = _line(self.kernel).keys_seen(context, self.causal, **options)
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
         return projections + gates + passes * 4 * inner * seen
 

@@ -74,7 +74,9 @@ class Subject:
 
     @functools.cached_property
     def stateful_forms(self) -> tuple[dict, ...]:
-        """The forms that take and give a state; a parallel form may refuse, by a ValueError that says so."""
+        """The forms that take and give a state; a parallel form may refuse, by a ValueError that says so. Without causality all forms."""
+        if not self.causal:
+            return self.forms
         inputs = self.inputs(length=3)
         return tuple(form for form in self.forms if not _refuses(self, inputs, "state", return_state=True, **form))
 
@@ -97,7 +99,7 @@ class Subject:
             return tuple(options)
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
-                default = inspect.signature(self.function).parameters[option].default
+                default = self.options.get(option, inspect.signature(self.function).parameters[option].default)
                 options += [{option: sample} for sample in samples if sample != default]
         return tuple(options)
 
@@ -134,10 +136,20 @@ class Subject:
         return _weights(self, query.shape[-2], key.shape[-2], query.shape[-1])
 
     def call(self, inputs: dict, **options):
-        """The member's call, causal unless said otherwise."""
+        """The member's call, causal unless said otherwise, or unless it has no causal form."""
         if self.is_mixer:
-            options.setdefault("is_causal", True)
-        return self.function(**inputs, **{**self.weights(inputs), **options})
+            options.setdefault("is_causal", self.causal)
+        return self.function(**inputs, **{**self.weights(inputs), **self.options, **options})
+
+    @property
+    def causal(self) -> bool:
+        """Has it a causal form, and with it states and segments?"""
+        return not self.is_mixer or "causality" not in self.entry.exempt
+
+    @property
+    def options(self) -> dict:
+        """What it cannot be called without."""
+        return dict(self.entry.options) if self.is_mixer else {}
 
     def batch_of(self, inputs: dict) -> int:
         return next(iter(inputs.values())).shape[0]
@@ -199,7 +211,9 @@ def slice_key(array, start: int | None, stop: int | None):
     return array[..., start:stop]
 
 
-MIXER_SUBJECTS = tuple(Subject(name, entry, True) for name, entry in MIXERS.items())
+ALL_MIXERS = tuple(Subject(name, entry, True) for name, entry in MIXERS.items())
+MIXER_SUBJECTS = tuple(subject for subject in ALL_MIXERS if subject.causal)
+UNORDERED = tuple(subject for subject in ALL_MIXERS if not subject.causal)  # see test_without_causality
 RECURRENCE_SUBJECTS = tuple(Subject(name, entry, False) for name, entry in RECURRENCES.items())
 SUBJECTS = MIXER_SUBJECTS + RECURRENCE_SUBJECTS
 PAIRWISE = tuple(subject for subject in MIXER_SUBJECTS if subject.pairwise)

@@ -13,7 +13,11 @@ from .subjects import KEYWISE, MIXER_SUBJECTS, PAIRWISE, by_form, by_kind, by_st
 B, T, N = 2, 9, 4
 KEY_MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 1, 1, 0, 0, 0]], bool)[:, None, None, :]
 # Where extras such as a decay make the distance in time count, cutting keys out moves the queries too, so that it is another problem.
-REMOVABLE = tuple(s for s in MIXER_SUBJECTS if s.bidirectional and s.crosswise and s.entry.extras is None)
+REMOVABLE = tuple(
+    s
+    for s in MIXER_SUBJECTS
+    if s.bidirectional and s.crosswise and s.entry.extras is None and "removal" not in s.entry.exempt
+)
 
 
 def pair_mask(seed=0):

@@ -70,7 +70,9 @@ def sample(subject: Subject, *, batch=2, dtype=np.float32, copies=1) -> dict:
 
 
 def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LENGTH)) -> Callable:
-    """f(inputs): two calls, the second from the state of the first."""
+    """f(inputs): two calls, the second from the state of the first; one call without segments where there is no state."""
+    if not subject.causal:
+        return lambda inputs: subject.call({n: a for n, a in inputs.items() if n != "segment_ids"}, **form)
 
     def call(inputs):
         outputs, state = [], None
@@ -316,7 +318,7 @@ def sharded_jit(subject, form):
 def eval_shape(subject, form):
     """shapes and dtypes without arrays, state included"""
     arrays = {name: array for name, array in sample(subject).items() if name not in PATTERNS}
-    call = functools.partial(subject.call, return_state=True, **form)
+    call = functools.partial(subject.call, return_state=subject.causal, **form)
     shapes, run = jax.eval_shape(call, arrays), call(arrays)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), run)
 
