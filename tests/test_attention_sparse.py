@@ -124,7 +124,9 @@ LONG = {
 @pytest.mark.parametrize("name", LONG)
 def test_temporaries_grow_linearly(name):
     """Gradients at T = 1,024, 4,096 and 16,384: four times the length, about four times the temporaries."""
-    function = functools.partial(attention.MIXERS[name].function, is_causal=True, implementation="chunked", **LONG[name])
+    function = functools.partial(
+        attention.MIXERS[name].function, is_causal=True, implementation="chunked", **LONG[name]
+    )
 
     def loss(x):
         return function(x, x, x).sum()
@@ -152,7 +154,9 @@ def test_top_k_of_all_keys_is_softmax():
     query, key, value = (random(seed, 2, 9, 2, 4) for seed in range(3))
     for k in (9, 50):
         output = attention.topk_attention(query, key, value, k=k, is_causal=True)
-        np.testing.assert_allclose(output, attention.dot_product_attention(query, key, value, is_causal=True), atol=1e-6)
+        np.testing.assert_allclose(
+            output, attention.dot_product_attention(query, key, value, is_causal=True), atol=1e-6
+        )
 
 
 def test_top_k_shows_a_nan_where_it_enters():
@@ -210,7 +214,10 @@ def test_linformer_masked_keys_enter_as_nothing():
         ({"segment_ids": np.zeros((2, 9), np.int32)}, "segment_ids must be None.*mask over keys"),
         ({"bias": np.zeros((2, 4, 7, 9), np.float32)}, "bias"),
         ({"mask": np.ones((7, 9), bool)}, r"mask.*\(7, 9\).*1, 1, S"),
-        ({"key_projection": np.zeros((5, 8), np.float32)}, r"key_projection must have shape.*S = 9; got shape \(5, 8\)"),
+        (
+            {"key_projection": np.zeros((5, 8), np.float32)},
+            r"key_projection must have shape.*S = 9; got shape \(5, 8\)",
+        ),
         ({"value_projection": np.zeros((3, 5, 9), np.float32)}, r"value_projection .* got shape \(3, 5, 9\)"),
         ({"value_projection": np.zeros((6, 9), np.float32)}, "same number of rows R; got 5 and 6"),
     ],

@@ -168,6 +168,8 @@ def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():
         turned.init(jax.random.key(0), x, state=turned.init_state(1, 4), return_state=True)
     with pytest.raises(ValueError, match="heads must divide width"):
         nn.MIXERS["softmax"](8, heads=3, kv_heads=3).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"options must give \['stride'\] to the kernel 'strided'"):
+        nn.MultiHeadAttention(8, kernel="strided").init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="kernel must be among"):
         nn.MultiHeadAttention(8, kernel="sofmax").init(jax.random.key(0), x)
 

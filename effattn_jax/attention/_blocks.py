@@ -175,6 +175,8 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Ar
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
+        if x.shape[1] == 1:  # no axis of size 0, which cannot be reshaped on an Explicit mesh
+            return x[:, 0]
         last = x[:, -1, spec.rows * (starts.shape[0]) - length :]
         return jnp.concatenate(
             [x[:, :-1].reshape(x.shape[0], (x.shape[1] - 1) * x.shape[2], *x.shape[3:]), last], axis=1

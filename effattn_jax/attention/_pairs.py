@@ -151,6 +151,27 @@ def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.moveaxis(x, 1, 2).astype(dtype)
 
 
+def largest(x: jax.Array, count: int) -> jax.Array:
+    """Which entries of the last axis are among its `count` largest or tie with the last of these; NaN always is.
+
+    Floats keep their order as unsigned integers once the sign bit is set (or all bits are flipped, below 0), so the bits of the least
+    entry kept follow one by one from counts: no sort, and nothing but sums along the axis.
+    """
+    bits = 8 * x.dtype.itemsize
+    x = jnp.where(x == 0, 0, x)  # -0 ties with 0
+    word = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    one = jnp.ones((), word.dtype)
+    sign = one << (bits - 1)
+    order = jnp.where(word >= sign, ~word, word | sign)
+
+    def bit(i, least):
+        higher = least | (one << (bits - 1 - i).astype(word.dtype))
+        enough = jnp.sum(order >= higher, axis=-1, keepdims=True, dtype=jnp.int32) >= count
+        return jnp.where(enough, higher, least)
+
+    return (order >= lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))) | jnp.isnan(x)
+
+
 def whole_rows(
     spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -167,8 +188,7 @@ def whole_rows(
         see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
     if spec.top is not None and spec.top < keys:
-        least = lax.top_k(lax.stop_gradient(s), spec.top)[0][..., -1:]
-        s = jnp.where(s < least, -jnp.inf, s)  # a NaN is not less: it stays, and shows
+        s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)
     top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
     top = jnp.where(top == -jnp.inf, 0, top)
     p = jnp.exp(s - top)

@@ -38,7 +38,7 @@ class MultiHeadAttention(SequenceMixer):
 
     Raises:
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
-        positions missing on a resumed call, an unknown kernel or gate.
+        positions missing on a resumed call, an unknown kernel or gate, options that the kernel needs.
 
     Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32.
 
@@ -111,6 +111,9 @@ class MultiHeadAttention(SequenceMixer):
         key_mask = None if mask is None else mask[:, None, None, :]
         kernel = _line(self.kernel).function
         options = {**(self.options or {}), **options}
+        missing = [name for name in _line(self.kernel).options if name not in options]
+        if missing:
+            raise ValueError(f"options must give {missing} to the kernel {self.kernel!r}; got {self.options}")
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
     def _output(self, x_BxTxD, out_BxTxNxH):

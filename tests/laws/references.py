@@ -126,7 +126,11 @@ def linformer(inputs, *, key_projection, value_projection, mask=None, is_causal=
     """softmax(q (E k)^T) (F v), masked keys and values 0."""
     assert not is_causal
     keys = inputs["key"].shape[1]
-    real = jnp.ones((1, keys), bool) if mask is None else jnp.broadcast_to(four_axes(mask), (*mask.shape[:1], 1, 1, keys))[:, 0, 0]
+    real = (
+        jnp.ones((1, keys), bool)
+        if mask is None
+        else jnp.broadcast_to(four_axes(mask), (*mask.shape[:1], 1, 1, keys))[:, 0, 0]
+    )
 
     def mixed(matrix, x):
         return jnp.einsum("rs,bskh->brkh", matrix[:, :keys], jnp.where(real[..., None, None], x, 0.0))
