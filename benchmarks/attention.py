@@ -24,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import JAX_PEERS, TORCH_PEERS, WINDOW, Contender
+from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender
 from benchmarks.plot import plot
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
@@ -62,9 +62,10 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     """By group: every mixer of the table in its causal form, softmax with a window, and the peers."""
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
-        if "length" not in mixer.exempt:  # a table over pairs of places does not fit at these lengths
-            call = partial(mixer.function, is_causal=True)
-            groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
+        if "length" in mixer.exempt or "causality" in mixer.exempt:
+            continue  # a table over pairs of places does not fit at these lengths; all here is causal
+        call = partial(mixer.function, is_causal=True, **(OPTIONS.get(name) or mixer.options))
+        groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
     for group, members in groups.items():

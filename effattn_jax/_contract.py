@@ -36,7 +36,11 @@ class Mixer(NamedTuple):
       runs_on: the name of the member whose loops and derivative rules it runs on, "" for its own. What those loops alone decide is then
         tested there, in every form and transformation; the member itself is tested under every law in its last form.
       exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is), "length"
-        (it has no form for the long rows of laws 6 and 7), "removal" (cutting a key out moves the queries, so it is not masking it).
+        (it has no form for the long rows of laws 6 and 7), "removal" (cutting a masked key out moves queries or keys behind it),
+        "window state" (a window is not all that it looks back to), "causality" (it mixes all positions: no causal form, no state, no segments;
+        `tests/laws/test_without_causality.py` holds it to the rest).
+      options: what it cannot be called without, as small as tests need it.
+      keys_seen: `keys_seen(context, is_causal, **options)` -> how many keys a query's pattern gives it, for counts of operations; None: all.
     """
 
     function: Callable
@@ -49,6 +53,8 @@ class Mixer(NamedTuple):
     with_scores: Callable | None = None
     runs_on: str = ""
     exempt: Mapping[str, str] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
+    keys_seen: Callable | None = None
 
 
 class Recurrence(NamedTuple):

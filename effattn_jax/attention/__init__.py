@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import _synthetic as synthetic
+from effattn_jax.attention._calls import window_bounds
 from effattn_jax.attention._frame import LinearState, empty_state
+from effattn_jax.attention._unions import Fixed, Union
 from effattn_jax.attention.adapters import as_attention_fn
 from effattn_jax.attention.delta import delta_rule_attention
 from effattn_jax.attention.efficient import efficient_attention
@@ -27,9 +29,17 @@ from effattn_jax.attention.features import (
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
+from effattn_jax.attention.linformer import linformer_attention
 from effattn_jax.attention.residual import one_layer, residual_attention
 from effattn_jax.attention.retention import retention_attention, retention_decay
 from effattn_jax.attention.softmax import dot_product_attention
+from effattn_jax.attention.sparse import (
+    atrous_attention,
+    fixed_attention,
+    local_attention,
+    sparse_attention,
+    strided_attention,
+)
 from effattn_jax.attention.synthesizer import (
     dense_scores,
     factorized_dense_scores,
@@ -45,6 +55,7 @@ from effattn_jax.attention.synthesizer_mixers import (
     synthesizer_mixed,
     synthesizer_random,
 )
+from effattn_jax.attention.topk import topk_attention
 from effattn_jax.attention.weights import attention_weights
 
 __all__ = [
@@ -55,6 +66,7 @@ __all__ = [
     "LinearState",
     "as_attention_fn",
     "attention_weights",
+    "atrous_attention",
     "cache",
     "dense_scores",
     "cosine_features",
@@ -66,6 +78,7 @@ __all__ = [
     "external_attention",
     "factorized_dense_scores",
     "factorized_random_scores",
+    "fixed_attention",
     "gated_linear_attention",
     "hedgehog_features",
     "linear_attention",
@@ -81,6 +94,11 @@ __all__ = [
     "retention_attention",
     "retention_decay",
     "taylor_features",
+    "linformer_attention",
+    "local_attention",
+    "sparse_attention",
+    "strided_attention",
+    "topk_attention",
 ]
 
 
@@ -110,6 +128,43 @@ def _beta_and_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
 
 
 _unnormalised_state = partial(empty_state, normalize=False, gated=True)
+
+
+_SHIFTS = {"removal": "its pattern counts positions: cutting a key out moves those behind it"}
+
+
+def _sparse(function, keys_seen=None, *, runs_on="", exempt=_SHIFTS, **options) -> Mixer:
+    """A line for a pattern of pairs: softmax's cache is its state, and its forms are softmax's."""
+    return Mixer(
+        function,
+        ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5}),
+        pairwise=True,
+        empty_state=_softmax_state,
+        runs_on=runs_on,
+        exempt=exempt,
+        options=options,
+        keys_seen=keys_seen,
+    )
+
+
+def _sparse_keys(context, is_causal, *, window, dilation, num_global=0):
+    return Union(window_bounds(window, is_causal), dilation, num_global).keys_seen(context)
+
+
+def _strided_keys(context, is_causal, *, stride):
+    return _sparse_keys(context, is_causal, window=stride - 1, dilation=stride)
+
+
+def _no_state(*sizes, **options):
+    raise ValueError("linformer_attention has no state: it has no causal form")
+
+
+def _projections(rng, num_heads, num_kv_heads, head_dim):
+    """E and F for up to 4,096 keys, as random projections that keep lengths."""
+    del num_heads, num_kv_heads, head_dim
+    first, second = jax.random.normal(rng, (2, 64, 4096)) / 8
+    return {"key_projection": first, "value_projection": second}
+
 
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
@@ -226,5 +281,30 @@ MIXERS: dict[str, Mixer] = {
         empty_state=_unnormalised_state,
         extras=_beta_and_decay,
         runs_on="delta_rule",
+    ),
+    "local": _sparse(local_attention, runs_on="softmax", window=3),
+    "atrous": _sparse(
+        atrous_attention, lambda n, _, dilation: Union(None, dilation).keys_seen(n), runs_on="sparse", dilation=3
+    ),
+    "sparse": _sparse(
+        sparse_attention,
+        _sparse_keys,
+        exempt={**_SHIFTS, "window state": "every r-th key and the global ones are seen from any distance"},
+        window=2,
+        dilation=3,
+        num_global=1,
+    ),
+    "strided": _sparse(strided_attention, _strided_keys, runs_on="sparse", stride=3),
+    "fixed": _sparse(
+        fixed_attention, lambda n, _, **options: Fixed(**options).keys_seen(n), runs_on="softmax", block=3, summary=1
+    ),
+    "topk": _sparse(topk_attention, exempt={}, k=3),
+    "linformer": Mixer(
+        linformer_attention,
+        ({"implementation": "dense"}, {"implementation": "chunked"}),
+        pairwise=False,
+        empty_state=_no_state,
+        weights=_projections,
+        exempt={"causality": "its projections mix all positions, later ones too", **_SHIFTS},
     ),
 }

@@ -40,11 +40,11 @@ def _span(spec: Spec, marks: Marks, row: Any, keys: int) -> tuple[Any, Any, Any]
     """First and one past the last key that a block of rows sees, and how many whole column blocks need no mask."""
     first = marks.offset + row
     last = first + spec.rows - 1
-    low = 0 if spec.left is None else jnp.clip(first - spec.left, 0, keys)
-    high = keys if spec.right is None else jnp.clip(last + spec.right + 1, low, keys)
-    if not marks.only_window or spec.left is not None:
+    low = 0 if spec.left is None else jnp.clip(spec.keys_before(first - spec.left), 0, keys)
+    high = keys if spec.right is None else jnp.clip(spec.keys_before(last + spec.right + 1), low, keys)
+    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
         return low, high, 0
-    inner = keys if spec.right is None else jnp.clip(first + spec.right + 1, 0, keys)
+    inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
     return low, high, inner // spec.columns
 
 
@@ -179,6 +179,8 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = No
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
+        if x.shape[1] == 1:  # no axis of size 0, which cannot be reshaped on an Explicit mesh
+            return x[:, 0]
         last = x[:, -1, spec.rows * (starts.shape[0]) - length :]
         return jnp.concatenate(
             [x[:, :-1].reshape(x.shape[0], (x.shape[1] - 1) * x.shape[2], *x.shape[3:]), last], axis=1

@@ -42,8 +42,8 @@ class MultiHeadAttention(SequenceMixer):
 
     Raises:
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
-        positions missing on a resumed call, an unknown kernel or gate, tables without `max_length`, or scores handed to a kernel that
-        has none.
+        positions missing on a resumed call, an unknown kernel or gate, tables without `max_length`, scores handed to a kernel that
+        has none, or options that the kernel needs.
 
     Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32; tables of places are `max_length` long.
     A query or key that the kernel does not read (`unread` there) has no projection.
@@ -149,6 +149,9 @@ class MultiHeadAttention(SequenceMixer):
                 raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
             kernel = partial(_line(self.kernel).with_scores, previous_scores=previous_scores)
         options = {**(self.options or {}), **options}
+        missing = [name for name in _line(self.kernel).options if name not in options]
+        if missing:
+            raise ValueError(f"options must give {missing} to the kernel {self.kernel!r}; got {self.options}")
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
     def _output(self, x_BxTxD, out_BxTxNxH):
@@ -186,7 +189,7 @@ class MultiHeadAttention(SequenceMixer):
         head; the delta rule reads its state once more, 2 M H.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
-        limits them.
+        or a pattern limits them.
         """
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
         wide, narrow = inner * (3 if self.output_gate else 2), 2 * key_inner
@@ -200,6 +203,9 @@ class MultiHeadAttention(SequenceMixer):
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
+            if _line(self.kernel).keys_seen is not None:
+                options = {**(self.options or {}), **({} if self.window is None else {"window": self.window})}
+                seen = _line(self.kernel).keys_seen(context, self.causal, **options)
         else:
             seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes

@@ -123,7 +123,7 @@ class Subject:
             return tuple(options)
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
-                default = inspect.signature(self.function).parameters[option].default
+                default = self.options.get(option, inspect.signature(self.function).parameters[option].default)
                 options += [{option: sample} for sample in samples if sample != default]
         return tuple(options)
 
@@ -184,7 +184,12 @@ class Subject:
             options["is_causal"] = self.causal
         if self.is_token_mixer and getattr(options.get("mask"), "ndim", 0) == 4:
             options["mask"] = options["mask"][:, 0, 0]
-        return self.function(**inputs, **{**self.weights(inputs), **options})
+        return self.function(**inputs, **{**self.weights(inputs), **self.options, **options})
+
+    @property
+    def options(self) -> dict:
+        """What it cannot be called without."""
+        return dict(self.entry.options) if self.is_mixer else {}
 
     def batch_of(self, inputs: dict) -> int:
         return next(iter(inputs.values())).shape[0]
@@ -198,6 +203,8 @@ class Subject:
     @functools.cached_property
     def causal(self) -> bool:
         """Does it have a causal form, and with it a state?"""
+        if self.is_mixer:
+            return "causality" not in self.entry.exempt
         return not self.is_token_mixer or not _refuses(self, self.inputs(length=3), "is_causal", is_causal=True)
 
     @functools.cached_property
@@ -278,7 +285,9 @@ def slice_key(array, start: int | None, stop: int | None):
     return array[..., start:stop]
 
 
-MIXER_SUBJECTS = tuple(Subject(name, entry) for name, entry in MIXERS.items())
+ALL_MIXERS = tuple(Subject(name, entry) for name, entry in MIXERS.items())
+MIXER_SUBJECTS = tuple(subject for subject in ALL_MIXERS if subject.causal)
+UNORDERED = tuple(subject for subject in ALL_MIXERS if not subject.causal)  # see test_without_causality
 RECURRENCE_SUBJECTS = tuple(Subject(name, entry) for name, entry in RECURRENCES.items())
 TOKEN_SUBJECTS = tuple(Subject(name, entry) for name, entry in mixing.MIXERS.items())
 SUBJECTS = MIXER_SUBJECTS + RECURRENCE_SUBJECTS + TOKEN_SUBJECTS

@@ -65,6 +65,12 @@ OPTION_MISTAKES = {
     "logits_soft_cap": [(0.0, "0.0"), (-2.0, "-2.0")],
     "chunk_size": [(0, "0"), (-4, "-4")],
     "feature_map": [("eluu", "eluu")],
+    "dilation": [(0, "0"), (1.5, "1.5")],
+    "num_global": [(-1, "-1"), (0.5, "0.5")],
+    "stride": [(0, "0"), (-2, "-2")],
+    "block": [(0, "0")],
+    "summary": [(0, "0"), (4, "4")],
+    "k": [(0, "0"), (2.5, "2.5")],
 }
 RECURRENCE_MISTAKES = {
     "segment_ids of another length": (

@@ -84,7 +84,8 @@ def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LEN
     """f(inputs): two calls, the second from the state of the first; one call where there is no state."""
 
     def whole(inputs):
-        patterns = {name: inputs[name] for name in PATTERNS if name in inputs}
+        known = ("mask",) if subject.is_mixer else PATTERNS  # without causality a mixer has no segments
+        patterns = {name: inputs[name] for name in known if name in inputs}
         return subject.call({name: a for name, a in inputs.items() if name not in PATTERNS}, **patterns, **form)
 
     def call(inputs):
