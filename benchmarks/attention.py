@@ -25,6 +25,7 @@ from rich.table import Table
 
 from benchmarks.peers import JAX_PEERS, TORCH_PEERS, WINDOW, Contender
 from benchmarks.plot import plot
+from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -61,7 +62,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
         groups[name] = {
-            "effattn_jax": partial(_jax_contender, settings, partial(mixer.function, is_causal=True), mixer.extras)
+            "effattn_jax": partial(_jax_contender, settings, partial(mixer.function, is_causal=True), mixer)
         }
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
@@ -73,11 +74,11 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
 
 
-def _jax_contender(settings: Settings, function: Callable, extras: Callable | None, length: int) -> Contender:
+def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, length: int) -> Contender:
     shape = (settings.batch, length, settings.heads, settings.dim)
     keys = jax.random.split(jax.random.key(0), 5)
     query, key, value, cotangent = (jax.random.normal(k, shape).astype(settings.dtype) for k in keys[:4])
-    more = {} if extras is None else extras(keys[4], query)
+    more = _further_inputs(mixer, keys[4], query)
 
     def forward(query, key, value, more):
         return function(query, key, value, **more)
@@ -97,6 +98,14 @@ def _jax_contender(settings: Settings, function: Callable, extras: Callable | No
         memory,
         seconds,
     )
+
+
+def _further_inputs(mixer: Mixer | None, rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+    more = {} if mixer is None or mixer.extras is None else mixer.extras(rng, query)
+    if mixer is not None and mixer.weights is not None:
+        heads, dim = query.shape[2:]
+        more |= mixer.weights(rng, heads, heads, dim)
+    return more
 
 
 def _timed(function: Callable[[], Any]) -> float:

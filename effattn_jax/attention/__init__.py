@@ -15,6 +15,9 @@ from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
+from effattn_jax.attention.performer import draw, performer_attention
+from effattn_jax.attention.performer import empty_state as performer_state
+from effattn_jax.attention.random_features import random_features
 from effattn_jax.attention.softmax import dot_product_attention
 
 __all__ = [
@@ -28,6 +31,8 @@ __all__ = [
     "elu_plus_one",
     "gated_linear_attention",
     "linear_attention",
+    "performer_attention",
+    "random_features",
 ]
 
 
@@ -60,5 +65,13 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=partial(empty_state, normalize=False, gated=True),
         extras=_log_decay,
+    ),
+    "performer": Mixer(
+        performer_attention,
+        ({"implementation": "dense"}, {"chunk_size": 1}, {"chunk_size": 5}),
+        pairwise=False,
+        empty_state=performer_state,
+        weights=draw,
+        runs_on="linear",
     ),
 }

@@ -24,6 +24,13 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         head_norm=True,
         output_gate=True,
     ),
+    "performer": partial(MultiHeadAttention, kernel="performer", frozen=("projection",)),
+    "performer_relu": partial(
+        MultiHeadAttention,
+        kernel="performer",
+        options={"kernel": "relu"},
+        frozen=("projection",),
+    ),
     "min_gru": MinGRU,
 }
 

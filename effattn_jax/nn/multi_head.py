@@ -3,6 +3,7 @@
 q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k, v, gates(x)) W_out
 """
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax import attention
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
@@ -34,13 +36,15 @@ class MultiHeadAttention(SequenceMixer):
         each feature of a head (GLA, arXiv 2312.06635).
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
       output_gate: whether the output is multiplied by silu(x W_gate) before W_out.
+      frozen: weights of the kernel that are constants, drawn from `seed` and never trained, such as ("projection",).
+      seed: of the frozen weights, which all modules of one seed and size share; they are in no checkpoint, being a function of both.
       The others: see `SequenceMixer`.
 
     Raises:
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
         positions missing on a resumed call, an unknown kernel or gate.
 
-    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32.
+    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32, unless frozen.
 
     Cost and state: the kernel's.
 
@@ -55,6 +59,8 @@ class MultiHeadAttention(SequenceMixer):
     gates: tuple[str, ...] = ()
     head_norm: bool = False
     output_gate: bool = False
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
 
     @nn.compact
     def __call__(self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False):
@@ -99,8 +105,10 @@ class MultiHeadAttention(SequenceMixer):
         if make is None:
             return {}
         sizes = (self.heads, self.kv_heads, self._head_dim)
-        names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
-        return {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
+        names = set(_weight_shapes(self.kernel, *sizes)) - set(self.frozen)
+        drawn = _drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
+        fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
+        return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in sorted(names)}
 
     def _kernel(self, inputs, mask, segment_ids, **options):
         for name in ("window", "chunk_size"):
@@ -138,7 +146,7 @@ class MultiHeadAttention(SequenceMixer):
 
     @nn.nowrap
     def flops_per_token(self, context: int) -> int:
-        """Projections, and 4 H for each visible key (pairwise kernels) or 4 H^2 for the state (others), a head.
+        """Projections, and 4 H for each visible key (pairwise kernels) or 4 H M for a state of M features (others), a head.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
         limits them.
@@ -146,12 +154,15 @@ class MultiHeadAttention(SequenceMixer):
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
         projections = 2 * self.width * (inner * (3 if self.output_gate else 2) + 2 * key_inner)
         gates = len(self.gates) * 2 * DECAY_RANK * (self.width + inner)
-        seen = self._head_dim
+        seen, features = self._head_dim, 0
+        if "projection" in (shapes := _weight_shapes(self.kernel, self.heads, self.kv_heads, self._head_dim)):
+            seen = shapes["projection"].shape[0]
+            features = 2 * seen * (inner + key_inner)
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
-        return projections + gates + passes * 4 * inner * seen
+        return projections + gates + features + passes * 4 * inner * seen
 
     @nn.nowrap
     def accepts_window(self) -> bool:
@@ -163,6 +174,18 @@ def _line(kernel: str):
     if kernel not in attention.MIXERS:
         raise ValueError(f"kernel must be among {tuple(attention.MIXERS)}; got {kernel!r}")
     return attention.MIXERS[kernel]
+
+
+def _weight_shapes(kernel: str, *sizes: int) -> Mapping[str, jax.ShapeDtypeStruct]:
+    make = _line(kernel).weights
+    return {} if make is None else jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
+
+
+@functools.cache
+def _drawn(kernel: str, seed: int, *sizes: int) -> Mapping[str, np.ndarray]:
+    """The weights of a kernel as constants: drawn once, while the caller is being traced too."""
+    with jax.ensure_compile_time_eval():
+        return {name: np.asarray(x) for name, x in _line(kernel).weights(jax.random.key(seed), *sizes).items()}
 
 
 def _arguments(kernel: str) -> frozenset[str]:

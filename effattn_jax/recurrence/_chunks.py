@@ -43,10 +43,13 @@ def _over_time(chunks: Any, count: int) -> Any:
     return jax.tree.unflatten(tree, map(widen, range(len(leaves)), leaves))
 
 
-def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int) -> tuple[Any, Any]:
+def scan_chunks(
+    body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int, pull: Callable | None = None
+) -> tuple[Any, Any]:
     """Runs `body(carry, inputs, aux) -> (carry, outputs)` over chunks of `size` steps; time is axis 1 and a multiple of `size`.
 
-    `inputs` is a pytree of inexact arrays, `aux` one of integer or boolean arrays. Returns the last carry and the outputs over all of time.
+    `inputs` is a pytree of inexact arrays, `aux` one of integer or boolean arrays. `pull(carry, inputs, aux, outputs, d_carry, d_outputs) ->
+    (d_carry, d_inputs)` is the backward pass of one chunk; None is the vjp of `body`. Returns the last carry and the outputs over all of time.
     """
     count = jax.tree.leaves(inputs)[0].shape[1] // size
     if count == 1:
@@ -77,9 +80,12 @@ def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int)
         carry, out = lax.scan(step, carry, jax.tree.map(split, (inputs, aux)))
         return carry, jax.tree.map(join, out)
 
-    def backward(arrays, aux, _, cotangents):
+    def pull_by_vjp(carry, inputs, aux, _, d_carry, d_out):
+        return jax.vjp(lambda c, x: body(c, x, aux), carry, inputs)[1]((d_carry, d_out))
+
+    def backward(arrays, aux, results, cotangents):
         first, inputs = arrays
-        d_carry, d_out = cotangents
+        outputs, (d_carry, d_out) = results[1], cotangents
 
         def keep(i, state):
             carry, kept = state
@@ -93,9 +99,8 @@ def scan_chunks(body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int)
             i = count - 1 - j
             d_carry, d_inputs = state
             carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
-            aux_chunk = _chunk(aux, i, size)
-            _, pull = jax.vjp(lambda c, x: body(c, x, aux_chunk), carry, _chunk(inputs, i, size))
-            d_carry, d_chunk = pull((d_carry, _chunk(d_out, i, size)))
+            chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
+            d_carry, d_chunk = (pull or pull_by_vjp)(carry, *chunks, d_carry, _chunk(d_out, i, size))
             return d_carry, _store(d_inputs, d_chunk, i, size)
 
         leaves, tree = jax.tree.flatten(inputs)

@@ -53,18 +53,18 @@ def runs(segment_ids: jax.Array, last_id: jax.Array | None, size: int) -> tuple[
 
 
 def _between(decay: jax.Array) -> jax.Array:
-    """Sums of decays over (j, i] for every pair of a chunk: (B, C, ...) -> (B, i, j, ...).
+    """Sums of decays over (j, i] for every pair of a chunk: (B, K, C, ...) -> (B, K, i, j, ...).
 
     A product with ones, not a difference of cumulative sums: each entry adds only its own terms, so small sums beside large ones stay exact.
     """
-    size = decay.shape[1]
-    later = jnp.tril(jnp.ones((size, size), bool), -1).reshape(size, size, *(1,) * (decay.ndim - 2))
-    terms = jnp.where(later, decay[:, :, None], 0)
+    size = decay.shape[2]
+    later = jnp.tril(jnp.ones((size, size), bool), -1).reshape(size, size, *(1,) * (decay.ndim - 3))
+    terms = jnp.where(later, decay[:, :, :, None], 0)
     upto = jnp.tril(jnp.ones((size, size), decay.dtype))
-    return jnp.einsum("im,bmj...->bij...", upto, terms, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("im,bkmj...->bkij...", upto, terms, precision=lax.Precision.HIGHEST)
 
 
-def _allowed(marks: Marks, size: int, strict: bool) -> jax.Array:
+def allowed_pairs(marks: Marks, size: int, strict: bool) -> jax.Array:
     """Which pairs of a chunk interact, (B | 1, i, j)."""
     allowed = jnp.tril(jnp.ones((1, size, size), bool), -1 if strict else 0)
     if marks.run is not None:
@@ -84,70 +84,81 @@ def _spread(x: jax.Array, like: jax.Array) -> jax.Array:
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _heads(x: jax.Array) -> jax.Array:
-    """Axes K and G back as N."""
-    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
-
-
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """x (B, T, ...) with 0 where the mask (B, T) is False, whatever stood there."""
     return x if mask is None else jnp.where(_spread(mask, x), x, 0)
 
 
+def keep_steps(x: jax.Array, steps: jax.Array | None) -> jax.Array:
+    """x (B, K, C, ...) with 0 where steps (B, C) is False."""
+    return x if steps is None else jnp.where(_spread(steps[:, None], x), x, 0)
+
+
+def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
+    """(B, C, K, ...) as (B, K, C, ...). What follows is elementwise, so XLA moves and computes in one pass; a product that had
+    to move its operands itself would copy them first, slowly."""
+    return jnp.moveaxis(x, 1, 2).astype(dtype)
+
+
 class _Decay(NamedTuple):
     """What a chunk's decays come to: from the chunk's start to each step, from each step to the end, in between, in all."""
 
-    to_step: jax.Array  # factor on a query that reads the state, (B, C, K, 1 | H)
+    to_step: jax.Array  # factor on a query that reads the state, (B, K, C, 1 | H)
     to_end: jax.Array  # factor on a key that enters the state, same
-    between: jax.Array  # sums over (j, i], (B, i, j, K[, H])
+    between: jax.Array  # sums over (j, i], (B, K, i, j[, H])
     kept: jax.Array  # factor on the state, (B, K, 1 | H)
-    bad: jax.Array  # steps whose decay is no number <= 0, (B, C, K): all that passes through them is NaN
+    bad: jax.Array  # steps whose decay is no number <= 0, (B, K, C): all that passes through them is NaN
 
 
-def _decays(decay: jax.Array) -> _Decay:
+def decays_of(decay: jax.Array) -> _Decay:
     decay = jnp.maximum(decay, _FLOOR)
     known = jnp.isfinite(decay)
     decay = jnp.where(known, decay, 0)
-    between, sums = _between(decay), jnp.cumsum(decay, axis=1)
+    between, sums = _between(decay), jnp.cumsum(decay, axis=2)
     wide = decay.ndim == 4
-    to_step, to_end = (x if wide else x[..., None] for x in (jnp.exp(sums), jnp.exp(between[:, -1])))
-    return _Decay(to_step, to_end, between, to_step[:, -1], ~(known.all(-1) if wide else known))
+    to_step, to_end = (x if wide else x[..., None] for x in (jnp.exp(sums), jnp.exp(between[:, :, -1])))
+    return _Decay(to_step, to_end, between, to_step[:, :, -1], ~(known.all(-1) if wide else known))
 
 
 def _pairs(q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
     """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
     if decay is None:
-        scores = jnp.einsum("bikgh,bjkh->bkgij", q, k)
+        scores = jnp.einsum("bkgih,bkjh->bkgij", q, k)
     elif decay.between.ndim == 4:  # one decay a head
-        weight = jnp.exp(jnp.where(allowed[..., None], decay.between, -jnp.inf))
-        scores = jnp.einsum("bikgh,bjkh->bkgij", q, k) * jnp.moveaxis(weight, 3, 1)[:, :, None]
+        weight = jnp.exp(jnp.where(allowed[:, None], decay.between, -jnp.inf))
+        scores = jnp.einsum("bkgih,bkjh->bkgij", q, k) * weight[:, :, None]
     else:  # one decay a feature
-        weight = jnp.exp(jnp.where(allowed[..., None, None], decay.between, -jnp.inf))
-        scores = jnp.einsum("bikgh,bijkh->bkgij", q, k[:, None] * weight)
+        weight = jnp.exp(jnp.where(allowed[:, None, ..., None], decay.between, -jnp.inf))
+        scores = jnp.einsum("bkgih,bkijh->bkgij", q, k[:, :, None] * weight)
     return jnp.where(allowed[:, None, None], scores, 0)
 
 
 def _weighted_values(scores: jax.Array, v: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
-    """scores @ v, (B, i, K, G, V). 0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and the rows that
+    """scores @ v, (B, K, G, i, V). 0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and the rows that
     may see such a value, or come after such a decay, become NaN again."""
     finite = jnp.isfinite(v)
-    out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, v, 0))
+    out = jnp.einsum("bkgij,bkjv->bkgiv", scores, jnp.where(finite, v, 0))
     bad = jnp.any(~finite, axis=-1)
     bad = bad if decay is None else bad | decay.bad
     sees = jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(scores.dtype)
-    spoiled = jnp.einsum("bij,bjk->bik", sees, bad.astype(scores.dtype)) > 0
+    spoiled = jnp.einsum("bij,bkj->bki", sees, bad.astype(scores.dtype)) > 0
     spoiled = spoiled if decay is None else spoiled | decay.bad
-    return jnp.where(spoiled[..., None, None], jnp.nan, out)
+    return jnp.where(spoiled[:, :, None, :, None], jnp.nan, out)
+
+
+def last_segment(marks: Marks) -> tuple[jax.Array, jax.Array]:
+    """Which steps (B, C) belong to the segment of the state before the chunk, and which to that of the state after it."""
+    return marks.run == marks.run_before, marks.run == marks.run[:, -1:]
 
 
 def _read(q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
-    """What queries (B, C, K, G, H) get from the state before the chunk, where that belongs to their segment."""
-    old = jnp.einsum("bikgh,bkhv->bikgv", q, state)
-    old_total = None if total is None else jnp.einsum("bikgh,bkh->bikg", q, total)
+    """What queries (B, K, G, C, H) get from the state before the chunk, where that belongs to their segment."""
+    old = jnp.einsum("bkgih,bkhv->bkgiv", q, state)
+    old_total = None if total is None else jnp.einsum("bkgih,bkh->bkgi", q, total)
     if marks.run is None:
         return old, old_total
-    same = marks.run == marks.run_before
-    return masked(old, same), None if total is None else masked(old_total, same)
+    same = last_segment(marks)[0][:, None, None]
+    return jnp.where(same[..., None], old, 0), None if total is None else jnp.where(same, old_total, 0)
 
 
 def _write(
@@ -159,41 +170,47 @@ def _write(
         k, kept = k * decay.to_end, decay.kept
         state, total = state * kept[..., None], None if total is None else total * kept
     if marks.run is not None:
-        last = marks.run[:, -1:]
-        k, v = (masked(x, marks.run == last) for x in (k, v))
-        bad = None if bad is None else masked(bad, marks.run == last)
-        goes_on = last == marks.run_before[:, -1:]
+        _, into_end = last_segment(marks)
+        k, v = (keep_steps(x, into_end) for x in (k, v))
+        bad = None if bad is None else keep_steps(bad, into_end)
+        goes_on = marks.run[:, -1:] == marks.run_before[:, -1:]
         state, total = masked(state, goes_on[:, 0]), None if total is None else masked(total, goes_on[:, 0])
-    state = state + jnp.einsum("bjkh,bjkv->bkhv", k, v)
-    total = None if total is None else total + k.sum(1)
+    state = state + jnp.einsum("bkjh,bkjv->bkhv", k, v)
+    total = None if total is None else total + k.sum(2)
     if bad is not None:
-        spoiled = bad.any(axis=1)[..., None]
+        spoiled = bad.any(axis=2)[..., None]
         state = jnp.where(spoiled[..., None], jnp.nan, state)
         total = None if total is None else jnp.where(spoiled, jnp.nan, total)
     return state, total
+
+
+def time_first(x: jax.Array) -> jax.Array:
+    """(B, K, G, C, ...) as (B, C, N, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 2, 1)
 
 
 def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
     """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
     state, total = carry
     q, k, v, log_decay = inputs
-    k, v = (masked(x, marks.key_mask).astype(state.dtype) for x in (k, v))
-    # Heads are grouped here, not outside: there it would copy the whole array.
-    q = q.reshape(*q.shape[:2], k.shape[2], q.shape[2] // k.shape[2], q.shape[-1]).astype(state.dtype)
+    k, v = (keep_steps(heads_first(x, state.dtype), marks.key_mask) for x in (k, v))
+    q = heads_first(q, state.dtype)
+    q = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
     if options.feature_map is not None:
-        q, k = options.feature_map(q), masked(options.feature_map(k), marks.key_mask)
-    decay = None if log_decay is None else _decays(masked(log_decay, marks.key_mask).astype(state.dtype))
-    allowed = _allowed(marks, q.shape[1], options.strict)
+        q, k = options.feature_map(q), keep_steps(options.feature_map(k), marks.key_mask)
+    decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, state.dtype), marks.key_mask))
+    allowed = allowed_pairs(marks, q.shape[3], options.strict)
     scores = _pairs(q, k, decay, allowed)
-    old, old_total = _read(q if decay is None else q * decay.to_step[:, :, :, None], state, total, marks)
-    numerator = _heads(_weighted_values(scores, v, decay, allowed) + old)
+    old, old_total = _read(q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
+    numerator = _weighted_values(scores, v, decay, allowed) + old
     state, new_total = _write(k, v, state, total, decay, marks)
     if total is None:
-        return (state, None), numerator.astype(out_dtype)
-    denominator = _heads(jnp.moveaxis(scores.sum(-1), 3, 1) + old_total)
+        return (state, None), time_first(numerator).astype(out_dtype)
+    denominator = scores.sum(-1) + old_total
     if options.split:
-        return (state, new_total), (numerator, denominator)
-    return (state, new_total), normalized(numerator, denominator).astype(out_dtype)
+        return (state, new_total), (time_first(numerator), time_first(denominator))
+    out = time_first(normalized(numerator, denominator)).astype(out_dtype)
+    return (state, new_total), (out, time_first(denominator))
 
 
 def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -230,18 +247,34 @@ def outer_product(
             jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))),
             z if options.normalize else None,
         )
-    arrays = (query, key, value, log_decay, state, segments, last_segment, key_mask)
-    query, key, value, log_decay, state, segments, last_segment, key_mask = tie(arrays)
+    from effattn_jax.recurrence._outer_pull import pull_chunk
+
+    body = partial(_chunk, options, value.dtype)
+    pull = None if per_feature else partial(pull_chunk, options)
+    marks = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
+    out, state = over_chunks(body, state, (query, key, value, log_decay), **marks, size=size, pull=pull)
+    return (out[0] if options.normalize and not options.split else out), state
+
+
+def over_chunks(
+    body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
+    key_mask: jax.Array | None = None, size: int, pull: Callable | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...); returns (out, state).
+
+    A last chunk that is not full is padded with masked steps of the last segment.
+    """
+    length = arrays[0].shape[1]
+    arrays, state, segments, last_segment, key_mask = tie((arrays, state, segments, last_segment, key_mask))
     missing = -length % size
 
     def pad(x):
         return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
 
     if missing and key_mask is None:
-        key_mask = jnp.zeros_like(key.sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
+        key_mask = jnp.zeros_like(arrays[0].sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
     if missing and segments is not None:
         segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
-    body = partial(_chunk, options, value.dtype)
-    state, out = scan_chunks(body, state, tuple(map(pad, (query, key, value, log_decay))), marks, size=size)
+    state, out = scan_chunks(body, state, tuple(map(pad, arrays)), marks, size=size, pull=pull)
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state

@@ -106,6 +106,22 @@ def gated_linear(inputs, **pattern):
     return jnp.einsum("bnts,bsnv->btnv", jnp.where(allowed(inputs, **pattern), weights, 0.0), value)
 
 
+def performer(inputs, *, projection, scale=None, **pattern):
+    """o_i = sum_j sum_m exp(w_m.q_i + w_m.k_j - |k_j|^2 / 2) v_j over the sum of these weights, q and k times the root of the scale."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    query, key, value = query * root, spread(key, query.shape[2]) * root, spread(value, query.shape[2])
+    exponents = jnp.einsum("btnh,mh->bntm", query, projection)[:, :, :, None] + (
+        jnp.einsum("bsnh,mh->bnsm", key, projection) - 0.5 * jnp.moveaxis(jnp.sum(key**2, -1), 1, 2)[..., None]
+    )[:, :, None]
+    pairs = allowed(inputs, **pattern)[..., None]
+    exponents = jnp.where(pairs, exponents, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(exponents, axis=(-2, -1), keepdims=True, initial=-1e30))
+    weights = jnp.sum(jnp.where(pairs, jnp.exp(exponents - top), 0.0), axis=-1)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
+
+
 def outer_product(inputs, *, normalize=False, segment_ids=None):
     """The same recurrence with any number of query heads to a key head; normalised by q.z with z the state of values of one."""
     if normalize:
@@ -151,6 +167,7 @@ REFERENCES = {
     "softmax": softmax,
     "linear": linear,
     "gated_linear": gated_linear,
+    "performer": performer,
     "diagonal": diagonal,
     "diagonal_complex": diagonal,
     "outer_product": outer_product,

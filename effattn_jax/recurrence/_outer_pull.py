@@ -1,0 +1,133 @@
+"""The backward pass of one chunk of the outer-product recurrence, arranged by hand for no decay or one a head.
+
+With g = d num, e = d den, w the decay weights of the pairs and P = q k^T w of a chunk, S before and S' after it:
+
+    ds = (g v^T + e) w       dq = ds k + (g S^T + e z) a        dk = ds^T q + (v dS'^T + dz') b        dv = P^T g + k b dS'
+
+a and b the decays from the chunk's start and to its end. What autodiff would compute again is read from the outputs (e = -do . out / den), and
+P^T and ds^T are products of their own: on a CPU a product of matrices is cheaper than moving one.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from effattn_jax.recurrence._outer_chunks import (
+    Marks,
+    Options,
+    allowed_pairs,
+    decays_of,
+    heads_first,
+    keep_steps,
+    last_segment,
+    masked,
+)
+
+__all__: list[str] = []
+
+
+def _cotangents(options: Options, outputs: Any, d_out: Any, groups: int, dtype: Any) -> tuple[jax.Array, Any]:
+    """d num (B, K, G, C, V) and d den (B, K, G, C), the latter None without a normaliser."""
+
+    def by_head(x):
+        x = heads_first(x, dtype)
+        return x.reshape(x.shape[0], x.shape[1] // groups, groups, *x.shape[2:])
+
+    if options.split:
+        return by_head(d_out[0]), by_head(d_out[1])
+    if not options.normalize:
+        return by_head(d_out), None
+    out, denominator, d_out = by_head(outputs[0]), by_head(outputs[1]), by_head(d_out[0])
+    some = (denominator != 0)[..., None] & jnp.isfinite(
+        out
+    )  # a row of 0 for want of keys, or of NaN, passes nothing back
+    share = jnp.where(some, d_out / jnp.where(denominator == 0, 1, denominator)[..., None], 0)
+    return share, -jnp.sum(jnp.where(some, share * out, 0), axis=-1)
+
+
+def pull_chunk(
+    options: Options, carry: Any, inputs: Any, marks: Marks, outputs: Any, d_carry: Any, d_out: Any
+) -> tuple[Any, Any]:
+    """Cotangents of (carry, inputs) of one chunk from those of its outputs and of the state after it."""
+    (state, total), (d_state, d_total) = carry, d_carry
+    dtype, groups = state.dtype, inputs[0].shape[2] // inputs[1].shape[2]
+
+    def prepared(inputs):
+        return _prepare(options, marks, groups, dtype, *inputs)
+
+    (q, k, v, decay), pull_inputs = jax.vjp(prepared, inputs)
+    v = jnp.where(jnp.isfinite(v), v, 0)
+    g, e = _cotangents(options, outputs, d_out, groups, dtype)
+    pairs = allowed_pairs(marks, q.shape[3], options.strict)
+    from_start, into_end = (None, None) if marks.run is None else last_segment(marks)
+    # What reads the state before the chunk, and what enters the one after it.
+    g_old, e_old = (x if from_start is None or x is None else _rows(x, from_start) for x in (g, e))
+    q_old = q if decay is None else q * decay.to_step[:, :, None]
+    read = jnp.einsum("bkgiv,bkhv->bkgih", g_old, state)
+    read = read if e is None else read + e_old[..., None] * total[:, :, None, None]
+    write = jnp.einsum("bkjv,bkhv->bkjh", v, d_state)
+    write = write if e is None else write + d_total[:, :, None]
+    write = keep_steps(write, into_end)
+    k_end = keep_steps(k if decay is None else k * decay.to_end, into_end)
+
+    ds, p_t, ds_t, d_between = _products(q, k, v, g, e, decay, pairs)
+    dq = jnp.einsum("bkgij,bkjh->bkgih", ds, k) + (read if decay is None else read * decay.to_step[:, :, None])
+    dk = jnp.einsum("bkjgi,bkgih->bkjh", ds_t, q) + (write if decay is None else write * decay.to_end)
+    dv = jnp.einsum("bkjgi,bkgiv->bkjv", p_t, g) + jnp.einsum("bkjh,bkhv->bkjv", k_end, d_state)
+
+    goes_on = None if marks.run is None else (marks.run[:, -1:] == marks.run_before[:, -1:])[:, 0]
+    d_kept_state, d_kept_total = masked(d_state, goes_on), None if e is None else masked(d_total, goes_on)
+    d_decay = None
+    if decay is not None:
+        d_kept = jnp.sum(state * d_kept_state, axis=(-2, -1))[..., None]
+        d_kept = d_kept if e is None else d_kept + jnp.sum(total * d_kept_total, axis=-1)[..., None]
+        d_decay = decay._replace(
+            to_step=jnp.sum(q * read, axis=(2, 4))[..., None], to_end=jnp.sum(k * write, axis=-1)[..., None],
+            between=d_between, kept=d_kept, bad=_no_cotangent(decay.bad),
+        )  # fmt: skip
+        d_kept_state = d_kept_state * decay.kept[..., None]
+        d_kept_total = None if e is None else d_kept_total * decay.kept
+    d_state = d_kept_state + jnp.einsum("bkgih,bkgiv->bkhv", q_old, g_old)
+    d_total = None if e is None else d_kept_total + jnp.einsum("bkgih,bkgi->bkh", q_old, e_old)
+    (d_inputs,) = pull_inputs((dq, dk, dv, d_decay))
+    return (d_state, d_total), d_inputs
+
+
+def _prepare(options: Options, marks: Marks, groups: int, dtype: Any, q, k, v, log_decay) -> tuple:
+    """Features by head, values and decays of a chunk."""
+    k, v = (keep_steps(heads_first(x, dtype), marks.key_mask) for x in (k, v))
+    q = heads_first(q, dtype)
+    q = q.reshape(q.shape[0], k.shape[1], groups, *q.shape[2:])
+    if options.feature_map is not None:
+        q, k = options.feature_map(q), keep_steps(options.feature_map(k), marks.key_mask)
+    decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, dtype), marks.key_mask))
+    return q, k, v, decay
+
+
+def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x (B, K, G, C, ...) with 0 where rows (B, C) is False."""
+    return jnp.where(rows.reshape(rows.shape[0], 1, 1, rows.shape[1], *(1,) * (x.ndim - 4)), x, 0)
+
+
+def _products(q, k, v, g, e, decay, pairs) -> tuple:
+    """ds (B, K, G, i, j), P^T and ds^T (B, K, j, G, i), and the cotangent of the decays between pairs."""
+    weight = None if decay is None else jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf))
+    pairs_t = jnp.swapaxes(pairs, 1, 2)[:, None, :, None]  # (B | 1, 1, j, 1, i)
+    weight_t = None if decay is None else jnp.swapaxes(weight, 2, 3)[:, :, :, None]
+    dp, p_t = jnp.einsum("bkgiv,bkjv->bkgij", g, v), jnp.einsum("bkjh,bkgih->bkjgi", k, q)
+    dp_t = jnp.einsum("bkjv,bkgiv->bkjgi", v, g)
+    if e is not None:
+        dp, dp_t = dp + e[..., None], dp_t + e[:, :, None]
+    d_between = None
+    if decay is not None:
+        d_between = jnp.sum(jnp.where(pairs_t, dp_t * p_t * weight_t, 0), axis=3)
+        d_between = jnp.swapaxes(d_between, 2, 3)
+        dp, dp_t, p_t = dp * weight[:, :, None], dp_t * weight_t, p_t * weight_t
+    return jnp.where(pairs[:, None, None], dp, 0), jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0), d_between
+
+
+def _no_cotangent(x: jax.Array) -> Any:
+    import numpy as np
+
+    return np.zeros(x.shape, jax.dtypes.float0)
