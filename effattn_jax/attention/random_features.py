@@ -78,7 +78,7 @@ class Weights(NamedTuple):
     """What the functions of a kernel take beside x."""
 
     projection: jax.Array  # (M, H), with the square root of the scale and B in it
-    offset: jax.Array  # A |w|^2 + log of nothing else, (M,)
+    offset: jax.Array  # A |w|^2, (M,)
     half: jax.Array  # factor on |x|^2, (1,)
 
 
@@ -94,8 +94,13 @@ def _dot(x: jax.Array, weights: Weights) -> jax.Array:
     return jnp.einsum("...h,mh->...m", x, weights.projection, precision=lax.Precision.HIGHEST)
 
 
+def _exponents(x: jax.Array, weights: Weights) -> jax.Array:
+    dots = _dot(x, weights)
+    return dots + weights.offset.reshape((1,) * (dots.ndim - 1) + (-1,))
+
+
 def _half_norm(x: jax.Array, weights: Weights) -> jax.Array:
-    return jnp.sum(x * x, axis=-1) * weights.half
+    return jnp.sum(x * x, axis=-1) * weights.half[0]
 
 
 def _below_one(exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,11 +109,11 @@ def _below_one(exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _softmax_query(x, weights):
-    return _below_one(_dot(x, weights) + weights.offset)[0]
+    return _below_one(_exponents(x, weights))[0]
 
 
 def _softmax_key(x, weights):
-    return _below_one(_dot(x, weights) + weights.offset - _half_norm(x, weights)[..., None])
+    return _below_one(_exponents(x, weights) - _half_norm(x, weights)[..., None])
 
 
 def _waves(x, weights):
@@ -138,9 +143,9 @@ def prepare(kernel: str, projection: jax.Array, scale: Any, damping: float, dtyp
     projection = projection.astype(dtype)
     if kernel == "relu":
         return Weights(projection, jnp.zeros_like(projection[:, 0]), jnp.zeros((1,), dtype))
-    scale = jnp.asarray(scale, dtype).reshape(1)
+    scale = jnp.asarray(scale, dtype).reshape(1)  # rank 1: the loop over chunks carries no scalars
     offset = damping * jnp.sum(projection * projection, axis=-1)
-    return Weights(projection * jnp.sqrt((1 - 4 * damping) * scale), offset, scale / 2)
+    return Weights(projection * jnp.sqrt((1 - 4 * damping) * scale[0]), offset, scale / 2)
 
 
 def optimal_damping(norm: float, head_dim: int) -> float:
