@@ -26,7 +26,9 @@ def estimates(projections, q, k, kernel="softmax", damping=0.0):
             exponents = weights.projection @ (q + k) + 2 * offset - half[0] * (q @ q + k @ k)
             return jnp.mean(jnp.exp(exponents)) * (1 - 4 * damping) ** (w.shape[1] / 2)
 
-        return np.asarray(jax.jit(lambda ws: jax.lax.map(one, ws, batch_size=512))(jnp.asarray(projections, jnp.float64)))
+        return np.asarray(
+            jax.jit(lambda ws: jax.lax.map(one, ws, batch_size=512))(jnp.asarray(projections, jnp.float64))
+        )
 
 
 def draws(count, num_features, head_dim, seed=0, **options):
@@ -134,7 +136,9 @@ def test_keys_of_any_norm(is_causal, order):
     """Norms of keys from 1e-3 to 1e3, values and gradients against float64 with the same projection; nothing overflows, nothing is lost."""
     rng = np.random.default_rng(1)
     query, key, value = rng.normal(size=(3, 1, 40, 2, 16)).astype(np.float32)
-    sizes = {"random": rng.uniform(-3, 3, 40), "rising": np.linspace(-3, 3, 40), "falling": np.linspace(3, -3, 40)}[order]
+    sizes = {"random": rng.uniform(-3, 3, 40), "rising": np.linspace(-3, 3, 40), "falling": np.linspace(3, -3, 40)}[
+        order
+    ]
     key = (key / np.linalg.norm(key, axis=-1, keepdims=True) * 10 ** sizes[None, :, None, None]).astype(np.float32)
     inputs = {"query": query, "key": key, "value": value}
     w = random_features(jax.random.key(0), 32, 16)
@@ -153,7 +157,9 @@ def test_any_factor_on_all_weights_cancels():
     q, k, v = rng.normal(size=(3, 1, 20, 1, 8)).astype(np.float32)
     w = np.asarray(random_features(jax.random.key(0), 16, 8))
     call = jax.jit(functools.partial(performer_attention, is_causal=True))
-    q, k, w = (np.concatenate([x, np.zeros_like(x[..., :1])], axis=-1) for x in (q, k, w))  # a direction nobody looks at
+    q, k, w = (
+        np.concatenate([x, np.zeros_like(x[..., :1])], axis=-1) for x in (q, k, w)
+    )  # a direction nobody looks at
     base = call(q, k, v, projection=w)
     for size in (5.0, 40.0):
         moved = k.copy()
@@ -187,7 +193,9 @@ def test_other_kernels(kernel, is_causal):
             q, k = (jnp.maximum(a @ np.asarray(w, np.float64).T, 0) + 1e-3 for a in y)
         else:
             q, k = (
-                jnp.concatenate([jnp.cos(a @ np.asarray(w, np.float64).T), jnp.sin(a @ np.asarray(w, np.float64).T)], -1)
+                jnp.concatenate(
+                    [jnp.cos(a @ np.asarray(w, np.float64).T), jnp.sin(a @ np.asarray(w, np.float64).T)], -1
+                )
                 * jnp.exp(jnp.sum(a * a, -1, keepdims=True) / 2)
                 for a in y
             )

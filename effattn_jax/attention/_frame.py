@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
+from effattn_jax._contract import Call, check_call, choose, key_mask, positive
 
 __all__ = ["LinearState"]
 
@@ -141,7 +141,12 @@ def check_state(
         return None
     lead = call.batch
     kv = (*lead, call.key.shape[2] if heads is None else heads, features, call.value.shape[-1])
-    want = {"kv": kv, "total": kv[:-1] if total else None, "segment": lead, "maximum": (*kv[:-2], maximum) if maximum else None}
+    want = {
+        "kv": kv,
+        "total": kv[:-1] if total else None,
+        "segment": lead,
+        "maximum": (*kv[:-2], maximum) if maximum else None,
+    }
     if not isinstance(state, LinearState):
         got = type(state).__name__
     else:

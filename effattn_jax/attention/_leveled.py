@@ -150,7 +150,7 @@ def without_order(kernel: Kernel, weights: Weights, call: Call, mask: jax.Array 
         return carry, time_first(out).astype(call.value.dtype)
 
     rows, (length, keys) = (call.value, call.key), (call.query.shape[1], call.key.shape[1])
-    if keys == 0:
+    if min(length, keys) == 0:
         return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype)
     carry = (empty_carry(kernel, weights, call.key, call.value), weights)
     _, carry = over_chunks(write, carry, rows, key_mask=mask, size=min(size, keys))

@@ -7,7 +7,6 @@ Cost O(T M (C + H + V)) a head for M features and chunks of C, memory O(T), stat
 Source: Choromanski et al., arXiv:2009.14794.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -123,9 +122,7 @@ def performer_attention(
     return _frame.close_call(call, out, state, return_state)
 
 
-def _weights(
-    call: Call, projection: Any, kernel: str, estimator: str, input_scale: float, scale: Any
-) -> Weights:
+def _weights(call: Call, projection: Any, kernel: str, estimator: str, input_scale: float, scale: Any) -> Weights:
     (projection,) = floating(projection=projection)
     dim = call.query.shape[-1]
     if projection.ndim != 2 or projection.shape[1] != dim or projection.shape[0] == 0:
@@ -133,12 +130,16 @@ def _weights(
     if estimator != "plain" and kernel != "softmax":
         raise ValueError(f"estimator={estimator!r} belongs to kernel='softmax'; got kernel={kernel!r}")
     if not isinstance(input_scale, int | float) or input_scale <= 0:
-        raise ValueError(f"input_scale must be a positive number, the standard deviation of query and key; got {input_scale!r}")
+        raise ValueError(
+            f"input_scale must be a positive number, the standard deviation of query and key; got {input_scale!r}"
+        )
     if isinstance(scale, int | float) and scale <= 0 and kernel != "relu":
         raise ValueError(f"scale must be positive: query and key are each multiplied by its square root; got {scale!r}")
     damping = 0.0
     if estimator != "plain":
-        norm = 2 * input_scale**2 * dim * float(dim**-0.5 if scale is None else scale)  # E |q + k|^2, the scale in q and k
+        if not isinstance(scale, int | float | None):
+            raise ValueError(f"scale must be None or a number with estimator={estimator!r}; got {type(scale).__name__}")
+        norm = 2 * input_scale**2 * dim * (dim**-0.5 if scale is None else scale)  # E |q + k|^2, the scale in q and k
         damping = optimal_damping(norm, dim) if estimator == "optimal" else 0.0
     scale = dim**-0.5 if scale is None else scale
     if estimator == "tempered":

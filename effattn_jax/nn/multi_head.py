@@ -108,7 +108,9 @@ class MultiHeadAttention(SequenceMixer):
         names = set(_weight_shapes(self.kernel, *sizes)) - set(self.frozen)
         drawn = _drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
         fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
-        return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in sorted(names)}
+        return fixed | {
+            name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in sorted(names)
+        }
 
     def _kernel(self, inputs, mask, segment_ids, **options):
         for name in ("window", "chunk_size"):

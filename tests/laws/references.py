@@ -111,9 +111,12 @@ def performer(inputs, *, projection, scale=None, **pattern):
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
     query, key, value = query * root, spread(key, query.shape[2]) * root, spread(value, query.shape[2])
-    exponents = jnp.einsum("btnh,mh->bntm", query, projection)[:, :, :, None] + (
-        jnp.einsum("bsnh,mh->bnsm", key, projection) - 0.5 * jnp.moveaxis(jnp.sum(key**2, -1), 1, 2)[..., None]
-    )[:, :, None]
+    exponents = (
+        jnp.einsum("btnh,mh->bntm", query, projection)[:, :, :, None]
+        + (jnp.einsum("bsnh,mh->bnsm", key, projection) - 0.5 * jnp.moveaxis(jnp.sum(key**2, -1), 1, 2)[..., None])[
+            :, :, None
+        ]
+    )
     pairs = allowed(inputs, **pattern)[..., None]
     exponents = jnp.where(pairs, exponents, -1e30)
     top = jax.lax.stop_gradient(jnp.max(exponents, axis=(-2, -1), keepdims=True, initial=-1e30))
