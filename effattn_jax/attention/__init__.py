@@ -9,30 +9,83 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
-from effattn_jax.attention._linear import LinearState, empty_state
+from effattn_jax.attention import _synthetic as synthetic
+from effattn_jax.attention._frame import LinearState, empty_state
 from effattn_jax.attention.adapters import as_attention_fn
-from effattn_jax.attention.features import FEATURE_MAPS, elu_plus_one
+from effattn_jax.attention.delta import delta_rule_attention
+from effattn_jax.attention.efficient import efficient_attention
+from effattn_jax.attention.external import ExternalState, external_attention
+from effattn_jax.attention.features import (
+    FEATURE_MAPS,
+    cosine_features,
+    dpfp_features,
+    elu_plus_one,
+    hedgehog_features,
+    hedgehog_weights,
+    taylor_features,
+)
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
 from effattn_jax.attention.performer import draw, performer_attention
 from effattn_jax.attention.performer import empty_state as performer_state
 from effattn_jax.attention.random_features import random_features
+from effattn_jax.attention.residual import one_layer, residual_attention
+from effattn_jax.attention.retention import retention_attention, retention_decay
 from effattn_jax.attention.softmax import dot_product_attention
+from effattn_jax.attention.synthesizer import (
+    dense_scores,
+    factorized_dense_scores,
+    factorized_random_scores,
+    mix_scores,
+    random_scores,
+    synthesizer_attention,
+)
+from effattn_jax.attention.synthesizer_mixers import (
+    synthesizer_dense,
+    synthesizer_factorized_dense,
+    synthesizer_factorized_random,
+    synthesizer_mixed,
+    synthesizer_random,
+)
+from effattn_jax.attention.weights import attention_weights
 
 __all__ = [
     "FEATURE_MAPS",
     "MIXERS",
     "Cache",
+    "ExternalState",
     "LinearState",
     "as_attention_fn",
+    "attention_weights",
     "cache",
+    "dense_scores",
+    "cosine_features",
+    "delta_rule_attention",
     "dot_product_attention",
+    "dpfp_features",
+    "efficient_attention",
     "elu_plus_one",
+    "external_attention",
+    "factorized_dense_scores",
+    "factorized_random_scores",
     "gated_linear_attention",
+    "hedgehog_features",
     "linear_attention",
+    "mix_scores",
+    "random_scores",
+    "residual_attention",
+    "synthesizer_attention",
+    "synthesizer_dense",
+    "synthesizer_factorized_dense",
+    "synthesizer_factorized_random",
+    "synthesizer_mixed",
+    "synthesizer_random",
+    "retention_attention",
     "performer_attention",
     "random_features",
+    "retention_decay",
+    "taylor_features",
 ]
 
 
@@ -46,6 +99,23 @@ def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
     return {"log_decay": jax.nn.log_sigmoid(2 + noise).astype(query.dtype)}
 
 
+_SYNTHESIZER_FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
+_MOVES = "a query's score depends on its place among the tokens that are there"
+
+
+def _beta(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+    """Writes in (0, 1 / H), which keep the state bounded for keys of H entries of unit variance."""
+    noise = jax.random.normal(rng, query.shape[:-1], jnp.float32)
+    return {"beta": (jax.nn.sigmoid(noise) / query.shape[-1]).astype(query.dtype)}
+
+
+def _beta_and_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+    first, second = jax.random.split(rng)
+    return _beta(first, query) | _log_decay(second, query)
+
+
+_unnormalised_state = partial(empty_state, normalize=False, gated=True)
+
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
         dot_product_attention,
@@ -55,7 +125,7 @@ MIXERS: dict[str, Mixer] = {
     ),
     "linear": Mixer(
         linear_attention,
-        ({"implementation": "dense"}, {"chunk_size": 5}, {"chunk_size": 1}),
+        ({"implementation": "dense"}, {"implementation": "parallel", "chunk_size": 5}, {"chunk_size": 5}),
         pairwise=False,
         empty_state=empty_state,
     ),
@@ -63,8 +133,104 @@ MIXERS: dict[str, Mixer] = {
         gated_linear_attention,
         ({"chunk_size": 5}, {"chunk_size": 1}),
         pairwise=False,
-        empty_state=partial(empty_state, normalize=False, gated=True),
+        empty_state=_unnormalised_state,
         extras=_log_decay,
+    ),
+    "residual": Mixer(
+        one_layer,
+        ({"implementation": "dense"},),
+        pairwise=True,
+        empty_state=_softmax_state,
+        with_scores=residual_attention,
+        runs_on="softmax",
+        exempt={"memory": "its scores, T x S numbers a head, are part of what it returns"},
+    ),
+    "synthesizer_dense": Mixer(
+        synthesizer_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_random": Mixer(
+        synthesizer_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={
+            "memory": "its table, a score for each pair of places, is a T x S array",
+            "length": "its table has the square of the longest sequence of entries a head",
+            "removal": _MOVES,
+        },
+    ),
+    "synthesizer_factorized_dense": Mixer(
+        synthesizer_factorized_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_factorized_random": Mixer(
+        synthesizer_factorized_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
+    ),
+    "synthesizer_mixed": Mixer(
+        synthesizer_mixed,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=_softmax_state,
+        weights=synthetic.mixed_weights,
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
+    ),
+    "linear_hedgehog": Mixer(
+        partial(linear_attention, feature_map="hedgehog"),
+        ({"chunk_size": 5},),
+        pairwise=False,
+        empty_state=partial(empty_state, feature_map="hedgehog"),
+        weights=hedgehog_weights,
+        runs_on="linear",
+    ),
+    "efficient": Mixer(
+        efficient_attention,
+        ({"chunk_size": 5},),
+        pairwise=False,
+        empty_state=partial(empty_state, feature_map="exp"),
+    ),
+    "retention": Mixer(
+        retention_attention,
+        ({"chunk_size": 5},),
+        pairwise=False,
+        empty_state=_unnormalised_state,
+        runs_on="gated_linear",
+    ),
+    "delta_rule": Mixer(
+        delta_rule_attention,
+        ({"chunk_size": 5}, {"chunk_size": 1}),
+        pairwise=False,
+        empty_state=_unnormalised_state,
+        extras=_beta,
+    ),
+    "gated_delta_rule": Mixer(
+        delta_rule_attention,
+        ({"chunk_size": 5},),
+        pairwise=False,
+        empty_state=_unnormalised_state,
+        extras=_beta_and_decay,
+        runs_on="delta_rule",
     ),
     "performer": Mixer(
         performer_attention,

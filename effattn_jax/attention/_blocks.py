@@ -9,6 +9,7 @@ Blocks that every row of theirs sees whole skip all masking. Sources: Milakov an
 arXiv:2112.05682; Dao et al., arXiv:2205.14135.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,10 +168,14 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
 
 
-def _plain(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once; `more(row, count)` adds scores to those of the rows.
+
+    Any derivative; O(T) memory in each, since a block is computed again where it is differentiated.
+    """
     length = arrays.query.shape[1]
     starts = jnp.minimum(jnp.arange(_row_blocks(length, spec.rows)) * spec.rows, length - spec.rows)
-    blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows)[:2]), starts)
+    blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows, more)[:2]), starts)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
@@ -190,7 +195,7 @@ def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.
         return _forward(spec, arrays, marks)
 
     def plain(arrays, marks):
-        return _plain(spec, arrays, marks)
+        return by_rows(spec, arrays, marks)
 
     def backward(arrays, marks, results, cotangents):
         return _backward(spec, arrays, marks, results, cotangents)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import Call, check_call, choose, key_mask, positive
+from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
+from effattn_jax.attention.features import num_features
 
 __all__ = ["LinearState"]
 
@@ -40,6 +41,20 @@ class LinearState(NamedTuple):
 def lowest(dtype: Any) -> Any:
     """The maximum of nothing: the lowest finite number, so that differences of maxima are never NaN."""
     return jnp.finfo(dtype).min
+
+
+def empty_state(
+    batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, *, normalize=True, gated=False, feature_map="elu"
+) -> LinearState:  # fmt: skip
+    """The state before the first token; `capacity` does not matter, the state never grows."""
+    del capacity
+    lead = (batch,) if isinstance(batch, int) else tuple(batch)
+    lead_heads = (*lead, num_heads if gated else num_kv_heads)
+    dtype = accumulator(dtype)
+    features = num_features(feature_map, head_dim)
+    kv = jnp.zeros((*lead_heads, features, value_dim), dtype)
+    maximum = jnp.full(kv.shape[:-1], lowest(dtype), dtype) if feature_map == "exp" and normalize else None
+    return LinearState(kv, kv[..., 0] if normalize else None, jnp.zeros(lead, jnp.int32), maximum)
 
 
 class Problem(NamedTuple):
@@ -105,7 +120,7 @@ def open_call(
 
     `one_sequence`: whether queries and keys must have the same segment ids, as they must wherever a state or a decay follows one sequence.
     """
-    choose("implementation", implementation, (None, "dense", "chunked"))
+    choose("implementation", implementation, (None, "dense", "chunked", "parallel"))
     positive(chunk_size=chunk_size)
     stateful = return_state or initial_state is not None
     call = check_call(*arrays, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful)
@@ -121,10 +136,22 @@ def open_call(
     return call, mask
 
 
-def only_chunked(name: str, implementation: str | None) -> None:
-    """Raises the ValueError of kernels that have no dense form."""
-    if implementation == "dense":
-        raise ValueError(f"implementation='dense' is unknown to {name}; known: None, chunked")
+def refuse(name: str, implementation: str | None, *unknown: str) -> None:
+    """Raises the ValueError of kernels that lack one of the family's forms."""
+    if implementation in unknown:
+        known = ", ".join(form for form in ("None", "chunked", "parallel", "dense") if form not in unknown)
+        raise ValueError(f"implementation={implementation!r} is unknown to {name}; known: {known}")
+
+
+def nothing(call: Call, state: LinearState | None, features: int, *, total: bool, maximum: bool = False) -> Any:
+    """The result of a call without queries or keys, and the state that it leaves as it was."""
+    out = jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype)
+    if state is not None:
+        return out, state
+    batch, _, heads, _ = call.key.shape
+    dtype = accumulator(call.query, call.key, call.value)
+    state = empty_state(batch, 0, heads, heads, features, call.value.shape[-1], dtype, normalize=total)
+    return out, state._replace(maximum=jnp.full_like(state.total, lowest(dtype)) if maximum else None)
 
 
 def close_call(call: Call, out: jax.Array, state: LinearState | None, return_state: bool) -> Any:
@@ -134,19 +161,22 @@ def close_call(call: Call, out: jax.Array, state: LinearState | None, return_sta
 
 
 def check_state(
-    state: Any, call: Call, features: int, *, total: bool, maximum: int = 0, heads: int | None = None
+    state: Any,
+    call: Call,
+    features: int,
+    *,
+    total: bool,
+    maximum: bool = False,
+    level: bool = False,
+    heads: int | None = None,
 ) -> LinearState | None:
-    """The state with one batch axis, or the ValueError that says what it should have been; `maximum` is its entries a head, 0 for none."""
+    """The state with one batch axis, or the ValueError that says what it should have been."""
     if state is None:
         return None
     lead = call.batch
     kv = (*lead, call.key.shape[2] if heads is None else heads, features, call.value.shape[-1])
-    want = {
-        "kv": kv,
-        "total": kv[:-1] if total else None,
-        "segment": lead,
-        "maximum": (*kv[:-2], maximum) if maximum else None,
-    }
+    top = kv[:-1] if maximum else (*kv[:-2], 1) if level else None
+    want = {"kv": kv, "total": kv[:-1] if total else None, "segment": lead, "maximum": top}
     if not isinstance(state, LinearState):
         got = type(state).__name__
     else:

@@ -19,10 +19,8 @@ from effattn_jax.attention._linear import all_pairs
 from effattn_jax.attention.random_features import Kernel, Weights
 from effattn_jax.recurrence._outer_chunks import (
     Marks,
+    Options,
     _Decay,
-    _pairs,
-    _read,
-    _weighted_values,
     _write,
     allowed_pairs,
     heads_first,
@@ -30,13 +28,17 @@ from effattn_jax.recurrence._outer_chunks import (
     last_segment,
     masked,
     normalized,
-    over_chunks,
+    read_state,
     repeat_heads,
     time_first,
+    weighted_values,
+    weights_of_pairs,
 )
+from effattn_jax.recurrence._outer_kernel import over_chunks
 
 __all__: list[str] = []
 
+_OPTIONS = Options()
 _CHUNK = 128  # more work in pairs than at 64, half the states to keep for the backward pass
 _BLOCK = 512  # steps at a time where order does not matter
 
@@ -89,12 +91,12 @@ def _chunk(kernel: Kernel, strict: bool, split: bool, out_dtype: Any, carry: Any
     v = keep_steps(heads_first(v, state.dtype), marks.key_mask)
     allowed = allowed_pairs(marks, q.shape[3], strict)
     decay, seen, top = _factors(level, top, allowed, marks)
-    scores = _pairs(q, k, decay, allowed)
-    old, old_total = _read(q, state, total, marks)
+    scores = weights_of_pairs(_OPTIONS, q, k, decay, allowed)
+    old, old_total = read_state(_OPTIONS, q, state, total, marks)
     to_step = decay.to_step[:, :, None]
-    numerator = _weighted_values(scores, v, decay, allowed) + old * to_step
+    numerator = weighted_values(_OPTIONS, scores, v, decay, allowed) + old * to_step
     denominator = scores.sum(-1) + old_total * to_step[..., 0]
-    carry = ((*_write(k, v, state, total, decay, marks), top), weights)
+    carry = ((*_write(_OPTIONS, k, v, state, total, decay, marks), top), weights)
     if split:
         return carry, (time_first(numerator), time_first(denominator), jnp.moveaxis(seen, 2, 1))
     return carry, time_first(normalized(numerator, denominator)).astype(out_dtype)

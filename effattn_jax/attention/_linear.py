@@ -1,145 +1,90 @@
-"""What plain and gated linear attention share: alignment of the ends, segments, directions, states.
+"""What plain and gated linear attention share: feature maps, decays, the forms without a state.
 
     o_i = sum_j w_ij phi(q_i).phi(k_j) v_j  /  sum_j w_ij phi(q_i).phi(k_j)       w_ij = exp(sum of decays in between)
 
 Causal calls are one run of the outer-product recurrence, calls in both directions two, calls without order one product.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
-from effattn_jax.attention.features import resolve
-from effattn_jax.recurrence._outer_chunks import Options, masked, normalized, outer_product, repeat_heads
+from effattn_jax._contract import Call, accumulator
+from effattn_jax.attention import _exponential, _frame
+from effattn_jax.attention.features import Maps, hedgehog, resolve
+from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
+from effattn_jax.recurrence._outer_kernel import outer_product, over_chunks
 from effattn_jax.recurrence.outer_product import check_decay
 
-__all__ = ["LinearState"]
+__all__: list[str] = []
 
 
-class LinearState(NamedTuple):
-    """What linear attention remembers.
+def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None) -> Any:
+    """The recurrence as a kernel of the frame; `split` returns numerator and denominator apart."""
 
-    Attributes:
-      kv: sum of phi(k) v^T, (*B, K, M, V), float32 at least.
-      total: sum of phi(k), (*B, K, M), or None when not normalised.
-      segment: id of the segment in progress, (*B,) int32.
-    """
+    def kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
+        options = Options(normalize, split and normalize, strict, maps.inside)
+        carry = None if carry is None else carry[:2]
+        if maps.weights is not None:
+            out, (carry, _) = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
+        else:
+            (decay,) = extras
+            size = size or (128 if _wide(maps, key) else None)
+            out, carry = outer_product(
+                query, key, value, decay, carry, size=size, options=options, implementation=implementation, **marks
+            )
+        return out, (*carry, None)
 
-    kv: jax.Array
-    total: jax.Array | None
-    segment: jax.Array
-
-
-def empty_state(
-    batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, *, normalize=True, gated=False
-) -> LinearState:
-    """The state before the first token; `capacity` does not matter, the state never grows."""
-    del capacity
-    lead = (batch,) if isinstance(batch, int) else tuple(batch)
-    heads = num_heads if gated else num_kv_heads
-    dtype = accumulator(dtype)
-    kv = jnp.zeros((*lead, heads, head_dim, value_dim), dtype)
-    return LinearState(kv, kv[..., 0] if normalize else None, jnp.zeros(lead, jnp.int32))
+    return kernel
 
 
-class _Problem(NamedTuple):
-    """A call with its feature map resolved and both lengths made equal."""
-
-    query: jax.Array  # (B, T, N, M)
-    key: jax.Array  # (B, T, K, M)
-    value: jax.Array  # (B, T, K, V)
-    log_decay: jax.Array | None  # (B, T, K[, M])
-    mask: jax.Array | None  # (B, T) over keys
-    segments: jax.Array | None  # (B, T)
-    skipped: int  # rows in front that stand for no query
-    feature_map: Callable | None
+def _wide(maps: Maps, key: jax.Array) -> bool:
+    """Whether there are so many features that fewer, longer chunks cost less memory in states than they cost in pairs."""
+    if maps.inside is None:
+        return key.shape[-1] > 256
+    return jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32)).shape[-1] > 256
 
 
-def _front(x: jax.Array | None, count: int, mode: str = "constant") -> jax.Array | None:
-    if x is None or count == 0:
-        return x
-    return jnp.pad(x, [(0, 0), (count, 0)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+def _learned(
+    options: Options, weights: Any, rows: tuple, carry: Any, *, size: int, key_mask: Any = None, **marks
+) -> Any:
+    """A recurrence whose features come from weights; these ride in the carry, so that each chunk makes its own features."""
+    value = rows[2]
+
+    def body(carry, inputs, marks):
+        state, weights = carry
+        x = (inputs[0], masked(inputs[1], marks.key_mask))
+        query, key = (hedgehog(a.astype(state[0].dtype), w) for a, w in zip(x, weights, strict=True))
+        state, out = chunk(options, value.dtype, state, (query, key, inputs[2], None), marks)
+        return (state, weights), out[0] if options.normalize and not options.split else out
+
+    if carry is None:
+        dtype = accumulator(*rows)
+        total = jnp.zeros_like(hedgehog(rows[1][:, 0].astype(dtype), weights[1]))
+        kv = jnp.zeros_like(total[..., None] * value[:, 0, :, None].astype(dtype))
+        carry = (kv, total if options.normalize else None)
+    weights = tuple(w.astype(carry[0].dtype) for w in weights)
+    return over_chunks(body, (carry, weights), rows, size=min(size, value.shape[1]), key_mask=key_mask, **marks)
 
 
-def _align(call: Call, mask, log_decay, feature_map: Callable | None) -> _Problem:
-    """Ends aligned: missing queries in front read nothing, missing keys in front are masked."""
-    query, key, value = call.query, call.key, call.value
-    length, keys = query.shape[1], key.shape[1]
-    missing_queries, missing_keys = max(keys - length, 0), max(length - keys, 0)
-    if missing_keys:
-        mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
-    segments = call.query_segments if length >= keys else call.key_segments
-    front = partial(_front, count=missing_keys)
-    return _Problem(
-        _front(query, missing_queries), front(key), front(value), front(log_decay), front(mask), segments, missing_queries, feature_map
-    )  # fmt: skip
-
-
-def _causal(p: _Problem, state: LinearState | None, size: int | None, options: Options) -> tuple[Any, LinearState]:
-    carry = None if state is None else (state.kv, state.total)
-    last = None if state is None else state.segment
-    segments = p.segments
-    if segments is None and last is not None:
-        last_segment = last
-    else:
-        last_segment = jnp.zeros(p.key.shape[:1], jnp.int32) if segments is None else segments[:, -1]
-    out, (kv, total) = outer_product(
-        p.query,
-        p.key,
-        p.value,
-        p.log_decay,
-        carry,
-        segments=segments,
-        last_segment=last,
-        key_mask=p.mask,
-        size=size,
-        options=options,
-    )
-    return out, LinearState(kv, total, last_segment)
-
-
-def _both_ways(p: _Problem, size: int | None, options: Options) -> jax.Array:
-    """Past and present by one pass, the future by the same pass over reversed time without each step's own pair."""
-    options = options._replace(split=options.normalize)
-    past = outer_product(
-        p.query, p.key, p.value, p.log_decay, None, segments=p.segments, key_mask=p.mask, size=size, options=options
-    )[0]
-
-    def flip(x):
-        return None if x is None else jnp.flip(x, axis=1)
-
-    future = outer_product(
-        flip(p.query), flip(p.key), flip(p.value), flip(p.log_decay), None,
-        segments=flip(p.segments), key_mask=flip(p.mask), size=size, options=options._replace(strict=True),
-    )[0]  # fmt: skip
-    both = jax.tree.map(lambda a, b: a + jnp.flip(b, 1), past, future)
-    return normalized(*both).astype(p.value.dtype) if options.normalize else both
-
-
-def _features(
-    call: Call, mask: jax.Array | None, feature_map: Callable | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _features(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query features by key head (B, T, K, G, M), key features (B, S, K, M) and value in the accumulator's dtype, masked keys as 0."""
     dtype = accumulator(call.query, call.key, call.value)
     query, key, value = (x.astype(dtype) for x in (call.query, masked(call.key, mask), masked(call.value, mask)))
-    if feature_map is not None:
-        query, key = feature_map(query), masked(feature_map(key), mask)
+    query, key = maps.query(query), masked(maps.key(key), mask)
     heads = key.shape[2]
     return query.reshape(*query.shape[:2], heads, query.shape[2] // heads, query.shape[-1]), key, value
 
 
-def _all_keys(call: Call, mask: jax.Array | None, feature_map: Callable | None, normalize: bool) -> jax.Array:
+def _all_keys(call: Call, mask: jax.Array | None, maps: Maps, normalize: bool) -> jax.Array:
     """Without causality or segments one state serves every query."""
-    query, key, value = _features(call, mask, feature_map)
+    query, key, value = _features(call, mask, maps)
     out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
     if normalize:
         out = normalized(out, jnp.einsum("btkgm,bkm->btkg", query, key.sum(1)))
-    return merge_heads(out).astype(call.value.dtype)
+    return _merge_heads(out).astype(call.value.dtype)
 
 
 def all_pairs(
@@ -180,101 +125,89 @@ def all_pairs(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // rows, rows, *x.shape[axis + 1 :]), axis, 0)
 
     out = lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(row, 0), blocks(ids, 1)))
-    return merge_heads(jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length])
+    return _merge_heads(jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length])
 
 
-def merge_heads(out: jax.Array) -> jax.Array:
+def _merge_heads(out: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[:2], out.shape[2] * out.shape[3], out.shape[-1])
 
 
-def _no_state(call: Call, feature_map: Callable | None, normalize: bool) -> LinearState:
-    batch, _, heads, dim = call.key.shape
-    if feature_map is not None:
-        dim = jax.eval_shape(feature_map, jax.ShapeDtypeStruct((dim,), jnp.float32)).shape[-1]
-    dtype = accumulator(call.query, call.key, call.value)
-    return empty_state(batch, 0, heads, heads, dim, call.value.shape[-1], dtype, normalize=normalize)
-
-
-_FORMS = (None, "dense", "chunked")
 _BLOCK = 128  # query rows at a time where all pairs are formed
 
 
+def _outside(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[Call, Maps]:
+    """The call with features in place of queries and keys, for maps that close over arrays and so may not run inside a chunk."""
+    dtype = accumulator(call.query, call.key)
+    key = masked(maps.key(masked(call.key, mask).astype(dtype)), mask)
+    query = maps.query(call.query.astype(dtype))
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"feature_map must give queries and keys one size M; got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    return call._replace(query=query, key=key), Maps(_same, _same, inside=_same)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _attend(
-    call: Call, mask: jax.Array | None, log_decay: jax.Array | None, feature_map: str | Callable, normalize: bool,
-    is_causal: bool, state: LinearState | None, return_state: bool, size: int | None, implementation: str | None,
+    call: Call, mask: jax.Array | None, log_decay: jax.Array | None, maps: Maps, normalize: bool,
+    is_causal: bool, state: Any, return_state: bool, size: int | None, implementation: str | None,
 ) -> Any:  # fmt: skip
     """The call behind both members of the family; all arrays have one batch axis."""
-    feature_map, inside = resolve(feature_map)
-    if not inside:
-        dtype = accumulator(call.query, call.key)
-        key = masked(feature_map(masked(call.key, mask).astype(dtype)), mask)
-        call = call._replace(query=feature_map(call.query.astype(dtype)), key=key)
-        feature_map = None
-    aligned = call.query_segments is call.key_segments
-    if not aligned and (state is not None or return_state or log_decay is not None):
-        raise ValueError(
-            "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
-        )
     length, keys = call.query.shape[1], call.key.shape[1]
+    features = _num_features(call, maps)
+    running = normalize and maps.exponential and log_decay is None and implementation != "dense"
+    parts = {"total": normalize, "maximum": running and call.query_segments is call.key_segments}
+    state = _frame.check_state(state, call, features, **parts)
     if max(length, keys) == 0 or (length == 0 and not return_state):
-        return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype), state or _no_state(
-            call, feature_map, normalize
-        )
-    if implementation == "dense" or not aligned:
-        return all_pairs(call, _features(call, mask, feature_map), is_causal, normalize), None
+        return _frame.nothing(call, state, features, **parts)
+    if implementation == "dense" or call.query_segments is not call.key_segments:
+        return all_pairs(call, _features(call, mask, maps), is_causal, normalize), None
+    if running:
+        return _exponential.attend(call, mask, is_causal, state, size, joint=True)
     if not is_causal and call.query_segments is None and log_decay is None:
-        return _all_keys(call, mask, feature_map, normalize), None
-    problem = _align(call, mask, log_decay, feature_map)
-    options = Options(normalize=normalize, feature_map=feature_map)
-    out, state = _causal(problem, state, size, options) if is_causal else (_both_ways(problem, size, options), None)
+        return _all_keys(call, mask, maps, normalize), None
+    if maps.inside is None and maps.weights is None:
+        call, maps = _outside(call, mask, maps)
+    problem = _frame.align(call, mask, (log_decay,))
+    if is_causal:
+        out, state = _frame.causal(_kernel(maps, normalize, False, implementation), problem, state, size)
+    else:
+        past, future = _frame.both_ways(_kernel(maps, normalize, True, implementation), problem, size)
+        out = jax.tree.map(jnp.add, past, future)
+        out = normalized(*out).astype(call.value.dtype) if normalize else out
     return out[:, problem.skipped :], state
 
 
+def _num_features(call: Call, maps: Maps) -> int:
+    x = jax.ShapeDtypeStruct(call.key.shape[2:], accumulator(call.key))
+    return jax.eval_shape(maps.key, x).shape[-1]
+
+
 def run(
-    name: str, arrays: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: LinearState | None, return_state: bool,
+    name: str, arrays: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: Any, return_state: bool,
     implementation: str | None, chunk_size: int | None, feature_map: Any, normalize: bool, log_decay: Any = None,
+    query_weights: Any = None, key_weights: Any = None,
 ) -> Any:  # fmt: skip
     """Checks, batch axes, and the result with or without its state."""
-    choose("implementation", implementation, _FORMS)
-    positive(chunk_size=chunk_size)
-    stateful = return_state or initial_state is not None
-    call = check_call(*arrays, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful)
-    mask = key_mask(call, name, arrays[3], arrays[4])
-    if implementation == "dense" and stateful:
-        raise ValueError("implementation='dense' has no state; leave implementation None to pass or return one")
-    heads = call.query.shape[2]
+    call, mask = _frame.open_call(
+        name, arrays, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
+        return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=log_decay is not None,
+    )  # fmt: skip
+    heads, dim = call.query.shape[2:]
+    if feature_map in ("exp", "hedgehog"):
+        _frame.refuse(f"feature_map={feature_map!r}", implementation, "parallel")
+    maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
         call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
-    if scale is not None:
-        call = call._replace(query=call.query * jnp.asarray(scale, call.query.dtype))
-    if initial_state is not None:
-        initial_state = _check_state(initial_state, call, normalize)
+        if log_decay.ndim == 4 and _num_features(call, maps) != dim:
+            raise ValueError(
+                f"log_decay must be (*B, T, N), one a head, with a feature map of H = {dim} to M = {_num_features(call, maps)} features"
+            )
     out, state = _attend(
-        call, mask, log_decay, feature_map, normalize, is_causal, initial_state, return_state, chunk_size, implementation
-    )  # fmt: skip
-    out = call.restore(out)
-    if not return_state:
-        return out
-    return out, jax.tree.map(call.restore, state)
-
-
-def _check_state(state: Any, call: Call, normalize: bool) -> LinearState:
-    """The state with one batch axis, or the ValueError that says what it should have been."""
-    heads, lead = call.key.shape[2], call.batch
-    kv = getattr(state, "kv", None)
-    rule = f"initial_state must be the LinearState of an earlier call, kv of shape (*B, K, M, V) = {(*lead, heads, 'M', call.value.shape[-1])}"
-    ok = (
-        isinstance(state, LinearState)
-        and kv.ndim == len(lead) + 3
-        and kv.shape[:-2] == (*lead, heads)
-        and kv.shape[-1] == call.value.shape[-1]
+        call, mask, log_decay, maps, normalize, is_causal, initial_state, return_state, chunk_size, implementation
     )
-    if not ok or (state.total is not None) != normalize:
-        got = (
-            f"kv {kv.shape}, total {'absent' if state.total is None else 'present'}"
-            if isinstance(state, LinearState)
-            else type(state).__name__
-        )
-        raise ValueError(f"{rule}, total {'present' if normalize else 'absent'}; got {got}")
-    return jax.tree.map(lambda x: x.reshape(call.query.shape[0], *x.shape[len(lead) :]), state)
+    return _frame.close_call(call, out, state, return_state)

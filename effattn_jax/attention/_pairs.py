@@ -3,6 +3,7 @@
 Shapes inside: a block of R rows and C keys is (B, K, G, R, C), G = N / K query heads for each of the K key heads.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -118,9 +119,12 @@ def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def whole_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: Callable | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative.
+
+    `more(row, rows)`, (B | 1, N | 1, R, S), are finite scores to add to the products.
+    """
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
@@ -131,6 +135,10 @@ def whole_rows(
     if bias is not None:
         bias = pairs_of(bias.astype(spec.dtype), row, rows, 0, keys, kv_heads)
         see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
+    if more is not None:
+        extra = more(row, rows).astype(spec.dtype)
+        extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
+        bias = extra if bias is None else bias + extra
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
     top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
     top = jnp.where(top == -jnp.inf, 0, top)

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from effattn_jax._contract import ArrayLike
-from effattn_jax.attention._linear import LinearState, run
+from effattn_jax.attention._frame import LinearState, refuse
+from effattn_jax.attention._linear import run
 
 __all__ = ["gated_linear_attention"]
 
@@ -42,10 +43,11 @@ def gated_linear_attention(
       is_causal: query i sees keys up to i, ends aligned. If False, later keys count as well, j > i with weight exp(g_i + ... + g_{j-1}).
       segment_ids: (*B, T), as for `linear_attention`; a pair of different arrays is refused.
       initial_state, return_state: as for `linear_attention`.
-      implementation: "chunked" or None.
-      feature_map: a name of `FEATURE_MAPS` or a function (..., H) -> (..., H).
+      implementation: "chunked" (one chunk after the other) or "parallel" (all side by side, for accelerators); None picks by the platform the
+        program is compiled for.
+      feature_map: as for `linear_attention`; with a decay for each feature from H to H. "exp" is not kept from overflowing here.
       normalize: divide by the sum of weights.
-      chunk_size: steps a chunk; None is 64, or 16 with a decay for each feature.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 16 with a decay for each feature.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).
@@ -60,8 +62,7 @@ def gated_linear_attention(
     >>> print(gated_linear_attention(ones, ones, ones, log_decay=jnp.full((1, 3, 1), jnp.log(0.5)), is_causal=True)[0, :, 0, 0])
     [1.   1.5  1.75]
     """
-    if implementation == "dense":
-        raise ValueError("implementation='dense' is unknown to gated_linear_attention; known: None, chunked")
+    refuse("gated_linear_attention", implementation, "dense")
     return run(
         "gated_linear_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,

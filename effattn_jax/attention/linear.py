@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from effattn_jax._contract import ArrayLike
-from effattn_jax.attention._linear import LinearState, run
+from effattn_jax.attention._frame import LinearState
+from effattn_jax.attention._linear import run
 
 __all__ = ["linear_attention"]
 
@@ -30,6 +31,8 @@ def linear_attention(
     implementation: str | None = None,
     feature_map: str | Callable = "elu",
     normalize: bool = True,
+    query_weights: ArrayLike | None = None,
+    key_weights: ArrayLike | None = None,
     chunk_size: int | None = None,
 ) -> Any:
     r"""Attention whose similarity is a product of features: o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j).
@@ -44,10 +47,17 @@ def linear_attention(
         arrays costs O(T S) time (still O(T) memory).
       initial_state: the state of an earlier call, which this one goes on from (causal only). Without segment_ids its last segment goes on.
       return_state: also return the state after the last key.
-      implementation: "chunked" or "dense" (all pairs, a block of queries at a time); None is "chunked".
-      feature_map: a name of `FEATURE_MAPS` or a function of (..., H) -> (..., M).
-      normalize: divide by the sum of weights; a row whose weights sum to 0 gives 0.
-      chunk_size: steps a chunk; None is 64.
+      implementation: "chunked" (one chunk after the other), "parallel" (all chunks side by side, for accelerators; not for "exp" and
+        "hedgehog") or "dense" (all pairs, a block of queries at a time); None is one of the first two, by the platform the program is
+        compiled for.
+      feature_map: a name of `FEATURE_MAPS`, a function of (..., H) -> (..., M), or a pair of functions (for query, for key). The features of
+        "exp" never overflow where they are normalised (but in the dense form): sums are kept relative to a running maximum of each feature.
+      normalize: divide by the sum of weights, without any constant added, so that the scale of features cancels. A row whose weights sum
+        to exactly 0 gives 0. Maps without sign (all of the table but "identity") have sums > 0, save where no key meets the query's
+        features ("relu", "dpfp") or all keys point away from it ("cosine"). "identity" sums may be near 0 or negative: the quotient is then
+        as large as it is, and normalize=False is what such maps are for.
+      query_weights, key_weights: W of feature_map="hedgehog", (N, H, P) and (K, H, P), or (H, P) for all heads.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), 32 with "exp", 128 with "hedgehog" or more than 256 features.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).
@@ -68,5 +78,5 @@ def linear_attention(
     return run(
         "linear_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
-        feature_map=feature_map, normalize=normalize,
+        feature_map=feature_map, normalize=normalize, query_weights=query_weights, key_weights=key_weights,
     )  # fmt: skip

@@ -118,7 +118,7 @@ def performer_attention(
     )  # fmt: skip
     weights = _weights(call, projection, kernel, estimator, input_scale, scale)
     features = weights.projection.shape[0] * KERNELS[kernel].features
-    state = _frame.check_state(initial_state, call, features, total=True, maximum=1)
+    state = _frame.check_state(initial_state, call, features, total=True, level=True)
     out, state = _attend(KERNELS[kernel], weights, call, mask, is_causal, state, chunk_size, implementation)
     return _frame.close_call(call, out, state, return_state)
 

@@ -8,14 +8,16 @@ Source: Vaswani et al., arXiv:1706.03762.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, choose, positive
 from effattn_jax.attention import kv_cache as caches
-from effattn_jax.attention._blocks import by_blocks
+from effattn_jax.attention._blocks import by_blocks, by_rows
+from effattn_jax.attention._cudnn import by_cudnn
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
@@ -136,7 +138,9 @@ def dot_product_attention(
       logits_soft_cap: c: scores s become c tanh(s / c), before masking.
       chunk_size: rows and columns of a block; None picks.
       return_weights: also return p, (*B, N, T, S), from the dense form.
-      implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks by size.
+      implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks one of them by size.
+        "cudnn" is cuDNN's flash attention through jax.nn, for half-precision calls on an NVIDIA GPU that need no more than a scale, causality
+        with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits.
 
     Returns:
       out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.
@@ -153,47 +157,88 @@ def dot_product_attention(
     >>> out.shape, bool(jnp.allclose(out[:, 0], jnp.repeat(kv[:, 0], 2, axis=1), atol=1e-6))
     ((1, 6, 4, 8), True)
     """
-    choose("implementation", implementation, _FORMS)
-    positive(chunk_size=chunk_size)
-    left, right = window_bounds(window, is_causal)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap!r}")
-    totals = ()
-    if isinstance(initial_state, caches.Cache):
-        slots = initial_state.key.shape[-3]
-        totals = (slots if initial_state.length is not None else slots + jnp.shape(key)[-3],)
-    stateful = return_state or initial_state is not None
-    call = check_call(
-        query, key, value, bias, mask, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful, totals=totals
+    if implementation == "cudnn":
+        refused = {
+            "bias": bias, "mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state,
+            "logits_soft_cap": logits_soft_cap, "return_weights": return_weights, "chunk_size": chunk_size,
+        }  # fmt: skip
+        return by_cudnn(query, key, value, scale, is_causal, window, refused)
+    out, state, weights, _ = run(
+        (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
+        return_state=return_state, window=window, cap=logits_soft_cap, chunk_size=chunk_size,
+        implementation=implementation, return_weights=return_weights,
     )  # fmt: skip
-    state = None if initial_state is None else caches.flat(initial_state, call)
-    valid, pair_mask = _split_mask(call, state)
-    full, marks, after = _with_state(call, state, valid, left if is_causal else None, return_state)
-    if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
-        raise ValueError(
-            f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}"
-        )
-    out, weights = _attend(
-        full,
-        marks._replace(mask=pair_mask),
-        (left, right),
-        scale,
-        logits_soft_cap,
-        chunk_size,
-        implementation,
-        return_weights,
-    )
-    out = call.restore(_overfull(after, out))
-    results = [out]
-    if return_state:
-        results.append(caches.restored(after, call))
-    if return_weights:
-        results.append(call.restore(weights))
+    results = [out] + [state] * return_state + [weights] * return_weights
     return results[0] if len(results) == 1 else tuple(results)
 
 
+class Scores(NamedTuple):
+    """What a call's scores are, where they are not products of its queries and keys.
+
+    Attributes:
+      query, key: (B, T, N, M) and (B, S, K, M), S all slots of the state: features whose products are scores, or part of them.
+      value: (B, S, K, V), one head for each of key's.
+      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or None.
+      rows: `rows(row, count) -> (B | 1, N | 1, count, S)`: the scores of some rows, to be added; None for none. No T x S array then exists.
+      scale: factor on the products.
+      side: whatever the caller wants handed back.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+    rows: Callable | None = None
+    scale: float = 1.0
+    side: Any = None
+
+
+def run(
+    arrays: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: caches.Cache | None, return_state: bool,
+    window: Any = None, cap: float | None = None, chunk_size: int | None = None,
+    implementation: str | None = None, return_weights: bool = False, reads_key: bool = True, rescore: Callable | None = None,
+) -> tuple:  # fmt: skip
+    """The call behind every softmax mixer: (out, state or None, weights or None, side).
+
+    Args:
+      arrays: query, key, value, bias, mask, as the caller gave them.
+      reads_key: False keeps the keys out of the state.
+      rescore: `rescore(call, marks) -> Scores`: other scores than products, from the call over all slots; None for the products.
+    """
+    choose("implementation", implementation, _FORMS)
+    positive(chunk_size=chunk_size)
+    bounds = window_bounds(window, is_causal)
+    totals = ()
+    if isinstance(initial_state, caches.Cache):
+        slots = initial_state.key.shape[-3]
+        totals = (slots if initial_state.length is not None else slots + jnp.shape(arrays[1])[-3],)
+    stateful = return_state or initial_state is not None
+    call = check_call(*arrays, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful, totals=totals)
+    if not reads_key:
+        call = call._replace(key=call.key[..., :0])
+    state = None if initial_state is None else caches.flat(initial_state, call)
+    valid, pair_mask = _split_mask(call, state)
+    full, marks, after = _with_state(call, state, valid, bounds[0] if is_causal else None, return_state)
+    if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
+        raise ValueError(
+            f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(arrays[3])}"
+        )
+    marks = marks._replace(mask=pair_mask)
+    scores = None if rescore is None else rescore(full, marks)
+    if scores is not None:
+        full, scale = full._replace(**{n: getattr(scores, n) for n in ("query", "key", "value", "bias")}), scores.scale
+    rows = None if scores is None else scores.rows
+    out, weights = _attend(full, marks, bounds, scale, cap, chunk_size, implementation, return_weights, rows)
+    out = call.restore(_overfull(after, out))
+    after = caches.restored(after, call) if return_state else None
+    return out, after, call.restore(weights) if return_weights else None, None if scores is None else scores.side
+
+
 def _attend(
-    call: Call, marks: Marks, bounds: tuple, scale: Any, cap: float | None, chunk_size: int | None, implementation: str | None, want_weights: bool
+    call: Call, marks: Marks, bounds: tuple, scale: Any, cap: float | None, chunk_size: int | None, implementation: str | None,
+    want_weights: bool, more: Callable | None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     query, key, value = call.query, call.key, call.value
@@ -208,8 +253,11 @@ def _attend(
     arrays = Arrays(query, key, value, call.bias)
     small = implementation is None and chunk_size is None and length * keys <= _DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
-        out, _, weights = whole_rows(spec, arrays, marks)
+        out, _, weights = whole_rows(spec, arrays, marks, more=more)
         weights = weights.reshape(batch, heads, length, keys)
+    elif more is not None:
+        rows = rows if chunk_size is not None else max(1, min(length, 2**21 // max(1, batch * heads * keys)))
+        out, weights = by_rows(spec._replace(rows=rows), arrays, marks, more)[0], None
     else:
         out, weights = by_blocks(spec, arrays, marks)[0], None
     return out, weights

@@ -11,7 +11,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int | None, context: int, *
     sum_l [ mixer_l + conv 2 w D + feed-forward 4 D F (6 D F gated) ] + logits 2 D A, with
 
       softmax     2 D (2 N H + 2 K H) + 4 N H S,   S = context, or window + 1 if less (a causal half is not taken off,
-      as usual) linear      2 D (2 N H + 2 K H) + 4 N H^2    (the state's update and its reading)
+      as usual) linear      2 D (2 N H + 2 K H) + 4 N M H    (a state of M features, H for most: its update and its reading)
       min_gru     6 D^2 + 5 D
 
     Norms, activations, rotary turns and the softmax's exponentials are left out: they are of order D + S, not D^2 + D

@@ -8,7 +8,9 @@ by its name. Every mixer takes (B, T, D) to (B, T, D) under the contract of `nn.
 from collections.abc import Callable
 from functools import partial
 
+from effattn_jax.nn.attention_free import AttentionFree
 from effattn_jax.nn.convolution import ShortConvolution
+from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
@@ -17,10 +19,29 @@ from effattn_jax.nn.recurrent import MinGRU
 MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "softmax": partial(MultiHeadAttention, kernel="softmax"),
     "linear": partial(MultiHeadAttention, kernel="linear"),
+    **{
+        f"linear_{name}": partial(MultiHeadAttention, kernel="linear", options={"feature_map": name})
+        for name in ("relu", "cosine", "exp", "taylor", "dpfp")
+    },
+    "linear_hedgehog": partial(MultiHeadAttention, kernel="linear_hedgehog"),
+    "efficient": partial(MultiHeadAttention, kernel="efficient"),
     "gated_linear": partial(
         MultiHeadAttention,
         kernel="gated_linear",
         gates=("log_decay",),
+        head_norm=True,
+        output_gate=True,
+    ),
+    "retention": partial(MultiHeadAttention, kernel="retention", head_norm=True, output_gate=True),
+    "delta_rule": partial(
+        MultiHeadAttention, kernel="delta_rule", gates=("beta",), unit_keys=True, head_norm=True, output_gate=True
+    ),
+    "gated_delta_rule": partial(
+        MultiHeadAttention,
+        kernel="gated_delta_rule",
+        gates=("beta", "log_decay"),
+        head_decay=True,
+        unit_keys=True,
         head_norm=True,
         output_gate=True,
     ),
@@ -32,11 +53,29 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         frozen=("projection",),
     ),
     "min_gru": MinGRU,
+    "mlp_mixer": partial(AttentionFree, kernel="mlp_mixer"),
+    "ffn_stack": partial(AttentionFree, kernel="ffn_stack"),
+    "res_mlp": partial(AttentionFree, kernel="res_mlp"),
+    "gmlp": partial(AttentionFree, kernel="gmlp"),
+    "amlp": partial(AttentionFree, kernel="amlp"),
+    "fnet": partial(AttentionFree, kernel="fnet", options={"orthonormal": True}),
+    "lightweight_convolution": partial(AttentionFree, kernel="lightweight_convolution", projections=True),
+    "dynamic_convolution": partial(AttentionFree, kernel="dynamic_convolution", projections=True),
+    "rep_mlp": partial(AttentionFree, kernel="rep_mlp"),
+    "residual": partial(MultiHeadAttention, kernel="residual"),
+    "synthesizer_dense": partial(MultiHeadAttention, kernel="synthesizer_dense"),
+    "synthesizer_random": partial(MultiHeadAttention, kernel="synthesizer_random"),
+    "synthesizer_factorized_dense": partial(MultiHeadAttention, kernel="synthesizer_factorized_dense"),
+    "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
+    "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
+    "external": ExternalAttention,
 }
 
 __all__ = [
     "MIXERS",
+    "AttentionFree",
     "Embedding",
+    "ExternalAttention",
     "FeedForward",
     "MinGRU",
     "MultiHeadAttention",

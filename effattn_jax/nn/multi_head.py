@@ -6,6 +6,7 @@ q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k
 import functools
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +34,10 @@ class MultiHeadAttention(SequenceMixer):
       kernel: a name of `attention.MIXERS`.
       options: fixed options of the kernel; such as {"feature_map": "relu"}; None for none.
       gates: further inputs of the kernel made from x, by argument name; "log_decay": log(sigmoid(x W_1 W_2)) / 16 for
-        each feature of a head (GLA, arXiv 2312.06635).
+        each feature of a head (GLA, arXiv 2312.06635); "beta": sigmoid(x W), one a head.
+      head_decay: whether "log_decay" is one number a head instead: -softplus(x W + b), from memories of 1 to 1,000
+        tokens at the start (gated delta rule, arXiv 2412.06464).
+      unit_keys: whether q and k are divided by their length, |q| = |k| = 1, as the delta rule needs.
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
       output_gate: whether the output is multiplied by silu(x W_gate) before W_out.
       frozen: weights of the kernel that are constants, drawn from `seed` and never trained, such as ("projection",).
@@ -42,9 +46,11 @@ class MultiHeadAttention(SequenceMixer):
 
     Raises:
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
-        positions missing on a resumed call, an unknown kernel or gate.
+        positions missing on a resumed call, an unknown kernel or gate, tables without `max_length`, or scores handed to a kernel that
+        has none.
 
-    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32, unless frozen.
+    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32; tables of places are `max_length` long.
+    A query or key that the kernel does not read (`unread` there) has no projection.
 
     Cost and state: the kernel's.
 
@@ -57,30 +63,41 @@ class MultiHeadAttention(SequenceMixer):
     kernel: str = "softmax"
     options: Mapping[str, Any] | None = None
     gates: tuple[str, ...] = ()
+    head_decay: bool = False
+    unit_keys: bool = False
     head_norm: bool = False
     output_gate: bool = False
     frozen: tuple[str, ...] = ()
     seed: int = 0
 
     @nn.compact
-    def __call__(self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False):
-        """See `SequenceMixer`."""
+    def __call__(
+        self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False, previous_scores=None
+    ):  # fmt: skip
+        """See `SequenceMixer`; with `previous_scores`, (B, N, T, S), this layer's scores with those added are returned last."""
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
         inputs = {"query": self._heads(x_BxTxD, "query", self.heads), "key": self._heads(x_BxTxD, "key", self.kv_heads)}
-        if self.rotary_base is not None:
+        if self.rotary_base is not None and not _line(self.kernel).unread:
             positions = self._positions(x_BxTxD, positions, state)
             inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
+        if self.unit_keys:
+            inputs = {name: _unit(value) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
         inputs.update(self._weights())
-        out = self._kernel(inputs, mask, segment_ids, initial_state=state, return_state=return_state)
-        out_BxTxNxH, state = out if return_state else (out, None)
+        out = self._kernel(
+            inputs, mask, segment_ids, previous_scores, initial_state=state, return_state=return_state
+        )  # fmt: skip
+        out_BxTxNxH, *rest = out if isinstance(out, tuple) else (out,)
         y_BxTxD = self._output(x_BxTxD, out_BxTxNxH)
-        return (y_BxTxD, state) if return_state else y_BxTxD
+        return (y_BxTxD, *rest) if rest else y_BxTxD
 
     def _heads(self, x_BxTxD, name, heads):
-        return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(*x_BxTxD.shape[:2], heads, self._head_dim)
+        shape = (*x_BxTxD.shape[:2], heads, self._head_dim)
+        if name in _line(self.kernel).unread:
+            return jnp.zeros(shape, self.dtype)
+        return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(shape)
 
     def _positions(self, x_BxTxD, positions, state):
         if positions is None and state is not None:
@@ -91,28 +108,44 @@ class MultiHeadAttention(SequenceMixer):
         return jnp.arange(x_BxTxD.shape[1])[None] if positions is None else positions
 
     def _gate(self, x_BxTxD, name, mask):
-        if name != "log_decay":
-            raise ValueError(f"gates must be among ('log_decay',); got {name!r}")
+        if name not in ("log_decay", "beta"):
+            raise ValueError(f"gates must be among ('log_decay', 'beta'); got {name!r}")
+        if name == "beta":
+            gate = nn.sigmoid(_wide(self._dense(self.heads, name)(x_BxTxD)))
+        elif self.head_decay:
+            gate = -nn.softplus(_wide(self._dense(self.heads, name, use_bias=True, bias_init=_rates)(x_BxTxD)))
+        else:
+            gate = self._feature_decay(x_BxTxD, name)
+        keep = None if mask is None else mask.reshape(*mask.shape, *(1,) * (gate.ndim - 2))
+        return gate if mask is None else jnp.where(keep, gate, 0)  # padding neither ages the state nor writes into it
+
+    def _feature_decay(self, x_BxTxD, name):
         # GLA's low-rank gate; the second factor has a bias, so a token's decay can start from any value.
         low = self._dense(DECAY_RANK, f"{name}_in", use_bias=False)(x_BxTxD)
         logits = self._dense(self.heads * self._head_dim, f"{name}_out", use_bias=True)(low)
         logits = logits.reshape(*x_BxTxD.shape[:2], self.heads, self._head_dim)
-        gate = nn.log_sigmoid(logits.astype(jnp.promote_types(logits.dtype, jnp.float32))) / DECAY_TEMPERATURE
-        return gate if mask is None else jnp.where(mask[..., None, None], gate, 0)  # padding does not age the state
+        return nn.log_sigmoid(_wide(logits)) / DECAY_TEMPERATURE
 
     def _weights(self):
         make = _line(self.kernel).weights
         if make is None:
             return {}
         sizes = (self.heads, self.kv_heads, self._head_dim)
-        names = set(_weight_shapes(self.kernel, *sizes)) - set(self.frozen)
+        if self._has_tables():
+            if self.max_length is None:
+                raise ValueError(f"max_length must be given: the kernel {self.kernel!r} has tables of places; got None")
+            make = partial(make, length=self.max_length)
+        names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
         drawn = _drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
         fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
-        return fixed | {
-            name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in sorted(names)
-        }
+        names = sorted(set(names) - set(fixed))
+        return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
 
-    def _kernel(self, inputs, mask, segment_ids, **options):
+    def _has_tables(self):
+        make = _line(self.kernel).weights
+        return make is not None and "length" in inspect.signature(make).parameters
+
+    def _kernel(self, inputs, mask, segment_ids, previous_scores, **options):
         for name in ("window", "chunk_size"):
             if getattr(self, name) is not None and name in _arguments(self.kernel):
                 options[name] = getattr(self, name)
@@ -120,6 +153,10 @@ class MultiHeadAttention(SequenceMixer):
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
         key_mask = None if mask is None else mask[:, None, None, :]
         kernel = _line(self.kernel).function
+        if previous_scores is not None:
+            if not self.accepts_scores():
+                raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
+            kernel = partial(_line(self.kernel).with_scores, previous_scores=previous_scores)
         options = {**(self.options or {}), **options}
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
@@ -142,45 +179,87 @@ class MultiHeadAttention(SequenceMixer):
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:
-        """The kernel's empty state; caches are of `dtype`, by default the module's."""
-        dim = self._head_dim
-        return _line(self.kernel).empty_state(batch, capacity, self.heads, self.kv_heads, dim, dim, dtype or self.dtype)
+        """The kernel's empty state; caches are of `dtype`, by default the module's. A capacity beyond `max_length` is a ValueError for tables."""
+        if self._has_tables() and capacity > (self.max_length or 0):
+            raise ValueError(
+                f"capacity must be at most max_length={self.max_length}, the length of the tables of {self.kernel!r}; got {capacity}"
+            )
+        dim, make = self._head_dim, _line(self.kernel).empty_state
+        known = inspect.signature(make).parameters
+        options = {name: value for name, value in (self.options or {}).items() if name in known}
+        return make(batch, capacity, self.heads, self.kv_heads, dim, dim, dtype or self.dtype, **options)
 
     @nn.nowrap
     def flops_per_token(self, context: int) -> int:
-        """Projections, and 4 H for each visible key (pairwise kernels) or 4 H M for a state of M features (others), a head.
+        """Projections, and 4 H for each visible key (pairwise kernels) or 4 M H for a state of M features (others), a
+        head; the delta rule reads its state once more, 2 M H.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
         limits them.
         """
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
-        projections = 2 * self.width * (inner * (3 if self.output_gate else 2) + 2 * key_inner)
-        gates = len(self.gates) * 2 * DECAY_RANK * (self.width + inner)
-        seen, features = self._head_dim, 0
-        if "projection" in (shapes := _weight_shapes(self.kernel, self.heads, self.kv_heads, self._head_dim)):
-            seen = shapes["projection"].shape[0]
-            features = 2 * seen * (inner + key_inner)
+        wide, narrow = inner * (3 if self.output_gate else 2), 2 * key_inner
+        for name in _line(self.kernel).unread:
+            wide, narrow = (wide - inner, narrow) if name == "query" else (wide, narrow - key_inner)
+        projections = 2 * self.width * (wide + narrow)
+        sizes = {"beta": self.width * self.heads, "log_decay": DECAY_RANK * (self.width + inner)}
+        if self.head_decay:
+            sizes["log_decay"] = self.width * self.heads
+        gates = 2 * sum(sizes[name] for name in self.gates)
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
+        else:
+            seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
-        return projections + gates + features + passes * 4 * inner * seen
+        return projections + gates + passes * (6 if "beta" in self.gates else 4) * inner * seen
+
+    @nn.nowrap
+    def fixes_length(self) -> bool:
+        """Whether the kernel has tables of places."""
+        return self._has_tables()
 
     @nn.nowrap
     def accepts_window(self) -> bool:
         """Whether the kernel takes `window=`."""
         return "window" in _arguments(self.kernel)
 
+    @nn.nowrap
+    def accepts_scores(self) -> bool:
+        """Whether the kernel hands scores on."""
+        return _line(self.kernel).with_scores is not None
+
+    @nn.nowrap
+    def no_scores(self, x_BxTxD: jax.Array, state: Any) -> jax.Array:
+        """The scores before the first layer, zeros (B, N, T, S) with S the slots of the state after the call."""
+        length = x_BxTxD.shape[1]
+        keys = length
+        if state is not None:
+            keys = state.key.shape[-3] + (length if state.length is None else 0)
+        zeros = jnp.zeros_like(x_BxTxD[:, None, :, :1], jnp.promote_types(x_BxTxD.dtype, jnp.float32))
+        return jnp.broadcast_to(zeros, (x_BxTxD.shape[0], self.heads, length, keys))
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / |x| along the last axis; 0, with a finite gradient, for x = 0."""
+    wide = _wide(x)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _rates(rng, shape, dtype=jnp.float32):
+    """Biases b with softplus(b) from 1/1000 to 1, evenly in the logarithm."""
+    rate = jnp.exp(jax.random.uniform(rng, shape, jnp.float32, jnp.log(1e-3), 0.0))
+    return jnp.log(jnp.expm1(rate)).astype(dtype)
+
 
 def _line(kernel: str):
     if kernel not in attention.MIXERS:
         raise ValueError(f"kernel must be among {tuple(attention.MIXERS)}; got {kernel!r}")
     return attention.MIXERS[kernel]
-
-
-def _weight_shapes(kernel: str, *sizes: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-    make = _line(kernel).weights
-    return {} if make is None else jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
 
 
 @functools.cache

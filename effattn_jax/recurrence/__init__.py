@@ -44,7 +44,7 @@ def _outer_product(decay_axes):
 
 
 _DIAGONAL_FORMS = ({"implementation": "scan"}, {"implementation": "associative"}, {"implementation": "chunked"})
-_CHUNKED_FORMS = ({"implementation": "scan"}, {"chunk_size": 5})
+_CHUNKED_FORMS = ({"implementation": "scan"}, {"implementation": "parallel", "chunk_size": 5}, {"chunk_size": 5})
 
 RECURRENCES: dict[str, Recurrence] = {
     "diagonal": Recurrence(diagonal_recurrence, _DIAGONAL_FORMS, _diagonal),

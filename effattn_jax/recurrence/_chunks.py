@@ -8,6 +8,7 @@ backwards through the vector-Jacobian product of one chunk. Memory beside the gr
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -41,6 +42,11 @@ def _over_time(chunks: Any, count: int) -> Any:
 
     leaves, tree = jax.tree.flatten(chunks)
     return jax.tree.unflatten(tree, map(widen, range(len(leaves)), leaves))
+
+
+def pull_by_vjp(body: Callable, carry: Any, inputs: Any, aux: Any, _: Any, d_carry: Any, d_out: Any) -> tuple[Any, Any]:
+    """The backward pass of one chunk by differentiating `body`."""
+    return jax.vjp(lambda c, x: body(c, x, aux), carry, inputs)[1]((d_carry, d_out))
 
 
 def scan_chunks(
@@ -80,9 +86,6 @@ def scan_chunks(
         carry, out = lax.scan(step, carry, jax.tree.map(split, (inputs, aux)))
         return carry, jax.tree.map(join, out)
 
-    def pull_by_vjp(carry, inputs, aux, _, d_carry, d_out):
-        return jax.vjp(lambda c, x: body(c, x, aux), carry, inputs)[1]((d_carry, d_out))
-
     def backward(arrays, aux, results, cotangents):
         first, inputs = arrays
         outputs, (d_carry, d_out) = results[1], cotangents
@@ -100,7 +103,7 @@ def scan_chunks(
             d_carry, d_inputs = state
             carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
             chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
-            d_carry, d_chunk = (pull or pull_by_vjp)(carry, *chunks, d_carry, _chunk(d_out, i, size))
+            d_carry, d_chunk = (pull or partial(pull_by_vjp, body))(carry, *chunks, d_carry, _chunk(d_out, i, size))
             return d_carry, _store(d_inputs, d_chunk, i, size)
 
         leaves, tree = jax.tree.flatten(inputs)

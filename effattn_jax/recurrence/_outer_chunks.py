@@ -1,20 +1,15 @@
-"""One chunk of the outer-product recurrence, and the kernel that folds it over time.
+"""One chunk of the outer-product recurrence.
 
 Pairs inside a chunk by a masked C x C product, everything older through the state at its start. Only sums of decays between two steps are
 exponentiated, each <= 0, so nothing overflows.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from effattn_jax._contract import accumulator
-from effattn_jax._derivatives import tie
-from effattn_jax.recurrence._chunks import scan_chunks
 
 __all__: list[str] = []
 
@@ -28,28 +23,15 @@ class Options(NamedTuple):
     split: bool = False  # return numerator and denominator apart
     strict: bool = False  # leave out each step's own pair
     feature_map: Callable | None = None  # applied to query and key inside the chunk, where they are still in cache
-
-
-_DEFAULT = Options()
+    operands: Any = None  # dtype of what enters the products of matrices, whose sums are wide; None is the state's
 
 
 class Marks(NamedTuple):
     """Integers and booleans (B, T) that say which steps may interact; None where all may."""
 
     run: jax.Array | None = None  # number of the segment a step is in, counted along time
-    run_before: jax.Array | None = (
-        None  # number of the segment that the state at the start of the step's chunk belongs to
-    )
+    run_before: jax.Array | None = None  # number of the segment that the state before the step's chunk belongs to
     key_mask: jax.Array | None = None  # whether the step's key and value exist
-
-
-def runs(segment_ids: jax.Array, last_id: jax.Array | None, size: int) -> tuple[jax.Array, jax.Array]:
-    """Segments numbered along time (a state before the first step has number 0), and the number at each chunk's start."""
-    before = segment_ids[:, :1] if last_id is None else last_id[:, None]
-    change = segment_ids != jnp.concatenate([before, segment_ids[:, :-1]], axis=1)
-    run = jnp.cumsum(change.astype(jnp.int32), axis=1)
-    ends = jnp.concatenate([jnp.zeros_like(run[:, :1]), run[:, size - 1 : -1 : size]], axis=1)
-    return run, jnp.broadcast_to(ends[:, :, None], (*ends.shape, size)).reshape(run.shape)
 
 
 def _between(decay: jax.Array) -> jax.Array:
@@ -120,24 +102,35 @@ def decays_of(decay: jax.Array) -> _Decay:
     return _Decay(to_step, to_end, between, to_step[:, :, -1], ~(known.all(-1) if wide else known))
 
 
-def _pairs(q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
+def product(equation: str, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
+    """A product of matrices with sums in the dtype of a."""
+    if options.operands is None:
+        return jnp.einsum(equation, a, b)
+    return jnp.einsum(equation, a.astype(options.operands), b.astype(options.operands), preferred_element_type=a.dtype)
+
+
+def weights_of_pairs(
+    options: Options, q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array
+) -> jax.Array:
     """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
     if decay is None:
-        scores = jnp.einsum("bkgih,bkjh->bkgij", q, k)
+        scores = product("bkgih,bkjh->bkgij", q, k, options)
     elif decay.between.ndim == 4:  # one decay a head
         weight = jnp.exp(jnp.where(allowed[:, None], decay.between, -jnp.inf))
-        scores = jnp.einsum("bkgih,bkjh->bkgij", q, k) * weight[:, :, None]
+        scores = product("bkgih,bkjh->bkgij", q, k, options) * weight[:, :, None]
     else:  # one decay a feature
         weight = jnp.exp(jnp.where(allowed[:, None, ..., None], decay.between, -jnp.inf))
         scores = jnp.einsum("bkgih,bkijh->bkgij", q, k[:, :, None] * weight)
     return jnp.where(allowed[:, None, None], scores, 0)
 
 
-def _weighted_values(scores: jax.Array, v: jax.Array, decay: _Decay | None, allowed: jax.Array) -> jax.Array:
+def weighted_values(
+    options: Options, scores: jax.Array, v: jax.Array, decay: _Decay | None, allowed: jax.Array
+) -> jax.Array:
     """scores @ v, (B, K, G, i, V). 0 * NaN is NaN: values enter the masked product with what is not finite set to 0, and the rows that
     may see such a value, or come after such a decay, become NaN again."""
     finite = jnp.isfinite(v)
-    out = jnp.einsum("bkgij,bkjv->bkgiv", scores, jnp.where(finite, v, 0))
+    out = product("bkgij,bkjv->bkgiv", scores, jnp.where(finite, v, 0), options)
     bad = jnp.any(~finite, axis=-1)
     bad = bad if decay is None else bad | decay.bad
     sees = jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(scores.dtype)
@@ -151,9 +144,11 @@ def last_segment(marks: Marks) -> tuple[jax.Array, jax.Array]:
     return marks.run == marks.run_before, marks.run == marks.run[:, -1:]
 
 
-def _read(q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
+def read_state(
+    options: Options, q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks
+) -> tuple[jax.Array, jax.Array | None]:
     """What queries (B, K, G, C, H) get from the state before the chunk, where that belongs to their segment."""
-    old = jnp.einsum("bkgih,bkhv->bkgiv", q, state)
+    old = product("bkgih,bkhv->bkgiv", q, state, options)
     old_total = None if total is None else jnp.einsum("bkgih,bkh->bkgi", q, total)
     if marks.run is None:
         return old, old_total
@@ -162,7 +157,13 @@ def _read(q: jax.Array, state: jax.Array, total: jax.Array | None, marks: Marks)
 
 
 def _write(
-    k: jax.Array, v: jax.Array, state: jax.Array, total: jax.Array | None, decay: _Decay | None, marks: Marks
+    options: Options,
+    k: jax.Array,
+    v: jax.Array,
+    state: jax.Array,
+    total: jax.Array | None,
+    decay: _Decay | None,
+    marks: Marks,
 ) -> Any:
     """The state after the chunk: what it was, decayed, and the keys and values of the segment in progress at its end."""
     bad = None if decay is None else decay.bad
@@ -175,7 +176,7 @@ def _write(
         bad = None if bad is None else keep_steps(bad, into_end)
         goes_on = marks.run[:, -1:] == marks.run_before[:, -1:]
         state, total = masked(state, goes_on[:, 0]), None if total is None else masked(total, goes_on[:, 0])
-    state = state + jnp.einsum("bkjh,bkjv->bkhv", k, v)
+    state = state + product("bkjh,bkjv->bkhv", k, v, options)
     total = None if total is None else total + k.sum(2)
     if bad is not None:
         spoiled = bad.any(axis=2)[..., None]
@@ -189,92 +190,37 @@ def time_first(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 2, 1)
 
 
-def _chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
-    """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
-    state, total = carry
+def prepared(options: Options, marks: Marks, dtype: Any, inputs: Any) -> tuple:
+    """Features by head, q (B, K, G, C, H), k (B, K, C, H), v (B, K, C, V), and the decays of a chunk; what is masked is 0."""
     q, k, v, log_decay = inputs
-    k, v = (keep_steps(heads_first(x, state.dtype), marks.key_mask) for x in (k, v))
-    q = heads_first(q, state.dtype)
+    k, v = (keep_steps(heads_first(x, dtype), marks.key_mask) for x in (k, v))
+    q = heads_first(q, dtype)
     q = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
     if options.feature_map is not None:
         q, k = options.feature_map(q), keep_steps(options.feature_map(k), marks.key_mask)
-    decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, state.dtype), marks.key_mask))
+    decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, dtype), marks.key_mask))
+    return q, k, v, decay
+
+
+def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
+    """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
+    state, total = carry
+    q, k, v, decay = prepared(options, marks, state.dtype, inputs)
     allowed = allowed_pairs(marks, q.shape[3], options.strict)
-    scores = _pairs(q, k, decay, allowed)
-    old, old_total = _read(q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
-    numerator = _weighted_values(scores, v, decay, allowed) + old
-    state, new_total = _write(k, v, state, total, decay, marks)
+    scores = weights_of_pairs(options, q, k, decay, allowed)
+    old, old_total = read_state(options, q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
+    numerator = weighted_values(options, scores, v, decay, allowed) + old
+    after = _write(options, k, v, state, total, decay, marks)
     if total is None:
-        return (state, None), time_first(numerator).astype(out_dtype)
+        return after, time_first(numerator).astype(out_dtype)
     denominator = scores.sum(-1) + old_total
     if options.split:
-        return (state, new_total), (time_first(numerator), time_first(denominator))
+        return after, (time_first(numerator), time_first(denominator))
     out = time_first(normalized(numerator, denominator)).astype(out_dtype)
-    return (state, new_total), (out, time_first(denominator))
+    return after, (out, time_first(denominator))
 
 
 def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """numerator / denominator, and 0 with zero gradient where there was nothing to normalise."""
     empty = (denominator == 0)[..., None]
     return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator[..., None]))
-
-
-def outer_product(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array | None,
-    state: tuple[jax.Array, jax.Array | None] | None,
-    *,
-    segments: jax.Array | None = None,
-    last_segment: jax.Array | None = None,
-    key_mask: jax.Array | None = None,
-    size: int | None = None,
-    options: Options = _DEFAULT,
-) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
-    """The chunked kernel behind every member of the family: query (B, T, N, H), key (B, T, K, H), value (B, T, K, V), T >= 1.
-
-    Returns (out, (S, z)): out (B, T, N, V), or (numerator, denominator) with `options.split`.
-    """
-    length = query.shape[1]
-    per_feature = log_decay is not None and log_decay.ndim == 4
-    size = min(size or (16 if per_feature else 64), length)
-    dtype = accumulator(query, key, value)
-    if state is None:
-        k0 = key[:, 0] if options.feature_map is None else options.feature_map(key[:, 0].astype(dtype))
-        z = jnp.zeros_like(k0, dtype)
-        state = (
-            jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))),
-            z if options.normalize else None,
-        )
-    from effattn_jax.recurrence._outer_pull import pull_chunk
-
-    body = partial(_chunk, options, value.dtype)
-    pull = None if per_feature else partial(pull_chunk, options)
-    marks = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
-    out, state = over_chunks(body, state, (query, key, value, log_decay), **marks, size=size, pull=pull)
-    return (out[0] if options.normalize and not options.split else out), state
-
-
-def over_chunks(
-    body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
-    key_mask: jax.Array | None = None, size: int, pull: Callable | None = None,
-) -> tuple[Any, Any]:  # fmt: skip
-    """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...); returns (out, state).
-
-    A last chunk that is not full is padded with masked steps of the last segment.
-    """
-    length = arrays[0].shape[1]
-    arrays, state, segments, last_segment, key_mask = tie((arrays, state, segments, last_segment, key_mask))
-    missing = -length % size
-
-    def pad(x):
-        return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-
-    if missing and key_mask is None:
-        key_mask = jnp.zeros_like(arrays[0].sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
-    if missing and segments is not None:
-        segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
-    marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
-    state, out = scan_chunks(body, state, tuple(map(pad, arrays)), marks, size=size, pull=pull)
-    return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state

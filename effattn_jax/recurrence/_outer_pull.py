@@ -8,20 +8,23 @@ a and b the decays from the chunk's start and to its end. What autodiff would co
 P^T and ds^T are products of their own: on a CPU a product of matrices is cheaper than moving one.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax.recurrence._outer_chunks import (
     Marks,
     Options,
     allowed_pairs,
-    decays_of,
     heads_first,
     keep_steps,
     last_segment,
     masked,
+    prepared,
+    product,
 )
 
 __all__: list[str] = []
@@ -38,12 +41,11 @@ def _cotangents(options: Options, outputs: Any, d_out: Any, groups: int, dtype: 
         return by_head(d_out[0]), by_head(d_out[1])
     if not options.normalize:
         return by_head(d_out), None
-    out, denominator, d_out = by_head(outputs[0]), by_head(outputs[1]), by_head(d_out[0])
-    some = (denominator != 0)[..., None] & jnp.isfinite(
-        out
-    )  # a row of 0 for want of keys, or of NaN, passes nothing back
+    (out, denominator), (d_out, d_denominator) = map(by_head, outputs), map(by_head, d_out)
+    # A row of 0 for want of keys, or of NaN, passes nothing back.
+    some = (denominator != 0)[..., None] & jnp.isfinite(out)
     share = jnp.where(some, d_out / jnp.where(denominator == 0, 1, denominator)[..., None], 0)
-    return share, -jnp.sum(jnp.where(some, share * out, 0), axis=-1)
+    return share, d_denominator - jnp.sum(jnp.where(some, share * out, 0), axis=-1)
 
 
 def pull_chunk(
@@ -53,10 +55,7 @@ def pull_chunk(
     (state, total), (d_state, d_total) = carry, d_carry
     dtype, groups = state.dtype, inputs[0].shape[2] // inputs[1].shape[2]
 
-    def prepared(inputs):
-        return _prepare(options, marks, groups, dtype, *inputs)
-
-    (q, k, v, decay), pull_inputs = jax.vjp(prepared, inputs)
+    (q, k, v, decay), pull_inputs = jax.vjp(partial(prepared, options, marks, dtype), inputs)
     v = jnp.where(jnp.isfinite(v), v, 0)
     g, e = _cotangents(options, outputs, d_out, groups, dtype)
     pairs = allowed_pairs(marks, q.shape[3], options.strict)
@@ -64,17 +63,17 @@ def pull_chunk(
     # What reads the state before the chunk, and what enters the one after it.
     g_old, e_old = (x if from_start is None or x is None else _rows(x, from_start) for x in (g, e))
     q_old = q if decay is None else q * decay.to_step[:, :, None]
-    read = jnp.einsum("bkgiv,bkhv->bkgih", g_old, state)
+    read = product("bkgiv,bkhv->bkgih", g_old, state, options)
     read = read if e is None else read + e_old[..., None] * total[:, :, None, None]
-    write = jnp.einsum("bkjv,bkhv->bkjh", v, d_state)
+    write = product("bkjv,bkhv->bkjh", v, d_state, options)
     write = write if e is None else write + d_total[:, :, None]
     write = keep_steps(write, into_end)
     k_end = keep_steps(k if decay is None else k * decay.to_end, into_end)
 
-    ds, p_t, ds_t, d_between = _products(q, k, v, g, e, decay, pairs)
-    dq = jnp.einsum("bkgij,bkjh->bkgih", ds, k) + (read if decay is None else read * decay.to_step[:, :, None])
-    dk = jnp.einsum("bkjgi,bkgih->bkjh", ds_t, q) + (write if decay is None else write * decay.to_end)
-    dv = jnp.einsum("bkjgi,bkgiv->bkjv", p_t, g) + jnp.einsum("bkjh,bkhv->bkjv", k_end, d_state)
+    ds, p_t, ds_t, d_between = _products(options, q, k, v, g, e, decay, pairs)
+    dq = product("bkgij,bkjh->bkgih", ds, k, options) + (read if decay is None else read * decay.to_step[:, :, None])
+    dk = product("bkjgi,bkgih->bkjh", ds_t, q, options) + (write if decay is None else write * decay.to_end)
+    dv = product("bkjgi,bkgiv->bkjv", p_t, g, options) + product("bkjh,bkhv->bkjv", k_end, d_state, options)
 
     goes_on = None if marks.run is None else (marks.run[:, -1:] == marks.run_before[:, -1:])[:, 0]
     d_kept_state, d_kept_total = masked(d_state, goes_on), None if e is None else masked(d_total, goes_on)
@@ -88,21 +87,10 @@ def pull_chunk(
         )  # fmt: skip
         d_kept_state = d_kept_state * decay.kept[..., None]
         d_kept_total = None if e is None else d_kept_total * decay.kept
-    d_state = d_kept_state + jnp.einsum("bkgih,bkgiv->bkhv", q_old, g_old)
+    d_state = d_kept_state + product("bkgih,bkgiv->bkhv", q_old, g_old, options)
     d_total = None if e is None else d_kept_total + jnp.einsum("bkgih,bkgi->bkh", q_old, e_old)
     (d_inputs,) = pull_inputs((dq, dk, dv, d_decay))
     return (d_state, d_total), d_inputs
-
-
-def _prepare(options: Options, marks: Marks, groups: int, dtype: Any, q, k, v, log_decay) -> tuple:
-    """Features by head, values and decays of a chunk."""
-    k, v = (keep_steps(heads_first(x, dtype), marks.key_mask) for x in (k, v))
-    q = heads_first(q, dtype)
-    q = q.reshape(q.shape[0], k.shape[1], groups, *q.shape[2:])
-    if options.feature_map is not None:
-        q, k = options.feature_map(q), keep_steps(options.feature_map(k), marks.key_mask)
-    decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, dtype), marks.key_mask))
-    return q, k, v, decay
 
 
 def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -110,13 +98,13 @@ def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.where(rows.reshape(rows.shape[0], 1, 1, rows.shape[1], *(1,) * (x.ndim - 4)), x, 0)
 
 
-def _products(q, k, v, g, e, decay, pairs) -> tuple:
+def _products(options, q, k, v, g, e, decay, pairs) -> tuple:
     """ds (B, K, G, i, j), P^T and ds^T (B, K, j, G, i), and the cotangent of the decays between pairs."""
     weight = None if decay is None else jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf))
     pairs_t = jnp.swapaxes(pairs, 1, 2)[:, None, :, None]  # (B | 1, 1, j, 1, i)
     weight_t = None if decay is None else jnp.swapaxes(weight, 2, 3)[:, :, :, None]
-    dp, p_t = jnp.einsum("bkgiv,bkjv->bkgij", g, v), jnp.einsum("bkjh,bkgih->bkjgi", k, q)
-    dp_t = jnp.einsum("bkjv,bkgiv->bkjgi", v, g)
+    dp, p_t = product("bkgiv,bkjv->bkgij", g, v, options), product("bkjh,bkgih->bkjgi", k, q, options)
+    dp_t = product("bkjv,bkgiv->bkjgi", v, g, options)
     if e is not None:
         dp, dp_t = dp + e[..., None], dp_t + e[:, :, None]
     d_between = None
@@ -128,6 +116,5 @@ def _products(q, k, v, g, e, decay, pairs) -> tuple:
 
 
 def _no_cotangent(x: jax.Array) -> Any:
-    import numpy as np
-
+    """What stands for the cotangent of a boolean."""
     return np.zeros(x.shape, jax.dtypes.float0)

@@ -21,14 +21,14 @@ from effattn_jax._derivatives import tie
 __all__ = ["diagonal_recurrence"]
 
 
-def _forget(decay: jax.Array, state: jax.Array) -> jax.Array:
+def forget(decay: jax.Array, state: jax.Array) -> jax.Array:
     """decay * state, where a decay of exactly 0 forgets NaN and Inf as well."""
     return jnp.where(decay == 0, 0, decay * state)
 
 
 def _scan(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
     def step(h, ax):
-        h = _forget(ax[0], h) + ax[1]
+        h = forget(ax[0], h) + ax[1]
         return h, h
 
     over_time = (jnp.moveaxis(decay, 1, 0), jnp.moveaxis(inputs, 1, 0))
@@ -38,7 +38,7 @@ def _scan(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
 
 def _compose(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """The affine map h -> a2 (a1 h + x1) + x2."""
-    return _forget(second[0], first[0]), _forget(second[0], first[1]) + second[1]
+    return forget(second[0], first[0]), forget(second[0], first[1]) + second[1]
 
 
 def _associative(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
@@ -66,7 +66,7 @@ def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
     (a_end, h_end), (a_from_start, h_local) = lax.scan(step, identity, (a_CxBxn, x_CxBxn))
     ends = _scan(a_end, h_end, False)
     starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
-    h = jnp.moveaxis(_forget(a_from_start, starts[None]) + h_local, 0, 2)
+    h = jnp.moveaxis(forget(a_from_start, starts[None]) + h_local, 0, 2)
     return h.reshape(h.shape[0], count * size, *h.shape[3:])[:, :length]
 
 
@@ -175,7 +175,7 @@ def diagonal_recurrence(
     if initial_state is not None:
         decay, inputs, initial_state = tie((decay, inputs, initial_state))
         first = -1 if reverse else 0
-        inputs = inputs.at[:, first].add(_forget(decay[:, first], initial_state))
+        inputs = inputs.at[:, first].add(forget(decay[:, first], initial_state))
     else:
         decay, inputs = tie((decay, inputs))
     h = _solve(decay, inputs, reverse, _FORMS[implementation])

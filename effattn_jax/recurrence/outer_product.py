@@ -8,6 +8,7 @@ Source: Katharopoulos et al., arXiv:2006.16236; with decays Yang et al., arXiv:2
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, floating, positive
-from effattn_jax.recurrence._outer_chunks import Options, normalized, outer_product, repeat_heads
+from effattn_jax.recurrence._outer_chunks import Options, normalized, repeat_heads
+from effattn_jax.recurrence._outer_kernel import outer_product
 
 __all__ = ["outer_product_recurrence"]
 
@@ -52,7 +54,12 @@ def _step_by_step(query, key, value, log_decay, state, *, segments=None, options
     return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
 
 
-_FORMS: dict[str | None, Callable] = {None: outer_product, "chunked": outer_product, "scan": _step_by_step}
+_FORMS: dict[str | None, Callable] = {
+    None: outer_product,
+    "chunked": partial(outer_product, implementation="chunked"),
+    "parallel": partial(outer_product, implementation="parallel"),
+    "scan": _step_by_step,
+}
 
 
 def check_decay(log_decay: ArrayLike | None, key: jax.Array, heads: int, batch: tuple[int, ...]) -> jax.Array | None:
@@ -92,8 +99,9 @@ def outer_product_recurrence(
       segment_ids: (*B, T) integers; the state restarts wherever the id changes.
       return_state: also return the last state, in the form of `initial_state`.
       normalize: divide o_t by query_t . z_t, z_t the sum of keys under the same decay; 0 where that is 0.
-      chunk_size: steps a chunk; None is 64, or 16 with a decay for each feature.
-      implementation: "chunked" (products of matrices, O(T) memory in both passes) or "scan" (step by step); None is "chunked".
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 16 with a decay for each feature.
+      implementation: "chunked" (products of matrices, one chunk after the other, O(T) memory in both passes), "parallel" (all chunks side by
+        side, O(T (C + H V / C)) memory, for accelerators) or "scan" (step by step); None picks by the platform the program is compiled for.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state); states are float32 at least.

@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks import widened
 from .subjects import Subject, stepwise
+from .token_references import TOKEN_REFERENCES
 
 
 def allowed(inputs, *, is_causal=True, window=None, mask=None, segment_ids=None):
@@ -60,20 +62,70 @@ def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, **pattern):
     return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
 
 
-def linear(inputs, *, normalize=True, scale=None, **pattern):
-    """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j) with phi = elu + 1."""
+def unit(x):
+    """x / |x|, 0 for x = 0."""
+    length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    return x / jnp.where(length == 0, 1.0, length)
+
+
+def second_order(x):
+    """[1, y, y (x) y / sqrt(2)] with y = x / H^(1/4), all H^2 products."""
+    y = x / x.shape[-1] ** 0.25
+    products = (y[..., :, None] * y[..., None, :]).reshape(*x.shape[:-1], -1)
+    return jnp.concatenate([jnp.ones_like(y[..., :1]), y, products / np.sqrt(2)], axis=-1)
+
+
+def neighbours(x):
+    """r_i r_{i + 1} around the circle, r = relu([x, -x])."""
+    r = jnp.maximum(jnp.concatenate([x, -x], axis=-1), 0)
+    return r * jnp.roll(r, -1, axis=-1)
+
+
+def both_softmaxes(x, weights):
+    """[softmax(x W), softmax(-x W)], one W a head."""
+    logits = jnp.einsum("btnh,nhp->btnp", x, weights)
+    return jnp.concatenate([jax.nn.softmax(logits), jax.nn.softmax(-logits)], axis=-1)
+
+
+PHI = {
+    "elu": lambda x: jnp.where(x > 0, x + 1.0, jnp.exp(jnp.where(x > 0, 0.0, x))),
+    "relu": lambda x: jnp.maximum(x, 0),
+    "identity": lambda x: x,
+    "exp": jnp.exp,
+    "cosine": lambda x: jnp.concatenate([jnp.ones_like(x[..., :1]), unit(x)], axis=-1),
+    "taylor": second_order,
+    "dpfp": neighbours,
+}
+
+
+def linear(inputs, *, normalize=True, scale=None, feature_map="elu", query_weights=None, key_weights=None, **pattern):
+    """o_i = sum_j phi(q_i).phi(k_j) v_j / sum_j phi(q_i).phi(k_j)."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
     assert scale is None
-
-    def phi(x):
-        return jnp.where(x > 0, x + 1.0, jnp.exp(jnp.where(x > 0, 0.0, x)))
-
-    weights = jnp.where(allowed(inputs, **pattern), jnp.einsum("btnh,bsnh->bnts", phi(query), phi(key)), 0.0)
+    if query_weights is not None:
+        query, key = both_softmaxes(query, query_weights), both_softmaxes(key, key_weights)
+    else:
+        query, key = PHI[feature_map](query), PHI[feature_map](key)
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    weights = jnp.where(allowed(inputs, **pattern), jnp.einsum("btnh,bsnh->bnts", query, key), 0.0)
     if normalize:
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights / jnp.where(total > 0, total, 1.0)
+        weights = weights / jnp.where(total == 0, 1.0, total)
     return jnp.einsum("bnts,bsnv->btnv", weights, value)
+
+
+def efficient(inputs, **pattern):
+    """o_i = sum_a softmax(q_i)_a sum_j r_ija v_j, r_ija the softmax of feature a over the positions j that i sees."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
+    pairs = allowed(inputs, **pattern)[..., None]
+    shape = (query.shape[0], query.shape[2], query.shape[1], *key.shape[1::2])
+    logits = jnp.where(pairs, jnp.broadcast_to(jnp.moveaxis(key, 2, 1)[:, :, None], shape), -1e30)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=3, keepdims=True, initial=-1e30))
+    weights = jnp.where(pairs, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=3, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("btna,bntsa,bsnv->btnv", jax.nn.softmax(query), weights, value)
 
 
 def restarts(segment_ids):
@@ -104,6 +156,49 @@ def gated_linear(inputs, **pattern):
         "btnh,btsnh,bsnh->bnts", query, jnp.exp(jnp.broadcast_to(between, (*between.shape[:4], key.shape[3]))), key
     )
     return jnp.einsum("bnts,bsnv->btnv", jnp.where(allowed(inputs, **pattern), weights, 0.0), value)
+
+
+def retention(inputs, **pattern):
+    """The decay 1 - 2^(-5 - h) for every step of head h."""
+    heads = inputs["query"].shape[2]
+    decay = jnp.broadcast_to(jnp.log(1 - 0.5 ** (5 + jnp.arange(heads))), (*inputs["key"].shape[:2], heads))
+    return gated_linear({**inputs, "log_decay": decay}, **pattern)
+
+
+def delta_states(key, value, beta, decay, new):
+    """Per step, time first: the state as it decays, and after the write that makes key return more of value."""
+
+    def step(state, t):
+        state = jnp.where(new[:, t, None, None, None], 0.0, state) * jnp.exp(decay[:, t])[..., None, None]
+        found = jnp.einsum("bnhv,bnh->bnv", state, key[:, t])
+        write = jnp.einsum("bnh,bnv->bnhv", key[:, t], beta[:, t][..., None] * (value[:, t] - found))
+        return state + write, (state, state + write)
+
+    state = jnp.zeros((key.shape[0], *key.shape[2:], value.shape[3]), key.dtype)
+    return jax.lax.scan(step, state, jnp.arange(key.shape[1]))[1]
+
+
+def delta_rule(inputs, *, is_causal=True, mask=None, segment_ids=None):
+    """o_i = S_i^T q_i, S the states of the delta rule; without causality also those of reversed time before their step i writes."""
+    query, key, value, beta = (inputs[name] for name in ("query", "key", "value", "beta"))
+    B, T, N, _ = query.shape
+    S = key.shape[1]
+    key, value, decay = spread(key, N), spread(value, N), inputs.get("log_decay", jnp.zeros_like(beta))
+    if mask is not None:
+        keep = jnp.broadcast_to(jnp.asarray(mask)[..., 0, 0, :], (B, S))[..., None]
+        beta, decay = jnp.where(keep, beta, 0.0), jnp.where(keep, decay, 0.0)
+    ids = jnp.zeros((B, S), int) if segment_ids is None else segment_ids
+    if S == 0:
+        return jnp.zeros((B, T, N, value.shape[3]), query.dtype)
+    rows = np.arange(T) + S - T
+    here = jnp.asarray(np.maximum(rows, 0))
+    _, states = delta_states(key, value, beta, decay, restarts(ids))
+    read = jnp.where((rows >= 0)[:, None, None, None, None], states[here], 0.0)
+    if not is_causal:
+        arrays = [x[:, ::-1] for x in (key, value, beta, decay)]
+        decayed, states = delta_states(*arrays, restarts(ids[:, ::-1]))
+        read = read + jnp.where((rows >= 0)[:, None, None, None, None], decayed[::-1][here], states[-1][None])
+    return jnp.einsum("tbnhv,btnh->btnv", read, query)
 
 
 def performer(inputs, *, projection, scale=None, **pattern):
@@ -166,16 +261,97 @@ def diagonal(inputs, *, segment_ids=None, reverse=False):
     return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.arange(x.shape[1]))[1], 0, 1)
 
 
+def counted(mask, segment_ids, batch, length):
+    """(B, T): how many real tokens of its segment stand before each token, one step at a time."""
+    real = (
+        np.ones((batch, length), bool)
+        if mask is None
+        else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
+    )
+    ids = np.zeros((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
+    places = np.zeros((batch, length), int)
+    for b in range(batch):
+        count = 0
+        for t in range(length):
+            count = 0 if t and ids[b, t] != ids[b, t - 1] else count
+            places[b, t] = count
+            count += real[b, t]
+    return places
+
+
+def places_of(inputs, *, is_causal=True, mask=None, segment_ids=None, **_):
+    """Places of queries (B, T) and keys (B, S): a query's is its key's where both are one sequence or the ends are aligned."""
+    (B, T), S = inputs["query"].shape[:2], inputs["key"].shape[1]
+    query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    over_keys = mask if mask is not None and four_axes(np.asarray(mask)).shape[1:3] == (1, 1) else None
+    keys = counted(over_keys, key_ids, B, S)
+    if not is_causal and (T != S or query_ids is not key_ids):
+        return counted(None, query_ids, B, T), keys
+    return np.concatenate([np.zeros((B, max(T - S, 0)), int), keys], axis=1)[:, -T or S + T :], keys
+
+
+def synthesizer(make):
+    """The reference of a Synthesizer: `make(inputs, query places, key places, **weights)` forms all scores, (B, N, T, S)."""
+
+    def reference(inputs, *, bias=None, is_causal=True, mask=None, segment_ids=None, **weights):
+        pattern = {"is_causal": is_causal, "mask": mask, "segment_ids": segment_ids}
+        scores = make(inputs, *places_of(inputs, **pattern), **weights)
+        T, S = inputs["query"].shape[1], inputs["key"].shape[1]
+        scores = jnp.broadcast_to(scores, (inputs["query"].shape[0], inputs["query"].shape[2], T, S))
+        nothing = {"query": 0 * inputs["query"][..., :1], "key": 0 * inputs["key"][..., :1], "value": inputs["value"]}
+        return softmax(nothing, bias=scores if bias is None else scores + four_axes(bias), scale=1.0, **pattern)
+
+    return reference
+
+
+def dense_columns(inputs, _, keys, hidden_bias, columns, column_bias):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    return jnp.einsum("btnh,bsnh->bnts", hidden, columns[keys]) + jnp.moveaxis(column_bias[keys], 2, 1)[:, :, None]
+
+
+def random_table(_, queries, keys, table):
+    return jnp.moveaxis(table[queries[:, :, None], :, keys[:, None, :]], 3, 1)
+
+
+def factorized_columns(inputs, _, keys, hidden_bias, left, right):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    u, v = np.divmod(keys, right.shape[0])
+    return jnp.einsum("btnh,bsnh->bnts", hidden, left[u]) * jnp.einsum("btnh,bsnh->bnts", hidden, right[v])
+
+
+def factorized_table(_, queries, keys, left, right):
+    return jnp.einsum("btnk,bsnk->bnts", left[queries], right[keys])
+
+
+def mixed_scores(inputs, queries, keys, mixture, left, right):
+    alpha = jax.nn.softmax(mixture, axis=-1)[None, :, :, None, None]
+    key = spread(inputs["key"], inputs["query"].shape[2])
+    products = jnp.einsum("btnh,bsnh->bnts", inputs["query"], key) / np.sqrt(key.shape[-1])
+    return alpha[:, :, 0] * products + alpha[:, :, 1] * factorized_table(inputs, queries, keys, left, right)
+
+
 REFERENCES = {
+    "residual": softmax,
+    "synthesizer_dense": synthesizer(dense_columns),
+    "synthesizer_random": synthesizer(random_table),
+    "synthesizer_factorized_dense": synthesizer(factorized_columns),
+    "synthesizer_factorized_random": synthesizer(factorized_table),
+    "synthesizer_mixed": synthesizer(mixed_scores),
     "softmax": softmax,
     "linear": linear,
+    "linear_hedgehog": linear,
     "gated_linear": gated_linear,
-    "performer": performer,
+    "efficient": efficient,
+    "retention": retention,
+    "delta_rule": delta_rule,
+    "gated_delta_rule": delta_rule,
     "diagonal": diagonal,
     "diagonal_complex": diagonal,
+    "performer": performer,
     "outer_product": outer_product,
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
+    **TOKEN_REFERENCES,
 }
 
 
@@ -190,7 +366,10 @@ def reference_of(subject: Subject):
     Inputs without a time axis reach a reference among its options; those of the member stand unless the caller gives others.
     """
     if subject.name in REFERENCES:
-        return lambda inputs, **options: REFERENCES[subject.name](inputs, **{**subject.weights(inputs), **options})
+        form = {"is_causal": subject.causal} if subject.is_token_mixer else {}
+        return lambda inputs, **options: REFERENCES[subject.name](
+            inputs, **{**form, **widened(subject.weights(inputs)), **options}
+        )
 
     def own_steps(inputs, *, mask=None, segment_ids=None, **options):
         per_call = {"mask": mask, "segment_ids": segment_ids}

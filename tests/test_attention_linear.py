@@ -1,0 +1,301 @@
+"""Linear attention beyond the laws: every feature map, numbers of any size, what the delta rule remembers, the weights of any kernel."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import attention
+from effattn_jax.attention import delta_rule_attention, efficient_attention, gated_linear_attention, linear_attention
+from tests.laws import checks, references
+from tests.laws.subjects import MIXER_SUBJECTS, time_slice
+
+LINEAR = next(s for s in MIXER_SUBJECTS if s.name == "linear")
+MASK = np.random.default_rng(0).random((2, 1, 1, 9)) < 0.7
+SEGMENTS = np.array([[0] * 4 + [1] * 5, [2] * 3 + [0] + [5] * 5], np.int32)
+MAPS = sorted(references.PHI)
+CALLS = {
+    "causal": {},
+    "packed": {"mask": MASK, "segment_ids": SEGMENTS},
+    "both ways": {"is_causal": False, "mask": MASK},
+    "both ways, packed": {"is_causal": False, "mask": MASK, "segment_ids": SEGMENTS},
+}
+
+
+def rows(seed=0, length=7, batch=1, heads=2, dim=4):
+    return np.random.default_rng(seed).normal(size=(3, batch, length, heads, dim)).astype(np.float32)
+
+
+# Feature maps
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_is_its_reference(name, call):
+    """Values and gradients to 1e-12, with grouped heads; "identity" as it is meant to be used, without a normaliser."""
+    options = {"feature_map": name, "normalize": name != "identity", **CALLS[call]}
+    inputs = LINEAR.inputs(length=9)
+    expected = checks.oracle(functools.partial(references.linear, **options), inputs)
+    with checks.x64():
+        function = functools.partial(linear_attention, **{"is_causal": True, "chunk_size": 4, **options})
+        actual = checks.value_and_grads(lambda x: function(**x), checks.widened(inputs))
+        checks.assert_close(actual, expected, checks.DOUBLE)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_map_resumes_from_its_state(name):
+    inputs = LINEAR.inputs(length=9)
+    attend = functools.partial(linear_attention, feature_map=name, is_causal=True, normalize=name != "identity")
+
+    @jax.jit
+    def resumed(inputs):
+        head, state = attend(**time_slice(inputs, 0, 4), return_state=True)
+        middle, state = attend(**time_slice(inputs, 4, 5), initial_state=state, return_state=True)
+        return jnp.concatenate([head, middle, attend(**time_slice(inputs, 5, 9), initial_state=state)], axis=1)
+
+    checks.assert_close(resumed(inputs), attend(**inputs), checks.OUTPUT)
+
+
+@pytest.mark.parametrize("name", [name for name in MAPS if name != "identity"])
+def test_the_normaliser_has_a_gradient(name):
+    """With all values 1 the output is 1 whatever the keys: what the numerator's gradient gives, the normaliser's takes back."""
+    query, key, value = rows(length=20)
+    loss = lambda q, k: linear_attention(q, k, np.ones_like(value), feature_map=name, is_causal=True).sum()  # noqa: E731
+    slopes = jax.jit(jax.grad(loss, (0, 1)))(np.abs(query), np.abs(key))
+    for slope in slopes:
+        np.testing.assert_allclose(slope, 0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_the_scale_of_features_cancels(scale):
+    """Nothing is added to a normaliser that a small sum would drown in."""
+    query, key, value = rows(length=20)
+
+    def scaled(x):
+        return scale * attention.elu_plus_one(x)
+
+    for is_causal in (True, False):
+        plain = linear_attention(query, key, value, is_causal=is_causal)
+        checks.assert_close(
+            linear_attention(query, key, value, feature_map=scaled, is_causal=is_causal), plain, checks.OUTPUT
+        )
+    cosine = functools.partial(linear_attention, feature_map="cosine", is_causal=True)
+    checks.assert_close(cosine(scale * query, key / scale, value), cosine(query, key, value), 1e-5)
+
+
+def test_cosine_of_zero_has_value_and_gradient():
+    x = jnp.zeros((2, 3)).at[1].set(jnp.array([3e-30, 0.0, 4e-30]))
+    np.testing.assert_allclose(attention.cosine_features(x), [[1, 0, 0, 0], [1, 0.6, 0, 0.8]], rtol=1e-6)
+    slope = jax.grad(lambda x: attention.cosine_features(x).sum())(x)
+    assert np.all(np.isfinite(slope)) and not np.any(slope[0])
+
+
+def test_learned_maps_for_queries_and_keys():
+    """hedgehog by name with weights, and the same as a pair of functions; a map may be one function of both."""
+    query, key, value = rows()
+    w_query, w_key = np.random.default_rng(1).normal(size=(2, 2, 4, 3)).astype(np.float32)
+    named = linear_attention(
+        query, key, value, feature_map="hedgehog", query_weights=w_query, key_weights=w_key, is_causal=True
+    )
+    pair = tuple(attention.hedgehog_features(w) for w in (w_query, w_key))
+    checks.assert_close(named, linear_attention(query, key, value, feature_map=pair, is_causal=True), checks.OUTPUT)
+    assert attention.dpfp_features(query, order=3).shape[-1] == 24
+    one = linear_attention(query, key, value, feature_map=lambda x: attention.dpfp_features(x) + 1)
+    assert np.all(np.isfinite(one))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"feature_map": "hedgehog"}, "query_weights must be given"),
+        (
+            {"feature_map": "hedgehog", "query_weights": np.ones((4, 4)), "key_weights": np.ones((3, 4))},
+            r"key_weights must have shape \(2, 4, 'P'\)",
+        ),
+        (
+            {"feature_map": "hedgehog", "query_weights": np.ones((4, 4)), "key_weights": np.ones((4, 5))},
+            "one size P",
+        ),
+        ({"feature_map": "elu", "key_weights": np.ones((4, 4))}, "key_weights belongs to feature_map='hedgehog'"),
+        ({"feature_map": (np.exp,)}, "a pair must hold two functions"),
+        ({"feature_map": "taylr"}, "did you mean 'taylor'"),
+    ],
+)
+def test_mistakes_with_maps(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_attention(*rows(), **options)
+
+
+# Exponentials
+
+
+def exp_reference(inputs):
+    """Linear attention with phi = exp by logarithms alone: log w_ij = logsumexp_a(q_ia + k_ja)."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    logs = jax.nn.logsumexp(query[:, :, None] + key[:, None], axis=-1)  # (B, T, S, N)
+    causal = np.tri(query.shape[1], dtype=bool)[None, :, :, None]
+    return jnp.einsum("btsn,bsnv->btnv", jax.nn.softmax(jnp.where(causal, logs, -jnp.inf), axis=2), value)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 30.0, 1e3])
+def test_exponentials_of_any_size(norm):
+    """Queries and keys of norms from 1e-3 to 1e3: outputs equal those of logarithms in float64, gradients are finite."""
+    query, key, value = rows(length=40)
+    query, key = (norm * x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
+    inputs = {"query": query, "key": key, "value": value}
+    linear = functools.partial(linear_attention, feature_map="exp")
+    tolerance = 2e-6 * max(1, norm / 10)  # q + k is rounded at its own size
+    for function, reference in ((linear, exp_reference), (efficient_attention, references.efficient)):
+        function = functools.partial(function, is_causal=True)
+        output, slopes = checks.value_and_grads(lambda x, function=function: function(**x), inputs)
+        checks.assert_close(output, checks.oracle(reference, inputs)[0], tolerance)
+        assert all(np.all(np.isfinite(slope)) for slope in slopes)
+
+
+def test_exponentials_shift_with_a_growing_maximum():
+    """Keys that rise by 50 a step: each step forgets the last but for exp(-50), in whatever order maxima come."""
+    _, _, value = rows(length=30)
+    key = np.broadcast_to(50.0 * np.arange(30, dtype=np.float32)[None, :, None, None], value.shape)
+    for function in (efficient_attention, functools.partial(linear_attention, feature_map="exp")):
+        np.testing.assert_allclose(function(np.zeros_like(key), key, value, is_causal=True), value, rtol=1e-6)
+        falling = function(np.zeros_like(key), -key, value, is_causal=True)
+        np.testing.assert_allclose(falling, np.broadcast_to(value[:, :1], value.shape), rtol=1e-6)
+
+
+# Decays
+
+
+DECAYS = [0.0, -1e-8, -50.0, -np.inf]
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated_linear", "gated_delta_rule"])
+def test_decays_from_nothing_to_everything(gated, decay):
+    """0, -1e-8, -50 and -inf in the middle of a row: the step-by-step recurrence, in gradients too."""
+    subject = next(s for s in MIXER_SUBJECTS if s.name == ("gated_linear" if gated else "gated_delta_rule"))
+    inputs = subject.inputs(length=9)
+    inputs["log_decay"] = inputs["log_decay"].copy()
+    inputs["log_decay"][:, 3:6] = decay
+    function = functools.partial(subject.call, chunk_size=4)
+    actual = checks.value_and_grads(function, inputs)
+    expected = checks.oracle(references.outer_product if gated else references.delta_rule, inputs)
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+
+
+def test_retention_is_a_gated_form():
+    query, key, value = rows(heads=3)
+    np.testing.assert_array_equal(attention.retention_decay(3), 1 - 0.5 ** np.arange(5, 8))
+    log_decay = np.broadcast_to(np.log(attention.retention_decay(3)).astype(np.float32), query.shape[:3])
+    expected = gated_linear_attention(query, key, value, log_decay=log_decay, is_causal=True)
+    checks.assert_close(attention.retention_attention(query, key, value, is_causal=True), expected, checks.OUTPUT)
+    half = attention.retention_attention(query, key, value, decay=np.full(3, 0.5, np.float32), is_causal=True)
+    expected = gated_linear_attention(query, key, value, log_decay=np.full_like(log_decay, np.log(0.5)), is_causal=True)
+    checks.assert_close(half, expected, checks.OUTPUT)
+    with pytest.raises(ValueError, match=r"decay must have shape \(N,\) = \(3,\)"):
+        attention.retention_attention(query, key, value, decay=np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="num_heads"):
+        attention.retention_decay(0)
+
+
+# The delta rule
+
+
+def test_delta_rule_recalls_stored_pairs():
+    """Orthonormal keys and beta = 1: every stored value comes back, the newest where a key was written twice."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0].astype(np.float32)
+    order = np.concatenate([np.arange(64), np.arange(64)[::-1], np.arange(64)])
+    key = basis[order][None, :, None]
+    value = np.random.default_rng(1).normal(size=(1, 192, 1, 8)).astype(np.float32)
+    value[:, 128:] = 0  # asked for, and not written
+    beta = np.where(np.arange(192) < 128, 1, 0).astype(np.float32)[None, :, None]
+    out = delta_rule_attention(key, key, value, beta=beta, is_causal=True)
+    np.testing.assert_allclose(out[0, 128:, 0], value[0, 64:128, 0][::-1], atol=1e-5)
+
+
+def test_delta_rule_with_one_key_again_and_again():
+    """A power series of the triangle would reach 1e18 here; the blocks of its inverse stay as small as the answer."""
+    value = np.random.default_rng(1).normal(size=(1, 200, 1, 4)).astype(np.float32)
+    key = np.broadcast_to(np.float32([0.6, 0.8]), (1, 200, 1, 2))
+    for strength in (1.0, 1.9):
+        beta = np.full((1, 200, 1), strength, np.float32)
+        inputs = {"query": key, "key": key, "value": value, "beta": beta}
+        out, slopes = checks.value_and_grads(lambda x: delta_rule_attention(**x, is_causal=True), inputs)
+        expected = checks.oracle(references.delta_rule, inputs)
+        checks.assert_close(out, expected[0], 1e-5)
+        checks.assert_close(slopes, expected[1], 1e-4)
+        if strength == 1:
+            np.testing.assert_allclose(out, value, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.99])
+def test_delta_rule_is_stable_with_unit_keys(strength):
+    """|k| = 1 and beta in (0, 2): after 8,192 steps the state is as large as values, and float32 is float64 to 1e-4."""
+    query, key, value = rows(length=8192, heads=1, dim=16)
+    key = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    beta = np.full((1, 8192, 1), strength, np.float32)
+    attend = jax.jit(functools.partial(delta_rule_attention, is_causal=True, return_state=True))
+    out, state = attend(query, key, value, beta=beta)
+    assert float(jnp.abs(state.kv).max()) < 100
+    with checks.x64():
+        wide = jax.jit(functools.partial(delta_rule_attention, is_causal=True))(
+            *(x.astype(np.float64) for x in (query, key, value)), beta=beta.astype(np.float64)
+        )
+        wide = np.asarray(wide)
+    checks.assert_close(out, wide, 1e-4)
+
+
+def test_delta_rule_that_overflows_leaves_the_past_alone():
+    """Keys so large that their own products overflow: NaN or Inf from there on, the same bits before."""
+    query, key, value = rows(length=70)
+    beta = np.ones((1, 70, 2), np.float32) / 4
+    attend = jax.jit(functools.partial(delta_rule_attention, is_causal=True))
+    clean = attend(query, key, value, beta=beta)
+    for size in (1e4, 1e15, 1e30):
+        large = np.concatenate([key[:, :40], size * key[:, 40:]], axis=1)
+        checks.assert_identical(attend(query, large, value, beta=beta)[:, :40], clean[:, :40])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"beta": np.ones((1, 7), np.float32)}, r"beta must have shape \(\*B, S, N\) = \(1, 7, 2\); got \(1, 7\)"),
+        (
+            {"beta": np.ones((1, 7, 2), np.float32), "log_decay": np.zeros((1, 7, 2, 4), np.float32)},
+            "one decay a head; got one a feature",
+        ),
+    ],
+)
+def test_mistakes_with_the_delta_rule(options, message):
+    with pytest.raises(ValueError, match=message):
+        delta_rule_attention(*rows(), **options)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
+def test_weights_times_values_are_the_output(subject, is_causal):
+    if not is_causal and not subject.bidirectional:
+        pytest.skip("it has no form without causality")
+    inputs = subject.inputs(length=9)
+    options = {"mask": MASK, "segment_ids": SEGMENTS, "is_causal": is_causal}
+    more = {name: array for name, array in inputs.items() if name != "value"} | subject.weights(inputs)
+    weights = attention.attention_weights(subject.function, **more, **options)
+    value = references.spread(inputs["value"], 4)
+    checks.assert_close(jnp.einsum("bnts,bsnv->btnv", weights, value), subject.call(inputs, **options), checks.OUTPUT)
+    if subject.name in ("softmax", "linear", "linear_hedgehog", "efficient"):
+        seen = np.asarray(references.allowed(inputs, **options)).any(-1)
+        np.testing.assert_allclose(weights.sum(-1), np.broadcast_to(seen, weights.shape[:3]), atol=1e-6)
+
+
+def test_weights_refuse_states():
+    query, key, _ = rows()
+    for options in ({"return_state": True}, {"initial_state": ()}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must not be given"):
+            attention.attention_weights("linear", query, key, is_causal=True, **options)
+    with pytest.raises(ValueError, match="kernel='liner' is unknown; did you mean 'linear'"):
+        attention.attention_weights("liner", query, key)
