@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax.attention import random_features
+
 WINDOW = 256
 # What the members that name their pairs are measured with.
 OPTIONS: dict[str, dict[str, int]] = {
@@ -43,7 +45,10 @@ class Contender(NamedTuple):
 def token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal linear attention one token at a time by lax.scan, what JAX codes do that have no chunked form."""
     query, key = (jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))) for x in (query, key))
+    return _scan_tokens(query, key, value)
 
+
+def _scan_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     def step(carry, x):
         state, total = carry
         q, k, v = x
@@ -54,6 +59,24 @@ def token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     zero = jnp.zeros_like(key[:, 0])
     _, out = lax.scan(step, (zero[..., None] * value[:, 0, :, None, :], zero), over_time)
     return jnp.moveaxis(out, 0, 1)
+
+
+def performer_token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal FAVOR+ as published: features of all tokens at once with one stabiliser for all keys, then one token at a time by lax.scan.
+
+    Its keys are stabilised by the greatest projection over positions and features, so outputs depend on later keys. Gradients are those of
+    the scan, which keeps a state a token; published codes run the state backwards by subtraction instead.
+    """
+    dim = query.shape[-1]
+    projection = random_features(jax.random.key(0), 4 * dim, dim)
+
+    def features(x, axes):
+        x = x * dim**-0.25
+        dots = jnp.einsum("btnh,mh->btnm", x, projection)
+        exponent = dots - jnp.sum(x * x, axis=-1, keepdims=True) / 2 - jnp.max(dots, axis=axes, keepdims=True)
+        return (jnp.exp(exponent) + 1e-6) * projection.shape[0] ** -0.5
+
+    return _scan_tokens(features(query, -1), features(key, (1, 3)), value)
 
 
 def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -158,4 +181,5 @@ JAX_PEERS: dict[str, dict[str, Callable]] = {
     "fixed": {"jax.nn, mask": jax_nn_masked(partial(fixed_pairs, **OPTIONS["fixed"]))},
     "topk": {"dense scores": dense_top},
     "linear": {"token scan": token_scan},
+    "performer": {"token scan": performer_token_scan},
 }

@@ -30,6 +30,9 @@ from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
 from effattn_jax.attention.linformer import linformer_attention
+from effattn_jax.attention.performer import draw, performer_attention
+from effattn_jax.attention.performer import empty_state as performer_state
+from effattn_jax.attention.random_features import random_features
 from effattn_jax.attention.residual import one_layer, residual_attention
 from effattn_jax.attention.retention import retention_attention, retention_decay
 from effattn_jax.attention.softmax import dot_product_attention
@@ -65,12 +68,12 @@ __all__ = [
     "ExternalState",
     "LinearState",
     "as_attention_fn",
-    "attention_weights",
     "atrous_attention",
+    "attention_weights",
     "cache",
-    "dense_scores",
     "cosine_features",
     "delta_rule_attention",
+    "dense_scores",
     "dot_product_attention",
     "dpfp_features",
     "efficient_attention",
@@ -82,22 +85,24 @@ __all__ = [
     "gated_linear_attention",
     "hedgehog_features",
     "linear_attention",
+    "linformer_attention",
+    "local_attention",
     "mix_scores",
+    "performer_attention",
+    "random_features",
     "random_scores",
     "residual_attention",
+    "retention_attention",
+    "retention_decay",
+    "sparse_attention",
+    "strided_attention",
     "synthesizer_attention",
     "synthesizer_dense",
     "synthesizer_factorized_dense",
     "synthesizer_factorized_random",
     "synthesizer_mixed",
     "synthesizer_random",
-    "retention_attention",
-    "retention_decay",
     "taylor_features",
-    "linformer_attention",
-    "local_attention",
-    "sparse_attention",
-    "strided_attention",
     "topk_attention",
 ]
 
@@ -306,5 +311,13 @@ MIXERS: dict[str, Mixer] = {
         empty_state=_no_state,
         weights=_projections,
         exempt={"causality": "its projections mix all positions, later ones too", **_SHIFTS},
+    ),
+    "performer": Mixer(
+        performer_attention,
+        ({"implementation": "dense"}, {"chunk_size": 1}, {"chunk_size": 5}),
+        pairwise=False,
+        empty_state=performer_state,
+        weights=draw,
+        runs_on="linear",
     ),
 }

@@ -28,7 +28,8 @@ class LinearState(NamedTuple):
       kv: sum of phi(k) v^T, (*B, K, M, V), float32 at least.
       total: sum of phi(k), (*B, K, M), or None when not normalised.
       segment: id of the segment in progress, (*B,) int32.
-      maximum: greatest key so far, (*B, K, M), where features are exponentials: kv and total are sums of exp(k - maximum). Else None.
+      maximum: greatest exponent so far, (*B, K, M) or one a head, (*B, K, 1), where features are exponentials: kv and total are sums of
+        exp(exponent - maximum). Else None.
     """
 
     kv: jax.Array
@@ -160,14 +161,22 @@ def close_call(call: Call, out: jax.Array, state: LinearState | None, return_sta
 
 
 def check_state(
-    state: Any, call: Call, features: int, *, total: bool, maximum: bool = False, heads: int | None = None
+    state: Any,
+    call: Call,
+    features: int,
+    *,
+    total: bool,
+    maximum: bool = False,
+    level: bool = False,
+    heads: int | None = None,
 ) -> LinearState | None:
     """The state with one batch axis, or the ValueError that says what it should have been."""
     if state is None:
         return None
     lead = call.batch
     kv = (*lead, call.key.shape[2] if heads is None else heads, features, call.value.shape[-1])
-    want = {"kv": kv, "total": kv[:-1] if total else None, "segment": lead, "maximum": kv[:-1] if maximum else None}
+    top = kv[:-1] if maximum else (*kv[:-2], 1) if level else None
+    want = {"kv": kv, "total": kv[:-1] if total else None, "segment": lead, "maximum": top}
     if not isinstance(state, LinearState):
         got = type(state).__name__
     else:

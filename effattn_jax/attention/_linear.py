@@ -87,10 +87,15 @@ def _all_keys(call: Call, mask: jax.Array | None, maps: Maps, normalize: bool) -
     return _merge_heads(out).astype(call.value.dtype)
 
 
-def _dense(call: Call, mask: jax.Array | None, maps: Maps, is_causal: bool, normalize: bool, rows: int) -> jax.Array:
-    """All pairs, `rows` queries at a time: the form to check the others by, and the way for segments that are not aligned in time."""
+def all_pairs(
+    call: Call, features: tuple, is_causal: bool, normalize: bool = True, level: jax.Array | None = None
+) -> jax.Array:
+    """All pairs, a block of queries at a time: the form to check the others by, and the way for segments that are not aligned in time.
+
+    `features` are those of queries (B, T, K, G, M) and keys (B, S, K, M), and the values; exp(level), (B, S, K), is a factor on a key's.
+    """
     length, keys = call.query.shape[1], call.key.shape[1]
-    query, key, value = _features(call, mask, maps)
+    query, key, value = features
     finite = jnp.isfinite(value)
 
     def block(xs):
@@ -99,14 +104,19 @@ def _dense(call: Call, mask: jax.Array | None, maps: Maps, is_causal: bool, norm
         allowed = jnp.broadcast_to(allowed, (key.shape[0], *allowed.shape))
         if call.key_segments is not None:
             allowed = allowed & (ids[:, :, None] == call.key_segments[:, None, :])
-        scores = jnp.where(allowed[:, None, None], jnp.einsum("bikgm,bjkm->bkgij", query, key), 0)
+        scores = jnp.einsum("bikgm,bjkm->bkgij", query, key)
+        if level is not None:
+            seen = jnp.where(allowed[:, None], jnp.moveaxis(level, 2, 1)[:, :, None], jnp.finfo(level.dtype).min)
+            scores = scores * jnp.exp(seen - jnp.max(seen, axis=-1, keepdims=True))[:, :, None]
+        scores = jnp.where(allowed[:, None, None], scores, 0)
         out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, value, 0))
         if normalize:
             out = normalized(out, jnp.moveaxis(scores.sum(-1), 3, 1))
         poisoned = jnp.einsum("bij,bjk->bik", allowed.astype(query.dtype), (~finite).any(-1).astype(query.dtype)) > 0
         return jnp.where(poisoned[..., None, None], jnp.nan, out).astype(call.value.dtype)
 
-    rows, missing = min(rows, length), -length % min(rows, length)
+    rows = min(_BLOCK, length)
+    missing = -length % rows
     row = jnp.arange(length + missing) + keys - length
     ids = jnp.zeros(query.shape[:2], jnp.int32) if call.query_segments is None else call.query_segments
 
@@ -115,7 +125,7 @@ def _dense(call: Call, mask: jax.Array | None, maps: Maps, is_causal: bool, norm
         return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // rows, rows, *x.shape[axis + 1 :]), axis, 0)
 
     out = lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(row, 0), blocks(ids, 1)))
-    return jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length]
+    return _merge_heads(jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length])
 
 
 def _merge_heads(out: jax.Array) -> jax.Array:
@@ -154,7 +164,7 @@ def _attend(
     if max(length, keys) == 0 or (length == 0 and not return_state):
         return _frame.nothing(call, state, features, **parts)
     if implementation == "dense" or call.query_segments is not call.key_segments:
-        return _merge_heads(_dense(call, mask, maps, is_causal, normalize, _BLOCK)), None
+        return all_pairs(call, _features(call, mask, maps), is_causal, normalize), None
     if running:
         return _exponential.attend(call, mask, is_causal, state, size, joint=True)
     if not is_causal and call.query_segments is None and log_decay is None:

@@ -51,6 +51,13 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "strided": partial(MultiHeadAttention, kernel="strided", options={"stride": 32}),
     "fixed": partial(MultiHeadAttention, kernel="fixed", options={"block": 32, "summary": 4}),
     "topk": partial(MultiHeadAttention, kernel="topk", options={"k": 32}),
+    "performer": partial(MultiHeadAttention, kernel="performer", frozen=("projection",)),
+    "performer_relu": partial(
+        MultiHeadAttention,
+        kernel="performer",
+        options={"kernel": "relu"},
+        frozen=("projection",),
+    ),
     "min_gru": MinGRU,
     "mlp_mixer": partial(AttentionFree, kernel="mlp_mixer"),
     "ffn_stack": partial(AttentionFree, kernel="ffn_stack"),

@@ -3,6 +3,7 @@
 q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k, v, gates(x)) W_out
 """
 
+import functools
 import inspect
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax import attention
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
@@ -38,6 +40,8 @@ class MultiHeadAttention(SequenceMixer):
       unit_keys: whether q and k are divided by their length, |q| = |k| = 1, as the delta rule needs.
       head_norm: whether each head's output is divided by its root mean square, for kernels without a normaliser.
       output_gate: whether the output is multiplied by silu(x W_gate) before W_out.
+      frozen: weights of the kernel that are constants, drawn from `seed` and never trained, such as ("projection",).
+      seed: of the frozen weights, which all modules of one seed and size share; they are in no checkpoint, being a function of both.
       The others: see `SequenceMixer`.
 
     Raises:
@@ -63,6 +67,8 @@ class MultiHeadAttention(SequenceMixer):
     unit_keys: bool = False
     head_norm: bool = False
     output_gate: bool = False
+    frozen: tuple[str, ...] = ()
+    seed: int = 0
 
     @nn.compact
     def __call__(
@@ -130,7 +136,10 @@ class MultiHeadAttention(SequenceMixer):
                 raise ValueError(f"max_length must be given: the kernel {self.kernel!r} has tables of places; got None")
             make = partial(make, length=self.max_length)
         names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
-        return {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
+        drawn = _drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
+        fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
+        names = sorted(set(names) - set(fixed))
+        return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
 
     def _has_tables(self):
         make = _line(self.kernel).weights
@@ -257,6 +266,13 @@ def _line(kernel: str):
     if kernel not in attention.MIXERS:
         raise ValueError(f"kernel must be among {tuple(attention.MIXERS)}; got {kernel!r}")
     return attention.MIXERS[kernel]
+
+
+@functools.cache
+def _drawn(kernel: str, seed: int, *sizes: int) -> Mapping[str, np.ndarray]:
+    """The weights of a kernel as constants: drawn once, while the caller is being traced too."""
+    with jax.ensure_compile_time_eval():
+        return {name: np.asarray(x) for name, x in _line(kernel).weights(jax.random.key(seed), *sizes).items()}
 
 
 def _arguments(kernel: str) -> frozenset[str]:

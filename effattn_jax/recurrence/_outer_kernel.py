@@ -92,7 +92,7 @@ def over_chunks(
     body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
     key_mask: jax.Array | None = None, size: int, fold: Callable = scan_chunks,
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...), key second; returns (out, state).
+    """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...); returns (out, state).
 
     A last chunk that is not full is padded with masked steps of the last segment.
     """
@@ -104,7 +104,7 @@ def over_chunks(
         return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
 
     if missing and key_mask is None:
-        key_mask = jnp.zeros_like(arrays[1].sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
+        key_mask = jnp.zeros_like(arrays[0].sum((2, 3))) == 0  # all True: the feature map of a padded key need not be 0
     if missing and segments is not None:
         segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))

@@ -280,6 +280,25 @@ def delta_rule(inputs, *, is_causal=True, mask=None, segment_ids=None):
     return jnp.einsum("tbnhv,btnh->btnv", read, query)
 
 
+def performer(inputs, *, projection, scale=None, **pattern):
+    """o_i = sum_j sum_m exp(w_m.q_i + w_m.k_j - |k_j|^2 / 2) v_j over the sum of these weights, q and k times the root of the scale."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    root = (query.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+    query, key, value = query * root, spread(key, query.shape[2]) * root, spread(value, query.shape[2])
+    exponents = (
+        jnp.einsum("btnh,mh->bntm", query, projection)[:, :, :, None]
+        + (jnp.einsum("bsnh,mh->bnsm", key, projection) - 0.5 * jnp.moveaxis(jnp.sum(key**2, -1), 1, 2)[..., None])[
+            :, :, None
+        ]
+    )
+    pairs = allowed(inputs, **pattern)[..., None]
+    exponents = jnp.where(pairs, exponents, -1e30)
+    top = jax.lax.stop_gradient(jnp.max(exponents, axis=(-2, -1), keepdims=True, initial=-1e30))
+    weights = jnp.sum(jnp.where(pairs, jnp.exp(exponents - top), 0.0), axis=-1)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
+
+
 def outer_product(inputs, *, normalize=False, segment_ids=None):
     """The same recurrence with any number of query heads to a key head; normalised by q.z with z the state of values of one."""
     if normalize:
@@ -414,6 +433,7 @@ REFERENCES = {
     "gated_delta_rule": delta_rule,
     "diagonal": diagonal,
     "diagonal_complex": diagonal,
+    "performer": performer,
     "outer_product": outer_product,
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
