@@ -8,6 +8,7 @@ Source: Wu et al., arXiv:1901.10430; as mixers of pretrained models Tay et al., 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +79,9 @@ def _run(tokens: Tokens, taps: Callable, width: int, is_causal: bool, state: Any
     x = tokens.inputs
     if state is not None:
         state = adopt(state, ConvolutionState(*_nothing(x, width - 1)), tokens.batch)
-    y, after = convolve(x, taps, width, is_causal=is_causal, segment_ids=tokens.segments, state=state)
+    # Computed again in the backward pass, which then keeps the inputs and not their W shifted copies.
+    run = jax.checkpoint(partial(convolve, taps=taps, width=width, is_causal=is_causal))
+    y, after = run(x, segment_ids=tokens.segments, state=state)
     y = tokens.finish(y)
     return (y, jax.tree.map(tokens.restore, after)) if return_state else y
 
