@@ -14,6 +14,7 @@ ACCELERATOR ?=
 REPOSITORY ?=
 BIN := $(VENV)/bin
 comma := ,
+NOTEBOOKS := $(patsubst %.py,%.ipynb,$(wildcard notebooks/*.py))
 suffix := $(if $(ACCELERATOR),-$(ACCELERATOR))
 extras = $(1)$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
 # Python 3.11 has pins of its own: jax 0.11 and later need 3.12.
@@ -31,8 +32,8 @@ help: ## this list
 train: $(VENV)/.train$(suffix) ## train the quickstart, or what ARGS names: make train ARGS="mqar --train.steps 500"
 	@$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.test$(suffix) lint notebooks/quickstart.ipynb ## lint, walls, laws, doctests and the notebook
-	@$(BIN)/python -m pytest -n $(JOBS) --nbmake tests effattn_jax notebooks/quickstart.ipynb $(ARGS)
+test: $(VENV)/.test$(suffix) lint $(NOTEBOOKS) ## lint, walls, laws, doctests and the notebooks
+	@$(BIN)/python -m pytest -n $(JOBS) --nbmake tests effattn_jax $(NOTEBOOKS) $(ARGS)
 
 lint: $(VENV)/.test$(suffix) ## ruff, and the walls between the rooms
 	@$(BIN)/ruff check .
@@ -42,7 +43,7 @@ lint: $(VENV)/.test$(suffix) ## ruff, and the walls between the rooms
 bench: $(VENV)/.test$(suffix) ## time and compiled memory of every mixer against jax.nn
 	@$(BIN)/python -m benchmarks.attention $(ARGS)
 
-notebooks: notebooks/quickstart.ipynb ## build the .ipynb files; REPOSITORY=owner/name makes their Colab badges open them
+notebooks: $(NOTEBOOKS) ## build the .ipynb files; REPOSITORY=owner/name makes their Colab badges open them
 
 notebooks/%.ipynb: notebooks/%.py scripts/notebook.py | $(VENV)/.test$(suffix)
 	@$(BIN)/python scripts/notebook.py $< $@ $(REPOSITORY)

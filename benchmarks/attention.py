@@ -9,6 +9,7 @@ than `--memory-limit` or whose next length would take longer than `--patience` s
 
 import dataclasses
 import datetime
+import inspect
 import json
 import pathlib
 import platform
@@ -23,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import JAX_PEERS, TORCH_PEERS, WINDOW, Contender
+from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender
 from benchmarks.plot import plot
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
@@ -61,9 +62,10 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     """By group: every mixer of the table in its causal form, softmax with a window, and the peers."""
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
-        groups[name] = {
-            "effattn_jax": partial(_jax_contender, settings, partial(_causal, mixer, settings), mixer.extras)
-        }
+        if "length" in mixer.exempt or "causality" in mixer.exempt:
+            continue  # a table over pairs of places does not fit at these lengths; all here is causal
+        call = partial(mixer.function, is_causal=True, **(OPTIONS.get(name) or mixer.options))
+        groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
     for group, members in groups.items():
@@ -74,18 +76,21 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
 
 
-def _causal(mixer: Mixer, settings: Settings, *arrays: jax.Array, **more: jax.Array) -> jax.Array:
-    """The mixer's causal call, its inputs without a time axis made for it."""
-    rng, sizes = jax.random.key(1), (settings.heads, settings.heads, settings.dim)
-    weights = {} if mixer.weights is None else mixer.weights(rng, *sizes)
-    return mixer.function(*arrays, **more, **weights, is_causal=True)
+def _more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+    """What the mixer reads beside query, key and value."""
+    more = {} if mixer is None or mixer.extras is None else mixer.extras(key, query)
+    if mixer is not None and mixer.weights is not None:
+        has_tables = "length" in inspect.signature(mixer.weights).parameters
+        options = {"length": query.shape[1]} if has_tables else {}
+        more |= mixer.weights(key, query.shape[2], query.shape[2], query.shape[3], **options)
+    return more
 
 
-def _jax_contender(settings: Settings, function: Callable, extras: Callable | None, length: int) -> Contender:
+def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, length: int) -> Contender:
     shape = (settings.batch, length, settings.heads, settings.dim)
     keys = jax.random.split(jax.random.key(0), 5)
     query, key, value, cotangent = (jax.random.normal(k, shape).astype(settings.dtype) for k in keys[:4])
-    more = {} if extras is None else extras(keys[4], query)
+    more = _more_inputs(mixer, keys[4], query)
 
     def forward(query, key, value, more):
         return function(query, key, value, **more)

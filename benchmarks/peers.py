@@ -5,6 +5,7 @@ reported, since only XLA says what a compiled program needs.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 WINDOW = 256
+# What the members that name their pairs are measured with.
+OPTIONS: dict[str, dict[str, int]] = {
+    "local": {"window": WINDOW},
+    "atrous": {"dilation": 64},
+    "sparse": {"window": 64, "dilation": 64, "num_global": 4},
+    "strided": {"stride": 64},
+    "fixed": {"block": 64, "summary": 4},
+    "topk": {"k": 64},
+}
 
 
 class Contender(NamedTuple):
@@ -54,6 +64,35 @@ def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 def jax_nn_window(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """jax.nn.dot_product_attention, causal with a window."""
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, local_window_size=(WINDOW, 0))
+
+
+def jax_nn_masked(pairs: Callable) -> Callable:
+    """jax.nn.dot_product_attention with the mask `pairs(i, j)` of query and key numbers, causal: every score is computed."""
+
+    def function(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        number = jnp.arange(query.shape[1])
+        mask = pairs(number[:, None], number[None, :])[None, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
+
+    return function
+
+
+def sparse_pairs(i: jax.Array, j: jax.Array, *, window: int, dilation: int, num_global: int = 0) -> jax.Array:
+    """The causal part of sparse attention's pattern."""
+    return (i - j <= window) | ((i - j) % dilation == 0) | (j < num_global)
+
+
+def fixed_pairs(i: jax.Array, j: jax.Array, *, block: int, summary: int) -> jax.Array:
+    """The causal part of fixed attention's pattern."""
+    return (i // block == j // block) | (j % block >= block - summary)
+
+
+def dense_top(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention over the largest scores, all of them in one array."""
+    scores = jnp.einsum("btnh,bsnh->bnts", query, key) * query.shape[-1] ** -0.5
+    scores = jnp.where(jnp.tri(query.shape[1], dtype=bool), scores, -jnp.inf)
+    least = lax.top_k(lax.stop_gradient(scores), OPTIONS["topk"]["k"])[0][..., -1:]
+    return jnp.einsum("bnts,bsnv->btnv", jax.nn.softmax(jnp.where(scores < least, -jnp.inf, scores)), value)
 
 
 def _torch_contender(function: Callable, length: int, heads: int, dim: int) -> Contender:
@@ -112,5 +151,11 @@ TORCH_PEERS: dict[str, dict[str, Callable[[int, int, int], Contender]]] = {
 JAX_PEERS: dict[str, dict[str, Callable]] = {
     "softmax": {"jax.nn": jax_nn},
     "window 256": {"jax.nn": jax_nn_window},
+    "local": {"jax.nn, mask": jax_nn_masked(lambda i, j: i - j <= WINDOW)},
+    "atrous": {"jax.nn, mask": jax_nn_masked(lambda i, j: (i - j) % OPTIONS["atrous"]["dilation"] == 0)},
+    "sparse": {"jax.nn, mask": jax_nn_masked(partial(sparse_pairs, **OPTIONS["sparse"]))},
+    "strided": {"jax.nn, mask": jax_nn_masked(partial(sparse_pairs, window=63, dilation=64))},
+    "fixed": {"jax.nn, mask": jax_nn_masked(partial(fixed_pairs, **OPTIONS["fixed"]))},
+    "topk": {"dense scores": dense_top},
     "linear": {"token scan": token_scan},
 }

@@ -66,7 +66,7 @@ def entry(room: str, name: str) -> list[str]:
 
 
 def write_pages() -> None:
-    """Write a page a room, and the notebook, into docs/_generated."""
+    """Write a page a room, and the notebooks, into docs/_generated."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     (GENERATED / "api").mkdir(parents=True)
     for found in pkgutil.iter_modules(effattn_jax.__path__):
@@ -78,7 +78,8 @@ def write_pages() -> None:
         for name in module.__all__:
             lines += entry(room, name)
         (GENERATED / "api" / f"{found.name}.md").write_text("\n".join(lines))
-    shutil.copy(ROOT / "notebooks" / "quickstart.ipynb", GENERATED / "quickstart.ipynb")
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        shutil.copy(notebook, GENERATED / notebook.name)
 
 
 def escape(app, what, name, obj, options, lines: list[str]) -> None:

@@ -29,10 +29,18 @@ class Mixer(NamedTuple):
         whose shapes stay the same from call to call.
       extras: `extras(rng, query)` -> further inputs with time on the axis that query has it, by argument name; None where there are none.
       weights: `weights(rng, num_heads, num_kv_heads, head_dim)` -> further float32 inputs without a time axis, such as projections, by
-        argument name; None where there are none.
+        argument name; None where there are none. With a keyword `length` they are tables for sequences up to that long; of two lengths
+        up to which it is not exempt, the shorter has the first rows of the longer.
+      unread: of "query" and "key", those whose numbers do not count; modules then make no projection for them.
+      with_scores: the function that also takes `previous_scores` and returns (out, [state,] scores); None where scores are not handed on.
       runs_on: the name of the member whose loops and derivative rules it runs on, "" for its own. What those loops alone decide is then
         tested there, in every form and transformation; the member itself is tested under every law in its last form.
-      exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is).
+      exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is), "length"
+        (it has no form for the long rows of laws 6 and 7), "removal" (cutting a masked key out moves queries or keys behind it),
+        "window state" (a window is not all that it looks back to), "causality" (it mixes all positions: no causal form, no state, no segments;
+        `tests/laws/test_without_causality.py` holds it to the rest).
+      options: what it cannot be called without, as small as tests need it.
+      keys_seen: `keys_seen(context, is_causal, **options)` -> how many keys a query's pattern gives it, for counts of operations; None: all.
     """
 
     function: Callable
@@ -41,8 +49,12 @@ class Mixer(NamedTuple):
     empty_state: Callable
     extras: Callable | None = None
     weights: Callable | None = None
+    unread: tuple[str, ...] = ()
+    with_scores: Callable | None = None
     runs_on: str = ""
     exempt: Mapping[str, str] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})
+    keys_seen: Callable | None = None
 
 
 class Recurrence(NamedTuple):
@@ -57,6 +69,28 @@ class Recurrence(NamedTuple):
     function: Callable
     forms: tuple[dict[str, Any], ...]
     sample: Callable
+
+
+class TokenMixer(NamedTuple):
+    """One line of the table of attention-free mixers.
+
+    Attributes:
+      function: f(inputs (*B, T, D), **weights, is_causal, mask (*B, T), segment_ids (*B, T), initial_state, return_state) -> out or
+        (out, state); one without a causal form has no state and refuses is_causal.
+      weights: `weights(rng, width, length, heads)` -> initial float32 weights by argument name, pytrees of arrays, for sequences of at
+        most `length` tokens.
+      flops: `flops(width, length, heads)` -> operations a token of a sequence of `length` tokens; a multiply-add is two.
+      fixes_length: whether its weights have a place for each step, which makes `length` the longest sequence.
+      output: the weight whose scale is that of the output; "" where there is none.
+      exempt: as in `Mixer`.
+    """
+
+    function: Callable
+    weights: Callable
+    flops: Callable
+    fixes_length: bool
+    output: str = ""
+    exempt: Mapping[str, str] = MappingProxyType({})
 
 
 class Call(NamedTuple):

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax import nn
+from effattn_jax import attention, nn
 from effattn_jax.models import LanguageModel, ModelConfig
 from effattn_jax.objectives import cross_entropy
 
 VOCAB = 13
 SMALL = ModelConfig(layers=1, width=16, heads=4, kv_heads=2, max_length=16)
+CAUSAL = tuple(name for name, mixer in nn.MIXERS.items() if mixer(16, parent=None).accepts_causal())
 POSITIONS = ("none", "learned", "sinusoidal", "rotary")
 
 
@@ -25,12 +26,13 @@ def make(vocab=VOCAB, **options):
 
 
 def random_parameter(rng):
-    """Draws kernels at the scale of their inputs, tables at 0.1 and others about 1."""
+    """Draws kernels and other matrices at the scale of their inputs, tables at 0.1 and vectors about 1."""
 
     def draw(path, leaf):
         noise = rng.standard_normal(leaf.shape)
         name = path[-1].key
-        value = {"kernel": noise / leaf.shape[0] ** 0.5, "embedding": 0.1 * noise}.get(name, 1 + 0.1 * noise)
+        value = 1 + 0.1 * noise if leaf.ndim < 2 else noise / leaf.shape[0] ** 0.5
+        value = 0.1 * noise if name == "embedding" else value
         return jnp.asarray(value, leaf.dtype)
 
     return draw
@@ -56,7 +58,7 @@ def by_parts(model, params, tokens, prefill, segment_ids=None, capacity=16):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("mixer", nn.MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL)
 def test_prefill_and_steps_are_the_full_pass(mixer, positions):
     model, params = make(mixer=mixer, positions=positions)
     tokens = random_tokens((2, 12))
@@ -73,7 +75,7 @@ def test_prefill_and_steps_are_the_full_pass(mixer, positions):
     assert position.tolist() == [12, 12]
 
 
-@pytest.mark.parametrize("mixer", nn.MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL)
 def test_packed_rows_padding_and_causality(mixer):
     model, params = make(mixer=mixer, positions="learned", conv_width=3)
     documents = random_tokens((1, 5)), random_tokens((1, 7), seed=6)
@@ -104,7 +106,7 @@ def test_packed_rows_padding_and_causality(mixer):
     assert float(jnp.abs(changed - packed)[:, 8:].max()) > 1e-3
 
 
-@pytest.mark.parametrize("mixer", nn.MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL)
 def test_gradients_are_finite_with_rows_of_padding_alone(mixer):
     model, params = make(mixer=mixer, positions="rotary", conv_width=2)
     tokens = random_tokens((2, 6)).at[1].set(-7)
@@ -119,9 +121,10 @@ def test_gradients_are_finite_with_rows_of_padding_alone(mixer):
     assert all(jnp.all(jnp.isfinite(g)) and float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("mixer", nn.MIXERS)
+@pytest.mark.parametrize("mixer", CAUSAL)
 def test_state_shapes_never_change(mixer):
-    model = LanguageModel(dataclasses.replace(SMALL, mixer=mixer, conv_width=3, scan_layers=True, layers=2), VOCAB)
+    options = {"mixer": mixer, "conv_width": 3, "scan_layers": True, "layers": 2, "max_length": 1000}
+    model = LanguageModel(dataclasses.replace(SMALL, **options), VOCAB)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     state = model.init_state(2, 10)
     for length in (0, 1, 7):
@@ -130,8 +133,13 @@ def test_state_shapes_never_change(mixer):
         assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [
             (x.shape, x.dtype) for x in jax.tree.leaves(state)
         ]
+    if model.config.fixes_length:
+        return  # its state has a place for each step up to max_length, and no more
     larger = sum(x.size for x in jax.tree.leaves(model.init_state(2, 1000)))
-    grows = mixer == "softmax"  # a recurrence's state, and so the cost of a token, does not depend on the capacity
+    line = attention.MIXERS.get(
+        mixer
+    )  # a recurrence's state, and so the cost of a token, does not depend on the capacity
+    grows = line is not None and line.pairwise
     assert (larger > sum(x.size for x in jax.tree.leaves(state))) == grows
 
 
@@ -167,8 +175,7 @@ def test_block_forms_start_near_the_uniform_distribution_and_learn(options):
 
 
 def test_layers_of_different_mixers_decode():
-    names = ",".join(nn.MIXERS)
-    model, params = make(mixers=names, layers=len(nn.MIXERS), conv_width=2)
+    model, params = make(mixers=",".join(CAUSAL), layers=len(CAUSAL), conv_width=2)
     tokens = random_tokens((1, 8))
 
     @jax.jit
@@ -286,3 +293,39 @@ def test_call_errors():
         model.init_state(1, 17)
     run = jax.jit(apply)
     assert jnp.all(jnp.isnan(run(tokens.at[0, 0].set(VOCAB)))) and jnp.all(jnp.isnan(run(tokens.at[0, 0].set(-1))))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["loop", "scan"])
+def test_scores_that_add_up_over_the_layers(scan_layers):
+    """Prefill and steps equal the full pass, remat changes nothing, and layer 2 sees the scores of layer 1."""
+    options = {
+        "mixer": "residual",
+        "layers": 2,
+        "residual": "post",
+        "residual_scores": True,
+        "scan_layers": scan_layers,
+    }
+    model, params = make(**options)
+    tokens = random_tokens((2, 8))
+
+    @jax.jit
+    def run(params):
+        def outputs(**changes):
+            changed = LanguageModel(dataclasses.replace(model.config, **changes), VOCAB)
+            return changed.apply({"params": params}, tokens)
+
+        parts, _ = by_parts(model, params, tokens, prefill=3)
+        return outputs(), parts, outputs(remat=True), outputs(residual_scores=False)
+
+    full, parts, remat, apart = run(params)
+    np.testing.assert_allclose(parts, full, atol=1e-5)
+    np.testing.assert_allclose(remat, full, atol=1e-6)
+    assert float(jnp.abs(full - apart).max()) > 1e-3
+
+
+def test_a_model_longer_than_its_tables_is_an_error():
+    model, params = make(mixer="synthesizer_dense")
+    with pytest.raises(ValueError, match="key must hold at most 16 tokens"):
+        jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 17), jnp.int32))
+    with pytest.raises(ValueError, match="capacity must be at most max_length=16"):
+        model.init_state(1, 17)

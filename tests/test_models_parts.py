@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax import nn
+from effattn_jax import attention, nn
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
-from effattn_jax.models.inputs import count_positions
 from effattn_jax.nn.products import dense_product, float32_product, table_product
+from effattn_jax.position.counting import count_positions
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,11 @@ from effattn_jax.nn.products import dense_product, float32_product, table_produc
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"window": -1}, "window must be at least 0; got -1"),
         ({"window": 4, "mixer": "linear"}, "window must be None, since no layer can limit itself to a window: linear"),
+        (
+            {"residual_scores": True},
+            "residual_scores must be False, since softmax has no scores to hand on; .*; got True",
+        ),
+        ({"residual_scores": True, "mixer": "min_gru"}, "since min_gru has no scores"),
         ({"conv_width": -1}, "conv_width must be at least 0; got -1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive; got 0.0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
@@ -101,7 +106,8 @@ def test_classifier_reads_both_ways_and_no_padding(mixer):
     np.testing.assert_allclose(left, plain, atol=1e-5)
     np.testing.assert_allclose(right, plain, atol=1e-5)
     np.testing.assert_allclose(empty, jnp.broadcast_to(params["head"]["bias"], (2, 3)), atol=1e-6)
-    assert jnp.all(influence > 0)
+    reached = jnp.arange(7) % 4 == 3 if mixer == "atrous" else jnp.full(7, True)
+    assert jnp.all((influence > 0) == reached)
 
 
 def test_classifier_of_features_and_its_errors():
@@ -114,6 +120,29 @@ def test_classifier_of_features_and_its_errors():
         SequenceClassifier(model.config, 4, vocab_size=5).init(jax.random.key(0), jnp.ones((1, 5, 2)))
 
 
+def test_a_mixer_without_causal_form_is_refused_in_a_language_model():
+    model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer="fnet"), 5)
+    with pytest.raises(ValueError, match="mixer must have a causal form in a language model; 'fnet' reads all tokens"):
+        model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    with pytest.raises(ValueError, match="'fnet' reads all tokens"):
+        model.init_state(1, 3)
+
+
+def test_weights_for_each_place_limit_the_length():
+    model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer="res_mlp", max_length=6), 5)
+    rule = "at most max_length=6 long with the mixer res_mlp; got 7"
+    with pytest.raises(ValueError, match=rule):
+        model.init(jax.random.key(0), jnp.zeros((1, 7), jnp.int32))
+    with pytest.raises(ValueError, match=rule):
+        model.init_state(1, 7)
+    with pytest.raises(ValueError, match="max_length must be given: the weights of 'gmlp' have a place for each step"):
+        nn.MIXERS["gmlp"](8).init(jax.random.key(0), jnp.ones((1, 3, 8)))
+    with pytest.raises(ValueError, match="capacity must be at most max_length=6; got 7"):
+        nn.MIXERS["gmlp"](8, max_length=6).init_state(1, 7)
+    with pytest.raises(ValueError, match="kernel must be among"):
+        nn.AttentionFree(8, kernel="gmpl").init(jax.random.key(0), jnp.ones((1, 3, 8)))
+
+
 @pytest.mark.parametrize("mixer", nn.MIXERS)
 def test_bidirectional_mixers_have_no_state(mixer):
     module = ModelConfig(layers=1, width=8, heads=2, mixer=mixer).make_mixer(0, causal=False)
@@ -123,8 +152,15 @@ def test_bidirectional_mixers_have_no_state(mixer):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mlp": "gated", "kv_heads": 2, "positions": "none"}, {"mixer": "min_gru", "conv_width": 4}],
-    ids=["mlp", "gated", "min_gru"],
+    [
+        {},
+        {"mlp": "gated", "kv_heads": 2, "positions": "none"},
+        {"mixer": "min_gru", "conv_width": 4},
+        {"mixer": "gmlp", "max_length": 64},
+        {"mixer": "ffn_stack", "max_length": 64},
+        {"mixer": "dynamic_convolution"},
+    ],
+    ids=["mlp", "gated", "min_gru", "gmlp", "ffn_stack", "dynamic_convolution"],
 )
 def test_flops_agree_with_the_compiler(options):
     config = ModelConfig(layers=2, width=512, heads=8, **options)
@@ -139,7 +175,11 @@ def test_flops_agree_with_the_compiler(options):
 def test_flops_of_recurrences_do_not_depend_on_the_context_and_windows_limit_it():
     for mixer in nn.MIXERS:
         config = ModelConfig(mixer=mixer)
-        assert (flops_per_token(config, 65, 100) == flops_per_token(config, 65, 10_000)) == (mixer != "softmax")
+        causal = config.mixer != "fnet"
+        few, many = (flops_per_token(config, 65, context, causal=causal) for context in (100, 10_000))
+        line = attention.MIXERS.get(mixer)
+        reads_all_keys = line is not None and line.pairwise
+        assert (few != many) == (config.fixes_length or reads_all_keys or mixer == "fnet")
     windowed = ModelConfig(window=63)
     assert flops_per_token(windowed, 65, 10_000) == flops_per_token(ModelConfig(), 65, 64)
     assert flops_per_token(ModelConfig(), None, 64) == flops_per_token(ModelConfig(), 65, 64) - 2 * 128 * 65
@@ -165,6 +205,8 @@ def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():
         turned.init(jax.random.key(0), x, state=turned.init_state(1, 4), return_state=True)
     with pytest.raises(ValueError, match="heads must divide width"):
         nn.MIXERS["softmax"](8, heads=3, kv_heads=3).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"options must give \['stride'\] to the kernel 'strided'"):
+        nn.MultiHeadAttention(8, kernel="strided").init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="kernel must be among"):
         nn.MultiHeadAttention(8, kernel="sofmax").init(jax.random.key(0), x)
 

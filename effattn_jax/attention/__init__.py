@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import Mixer
+from effattn_jax.attention import _synthetic as synthetic
+from effattn_jax.attention._calls import window_bounds
 from effattn_jax.attention._frame import LinearState, empty_state
+from effattn_jax.attention._unions import Fixed, Union
 from effattn_jax.attention.adapters import as_attention_fn
 from effattn_jax.attention.delta import delta_rule_attention
 from effattn_jax.attention.efficient import efficient_attention
+from effattn_jax.attention.external import ExternalState, external_attention
 from effattn_jax.attention.features import (
     FEATURE_MAPS,
     cosine_features,
@@ -25,30 +29,76 @@ from effattn_jax.attention.features import (
 from effattn_jax.attention.gated import gated_linear_attention
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.linear import linear_attention
+from effattn_jax.attention.linformer import linformer_attention
+from effattn_jax.attention.residual import one_layer, residual_attention
 from effattn_jax.attention.retention import retention_attention, retention_decay
 from effattn_jax.attention.softmax import dot_product_attention
+from effattn_jax.attention.sparse import (
+    atrous_attention,
+    fixed_attention,
+    local_attention,
+    sparse_attention,
+    strided_attention,
+)
+from effattn_jax.attention.synthesizer import (
+    dense_scores,
+    factorized_dense_scores,
+    factorized_random_scores,
+    mix_scores,
+    random_scores,
+    synthesizer_attention,
+)
+from effattn_jax.attention.synthesizer_mixers import (
+    synthesizer_dense,
+    synthesizer_factorized_dense,
+    synthesizer_factorized_random,
+    synthesizer_mixed,
+    synthesizer_random,
+)
+from effattn_jax.attention.topk import topk_attention
 from effattn_jax.attention.weights import attention_weights
 
 __all__ = [
     "FEATURE_MAPS",
     "MIXERS",
     "Cache",
+    "ExternalState",
     "LinearState",
     "as_attention_fn",
     "attention_weights",
+    "atrous_attention",
     "cache",
+    "dense_scores",
     "cosine_features",
     "delta_rule_attention",
     "dot_product_attention",
     "dpfp_features",
     "efficient_attention",
     "elu_plus_one",
+    "external_attention",
+    "factorized_dense_scores",
+    "factorized_random_scores",
+    "fixed_attention",
     "gated_linear_attention",
     "hedgehog_features",
     "linear_attention",
+    "mix_scores",
+    "random_scores",
+    "residual_attention",
+    "synthesizer_attention",
+    "synthesizer_dense",
+    "synthesizer_factorized_dense",
+    "synthesizer_factorized_random",
+    "synthesizer_mixed",
+    "synthesizer_random",
     "retention_attention",
     "retention_decay",
     "taylor_features",
+    "linformer_attention",
+    "local_attention",
+    "sparse_attention",
+    "strided_attention",
+    "topk_attention",
 ]
 
 
@@ -60,6 +110,10 @@ def _softmax_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim
 def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
     noise = jax.random.normal(rng, query.shape[:-1], jnp.float32)
     return {"log_decay": jax.nn.log_sigmoid(2 + noise).astype(query.dtype)}
+
+
+_SYNTHESIZER_FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
+_MOVES = "a query's score depends on its place among the tokens that are there"
 
 
 def _beta(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
@@ -74,6 +128,43 @@ def _beta_and_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
 
 
 _unnormalised_state = partial(empty_state, normalize=False, gated=True)
+
+
+_SHIFTS = {"removal": "its pattern counts positions: cutting a key out moves those behind it"}
+
+
+def _sparse(function, keys_seen=None, *, runs_on="", exempt=_SHIFTS, **options) -> Mixer:
+    """A line for a pattern of pairs: softmax's cache is its state, and its forms are softmax's."""
+    return Mixer(
+        function,
+        ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5}),
+        pairwise=True,
+        empty_state=_softmax_state,
+        runs_on=runs_on,
+        exempt=exempt,
+        options=options,
+        keys_seen=keys_seen,
+    )
+
+
+def _sparse_keys(context, is_causal, *, window, dilation, num_global=0):
+    return Union(window_bounds(window, is_causal), dilation, num_global).keys_seen(context)
+
+
+def _strided_keys(context, is_causal, *, stride):
+    return _sparse_keys(context, is_causal, window=stride - 1, dilation=stride)
+
+
+def _no_state(*sizes, **options):
+    raise ValueError("linformer_attention has no state: it has no causal form")
+
+
+def _projections(rng, num_heads, num_kv_heads, head_dim):
+    """E and F for up to 4,096 keys, as random projections that keep lengths."""
+    del num_heads, num_kv_heads, head_dim
+    first, second = jax.random.normal(rng, (2, 64, 4096)) / 8
+    return {"key_projection": first, "value_projection": second}
+
 
 MIXERS: dict[str, Mixer] = {
     "softmax": Mixer(
@@ -94,6 +185,66 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_unnormalised_state,
         extras=_log_decay,
+    ),
+    "residual": Mixer(
+        one_layer,
+        ({"implementation": "dense"},),
+        pairwise=True,
+        empty_state=_softmax_state,
+        with_scores=residual_attention,
+        runs_on="softmax",
+        exempt={"memory": "its scores, T x S numbers a head, are part of what it returns"},
+    ),
+    "synthesizer_dense": Mixer(
+        synthesizer_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_random": Mixer(
+        synthesizer_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={
+            "memory": "its table, a score for each pair of places, is a T x S array",
+            "length": "its table has the square of the longest sequence of entries a head",
+            "removal": _MOVES,
+        },
+    ),
+    "synthesizer_factorized_dense": Mixer(
+        synthesizer_factorized_dense,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_dense_weights,
+        unread=("key",),
+        runs_on="softmax",
+    ),
+    "synthesizer_factorized_random": Mixer(
+        synthesizer_factorized_random,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=synthetic.empty_state,
+        weights=synthetic.factorized_random_weights,
+        unread=("query", "key"),
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
+    ),
+    "synthesizer_mixed": Mixer(
+        synthesizer_mixed,
+        _SYNTHESIZER_FORMS,
+        pairwise=True,
+        empty_state=_softmax_state,
+        weights=synthetic.mixed_weights,
+        runs_on="softmax",
+        exempt={"removal": _MOVES},
     ),
     "linear_hedgehog": Mixer(
         partial(linear_attention, feature_map="hedgehog"),
@@ -130,5 +281,30 @@ MIXERS: dict[str, Mixer] = {
         empty_state=_unnormalised_state,
         extras=_beta_and_decay,
         runs_on="delta_rule",
+    ),
+    "local": _sparse(local_attention, runs_on="softmax", window=3),
+    "atrous": _sparse(
+        atrous_attention, lambda n, _, dilation: Union(None, dilation).keys_seen(n), runs_on="sparse", dilation=3
+    ),
+    "sparse": _sparse(
+        sparse_attention,
+        _sparse_keys,
+        exempt={**_SHIFTS, "window state": "every r-th key and the global ones are seen from any distance"},
+        window=2,
+        dilation=3,
+        num_global=1,
+    ),
+    "strided": _sparse(strided_attention, _strided_keys, runs_on="sparse", stride=3),
+    "fixed": _sparse(
+        fixed_attention, lambda n, _, **options: Fixed(**options).keys_seen(n), runs_on="softmax", block=3, summary=1
+    ),
+    "topk": _sparse(topk_attention, exempt={}, k=3),
+    "linformer": Mixer(
+        linformer_attention,
+        ({"implementation": "dense"}, {"implementation": "chunked"}),
+        pairwise=False,
+        empty_state=_no_state,
+        weights=_projections,
+        exempt={"causality": "its projections mix all positions, later ones too", **_SHIFTS},
     ),
 }

@@ -9,6 +9,7 @@ Blocks that every row of theirs sees whole skip all masking. Sources: Milakov an
 arXiv:2112.05682; Dao et al., arXiv:2205.14135.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,11 +40,11 @@ def _span(spec: Spec, marks: Marks, row: Any, keys: int) -> tuple[Any, Any, Any]
     """First and one past the last key that a block of rows sees, and how many whole column blocks need no mask."""
     first = marks.offset + row
     last = first + spec.rows - 1
-    low = 0 if spec.left is None else jnp.clip(first - spec.left, 0, keys)
-    high = keys if spec.right is None else jnp.clip(last + spec.right + 1, low, keys)
-    if not marks.only_window or spec.left is not None:
+    low = 0 if spec.left is None else jnp.clip(spec.keys_before(first - spec.left), 0, keys)
+    high = keys if spec.right is None else jnp.clip(spec.keys_before(last + spec.right + 1), low, keys)
+    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
         return low, high, 0
-    inner = keys if spec.right is None else jnp.clip(first + spec.right + 1, 0, keys)
+    inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
     return low, high, inner // spec.columns
 
 
@@ -167,13 +168,19 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
 
 
-def _plain(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once; `more(row, count)` adds scores to those of the rows.
+
+    Any derivative; O(T) memory in each, since a block is computed again where it is differentiated.
+    """
     length = arrays.query.shape[1]
     starts = jnp.minimum(jnp.arange(_row_blocks(length, spec.rows)) * spec.rows, length - spec.rows)
-    blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows)[:2]), starts)
+    blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows, more)[:2]), starts)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)
+        if x.shape[1] == 1:  # no axis of size 0, which cannot be reshaped on an Explicit mesh
+            return x[:, 0]
         last = x[:, -1, spec.rows * (starts.shape[0]) - length :]
         return jnp.concatenate(
             [x[:, :-1].reshape(x.shape[0], (x.shape[1] - 1) * x.shape[2], *x.shape[3:]), last], axis=1
@@ -190,7 +197,7 @@ def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.
         return _forward(spec, arrays, marks)
 
     def plain(arrays, marks):
-        return _plain(spec, arrays, marks)
+        return by_rows(spec, arrays, marks)
 
     def backward(arrays, marks, results, cotangents):
         return _backward(spec, arrays, marks, results, cotangents)

@@ -3,6 +3,7 @@
 Shapes inside: a block of R rows and C keys is (B, K, G, R, C), G = N / K query heads for each of the K key heads.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ __all__: list[str] = []
 
 
 class Spec(NamedTuple):
-    """What is fixed at trace time. Windows count neighbours of a query's own key; None is no bound."""
+    """What is fixed at trace time. Windows count neighbours of a query's own key; None is no bound, a negative one leaves out the nearest."""
 
     left: int | None
     right: int | None
@@ -22,6 +23,15 @@ class Spec(NamedTuple):
     rows: int
     columns: int
     dtype: Any
+    hole: tuple[int, int] | None = None  # a window left out
+    period: int | None = None  # distances left out: its multiples
+    places: tuple[int, int] = (1, 1)  # (count, step): key j stands at position (j // count) * step
+    top: int | None = None  # so many of the largest scores of a row are kept, and all that tie with the last of them
+
+    def keys_before(self, position: Any) -> Any:
+        """How many keys stand before a position, those at negative positions counted as negative."""
+        count, step = self.places
+        return position if step == 1 else -(-position // step) * count
 
 
 class Marks(NamedTuple):
@@ -32,10 +42,13 @@ class Marks(NamedTuple):
     key_mask: jax.Array | None = None  # (B, S)
     query_segments: jax.Array | None = None  # (B, T)
     key_segments: jax.Array | None = None  # (B, S)
+    query_mask: jax.Array | None = None  # (B, T)
+    query_groups: jax.Array | None = None  # (B, T): a query sees no key of its own group
+    key_groups: jax.Array | None = None  # (B, S)
 
     @property
     def only_window(self) -> bool:
-        return self.mask is None and self.key_mask is None and self.key_segments is None
+        return all(mark is None for mark in self[1:])
 
 
 class Arrays(NamedTuple):
@@ -55,6 +68,22 @@ def pairs_of(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_he
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
 
+def _by_distance(spec: Spec, position: jax.Array, key: jax.Array) -> jax.Array | bool:
+    """The part of `allowed` that positions alone decide; position (R, 1), key (1, C)."""
+    count, step = spec.places
+    place = key if step == 1 else key // count * step
+    see = True
+    if spec.left is not None:
+        see = see & (place >= position - spec.left)
+    if spec.right is not None:
+        see = see & (place <= position + spec.right)
+    if spec.hole is not None:
+        see = see & ((place < position - spec.hole[0]) | (place > position + spec.hole[1]))
+    if spec.period is not None:
+        see = see & ((position - place) % spec.period != 0)
+    return see
+
+
 def allowed(
     spec: Spec, marks: Marks, kv_heads: int, row: Any, rows: int, column: Any, columns: int, begin: Any = None
 ) -> jax.Array:
@@ -62,16 +91,22 @@ def allowed(
     position = marks.offset + row + jnp.arange(rows)[:, None]
     key = column + jnp.arange(columns)[None, :]
     see = jnp.ones((rows, columns), bool) if begin is None else jnp.broadcast_to(key >= begin, (rows, columns))
-    if spec.left is not None:
-        see = see & (key >= position - spec.left)
-    if spec.right is not None:
-        see = see & (key <= position + spec.right)
-    see = see[None, None, None]
+    see = (see & _by_distance(spec, position, key))[None, None, None]
+
+    def of_rows(x):
+        return lax.dynamic_slice_in_dim(x, row, rows, 1)[:, None, None, :, None]
+
+    def of_columns(x):
+        return lax.dynamic_slice_in_dim(x, column, columns, 1)[:, None, None, None, :]
+
     if marks.key_mask is not None:
-        see = see & lax.dynamic_slice_in_dim(marks.key_mask, column, columns, 1)[:, None, None, None, :]
+        see = see & of_columns(marks.key_mask)
+    if marks.query_mask is not None:
+        see = see & of_rows(marks.query_mask)
     if marks.key_segments is not None:
-        ids = lax.dynamic_slice_in_dim(marks.query_segments, row, rows, 1)[:, None, None, :, None]
-        see = see & (ids == lax.dynamic_slice_in_dim(marks.key_segments, column, columns, 1)[:, None, None, None, :])
+        see = see & (of_rows(marks.query_segments) == of_columns(marks.key_segments))
+    if marks.key_groups is not None:
+        see = see & (of_rows(marks.query_groups) != of_columns(marks.key_groups))
     if marks.mask is not None:
         see = see & pairs_of(marks.mask, row, rows, column, columns, kv_heads)
     return see
@@ -117,10 +152,34 @@ def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.moveaxis(x, 1, 2).astype(dtype)
 
 
+def largest(x: jax.Array, count: int) -> jax.Array:
+    """Which entries of the last axis are among its `count` largest or tie with the last of these; NaN always is.
+
+    Floats keep their order as unsigned integers once the sign bit is set (or all bits are flipped, below 0), so the bits of the least
+    entry kept follow one by one from counts: no sort, and nothing but sums along the axis.
+    """
+    bits = 8 * x.dtype.itemsize
+    x = jnp.where(x == 0, 0, x)  # -0 ties with 0
+    word = lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    one = jnp.ones((), word.dtype)
+    sign = one << (bits - 1)
+    order = jnp.where(word >= sign, ~word, word | sign)
+
+    def bit(i, least):
+        higher = least | (one << (bits - 1 - i).astype(word.dtype))
+        enough = jnp.sum(order >= higher, axis=-1, keepdims=True, dtype=jnp.int32) >= count
+        return jnp.where(enough, higher, least)
+
+    return (order >= lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))) | jnp.isnan(x)
+
+
 def whole_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: Callable | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative.
+
+    `more(row, rows)`, (B | 1, N | 1, R, S), are finite scores to add to the products.
+    """
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
@@ -131,7 +190,13 @@ def whole_rows(
     if bias is not None:
         bias = pairs_of(bias.astype(spec.dtype), row, rows, 0, keys, kv_heads)
         see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
+    if more is not None:
+        extra = more(row, rows).astype(spec.dtype)
+        extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
+        bias = extra if bias is None else bias + extra
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
+    if spec.top is not None and spec.top < keys:
+        s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)
     top = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True, initial=-jnp.inf))
     top = jnp.where(top == -jnp.inf, 0, top)
     p = jnp.exp(s - top)

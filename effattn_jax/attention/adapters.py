@@ -1,5 +1,6 @@
 """Our kernels as the `attention_fn` of Flax Linen's and NNX's MultiHeadAttention."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,18 @@ _IGNORED_WHEN = {  # arguments of Flax that change nothing for us at these value
     "qk_attn_weights_einsum": lambda value, _: value is None,
     "attn_weights_value_einsum": lambda value, _: value is None,
     "einsum_dot_general": lambda value, _: value is None or value is jax.lax.dot_general,
-    "einsum": lambda value, _: value is None,
+    "promote_dtype": lambda value, _: value is None or getattr(value, "__module__", "").startswith("flax."),
+    "module": lambda value, _: value is None,
 }
+_REASONS = {
+    "promote_dtype": "inputs are cast to dtype, and the output has the dtype of value",
+    "module": "sow_weights=True asks for attention weights, and this kernel forms none",
+}
+_MORE_RESULTS = (
+    "initial_state",
+    "return_state",
+    "return_weights",
+)  # options that an attention_fn, one array for another, has no place for
 
 
 def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
@@ -28,13 +39,15 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
 
     Args:
       kernel: a name of `attention.MIXERS` or any function under the contract.
-      **options: passed on to the kernel, such as `is_causal=True` or `window=64`.
+      **options: passed on to the kernel, such as `is_causal=True` or `window=64`; inputs beside query, key and value (`log_decay`, the
+        tables of a Synthesizer) too.
 
     Returns:
       f(query, key, value, bias=None, mask=None, *, dropout_rng, dropout_rate, broadcast_dropout, deterministic, dtype, precision, module, ...)
 
     Raises:
-      ValueError: for an unknown name; when called, for an argument that the kernel cannot honour.
+      ValueError: for an unknown name or option, for an input of the kernel that is missing among the options, and for options that
+        change what is returned; when called, for an argument that the kernel cannot honour.
 
     >>> import jax, jax.numpy as jnp
     >>> attend = as_attention_fn("linear", is_causal=True)
@@ -47,6 +60,7 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
 
         choose("kernel", kernel, MIXERS)
         kernel = MIXERS[kernel].function
+    _check_options(kernel, options)
 
     def attention_fn(
         query: jax.Array,
@@ -65,6 +79,7 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
         einsum_dot_general: Any = None,
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
+        promote_dtype: Any = None,
         is_causal: bool = False,
     ) -> jax.Array:
         del broadcast_dropout, dropout_rng
@@ -74,15 +89,17 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
             "einsum_dot_general": einsum_dot_general,
             "qk_attn_weights_einsum": qk_attn_weights_einsum,
             "attn_weights_value_einsum": attn_weights_value_einsum,
+            "promote_dtype": promote_dtype,
+            "module": module,
         }
         for name, setting in given.items():
             if not _IGNORED_WHEN[name](setting, deterministic):
-                raise ValueError(
-                    f"{name}={setting!r} cannot be honoured: this kernel forms no attention weights; leave it at its default"
-                )
-        if module is not None:
+                reason = _REASONS.get(name, "this kernel forms no attention weights")
+                raise ValueError(f"{name}={setting!r} cannot be honoured: {reason}; leave it at its default")
+        if is_causal and query.shape[-3] != key.shape[-3]:
             raise ValueError(
-                "module (sow_weights=True) cannot be honoured: this kernel forms no attention weights to sow"
+                f"is_causal=True of Flax aligns the first query with the first key, ours the last with the last, which differ for "
+                f"T={query.shape[-3]}, S={key.shape[-3]}; pass a mask, or is_causal=True to as_attention_fn"
             )
         if mask is not None:
             mask = mask if mask.dtype == jnp.bool_ else mask != 0
@@ -95,6 +112,19 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
             return kernel(query, key, value, bias, mask, **settings)
 
     return attention_fn
+
+
+def _check_options(kernel: Callable, options: dict[str, Any]) -> None:
+    parameters = inspect.signature(kernel).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in options:
+        choose("option", name, parameters)
+        if name in _MORE_RESULTS:
+            raise ValueError(f"{name} is no option of an attention_fn, which returns one array; call the kernel itself")
+    for name, parameter in parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty and name not in options:
+            raise ValueError(f"{name} must be given as an option: the kernel reads it beside query, key and value")
 
 
 def _precision_name(precision: Any) -> str:

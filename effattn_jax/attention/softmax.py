@@ -7,121 +7,20 @@ buffer in either pass, total masks, ends aligned when T < S, bias gradients, win
 Source: Vaswani et al., arXiv:1706.03762.
 """
 
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, choose, positive
+from effattn_jax._contract import ArrayLike, choose, positive
 from effattn_jax.attention import kv_cache as caches
-from effattn_jax.attention._blocks import by_blocks
-from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
+from effattn_jax.attention._blocks import by_blocks, by_rows
+from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
+from effattn_jax.attention._cudnn import by_cudnn
+from effattn_jax.attention._pairs import Arrays, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
-
-_FORMS = (None, "dense", "chunked", "cudnn")
-_DENSE_PAIRS = 256 * 512  # up to so many (query, key) pairs a head all scores are formed at once
-
-
-def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]:
-    """(left, right) counts of neighbours, None without bound, from an int, a pair or None."""
-    pair = window if isinstance(window, tuple | list) else (window, window)
-    ok = len(pair) == 2 and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in pair)
-    if not ok:
-        raise ValueError(
-            f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}"
-        )
-    left, right = pair
-    return left, (0 if is_causal else right)
-
-
-def _block_sizes(
-    length: int, keys: int, groups: int, bounds: tuple[int | None, int | None], chunk_size: int | None
-) -> tuple[int, int]:
-    """Rows and columns of a block: as large as fits a cache (about 4 MiB of scores over the heads), no wider than a window makes sense of."""
-    if chunk_size is not None:
-        return min(chunk_size, length), min(chunk_size, keys)
-    rows, columns = 256, 512
-    while groups * rows * columns > 2**21 and rows > 64:
-        rows, columns = rows // 2, columns // 2
-    left, right = bounds
-    if left is not None and right is not None:
-        while rows > 64 and left + right < rows // 2:
-            rows //= 2
-        columns = min(columns, -(-(left + right + rows) // 64) * 64)
-    return min(rows, length), min(columns, keys)
-
-
-def _with_state(
-    call: Call, state: caches.Cache | None, valid: jax.Array | None, left: int | None, return_state: bool
-) -> Any:
-    """The call over all keys there are, the marks of the keys, and the state to return."""
-    if state is None:
-        after = caches.start(call, valid) if return_state else None
-        marks = Marks(
-            jnp.int32(call.key.shape[1] - call.query.shape[1]), None, valid, call.query_segments, call.key_segments
-        )
-        full = call
-    else:
-        grown = caches.extend(state, call, valid)
-        q_ids = call.query_segments
-        if q_ids is None:
-            q_ids = jnp.broadcast_to(state.last[:, None], call.query.shape[:2])
-        end = grown.key.shape[1] if grown.length is None else grown.length
-        seen = grown.valid
-        if grown.length is not None:
-            seen = seen & (jnp.arange(seen.shape[1])[None] < grown.length)
-        marks = Marks(jnp.asarray(end - call.query.shape[1], jnp.int32), None, seen, q_ids, grown.segment)
-        full = call._replace(key=grown.key.astype(call.key.dtype), value=grown.value.astype(call.value.dtype))
-        after = grown
-    if after is not None and left is not None and after.length is None:
-        after = caches.last_slots(after, left)
-    return full, marks, after
-
-
-def _split_mask(call: Call, state: caches.Cache | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """(mask over this call's keys alone, which a state remembers; mask over pairs, its columns those of the state after the call)."""
-    mask, keys = call.mask, call.key.shape[1]
-    if mask is None:
-        return None, None
-    if mask.shape[1] == mask.shape[2] == 1 and mask.shape[3] in (1, keys):
-        return jnp.broadcast_to(mask[:, 0, 0], (call.key.shape[0], keys)), None
-    if state is None or mask.shape[3] != keys:
-        return None, mask
-    total = state.key.shape[1] + (keys if state.length is None else 0)
-    everything = jnp.ones((*mask.shape[:3], total), bool)
-    begin = state.key.shape[1] if state.length is None else state.length
-    return None, jax.lax.dynamic_update_slice_in_dim(everything, mask, begin, axis=3)
-
-
-def _by_cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, is_causal: bool, left: int | None, given: dict[str, Any]
-) -> jax.Array:  # fmt: skip
-    """cuDNN's kernel, or the ValueError that names what it cannot honour."""
-    refused = [name for name, setting in given.items() if setting is not None and setting is not False]
-    half = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
-    if refused or not half or (is_causal and query.shape[1] != key.shape[1]) or (left is not None and not is_causal):
-        what = (
-            f"{', '.join(refused)} given"
-            if refused
-            else f"query {query.dtype}{query.shape}, key {key.dtype}{key.shape}"
-        )
-        raise ValueError(
-            "implementation='cudnn' takes bfloat16 or float16 alone, with is_causal only where T = S, a window only when causal, and no "
-            f"bias, mask, segment_ids, state, logits_soft_cap or weights; got {what}. Leave implementation None"
-        )
-    window = None if left is None else (left, 0)
-    return jax.nn.dot_product_attention(
-        query, key, value, scale=scale, is_causal=is_causal, local_window_size=window, implementation="cudnn"
-    )
-
-
-def _overfull(state: caches.Cache | None, out: jax.Array) -> jax.Array:
-    """NaN where a cache of fixed size was written past its end."""
-    if state is None or state.length is None:
-        return out
-    return jnp.where(state.length > state.key.shape[1], jnp.nan, out)
 
 
 def dot_product_attention(
@@ -177,70 +76,90 @@ def dot_product_attention(
     >>> out.shape, bool(jnp.allclose(out[:, 0], jnp.repeat(kv[:, 0], 2, axis=1), atol=1e-6))
     ((1, 6, 4, 8), True)
     """
-    choose("implementation", implementation, _FORMS)
-    positive(chunk_size=chunk_size)
-    left, right = window_bounds(window, is_causal)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap!r}")
-    totals = ()
-    if isinstance(initial_state, caches.Cache):
-        slots = initial_state.key.shape[-3]
-        totals = (slots if initial_state.length is not None else slots + jnp.shape(key)[-3],)
-    stateful = return_state or initial_state is not None
-    call = check_call(
-        query, key, value, bias, mask, is_causal=is_causal, segment_ids=segment_ids, stateful=stateful, totals=totals
-    )  # fmt: skip
     if implementation == "cudnn":
-        given = {
+        refused = {
             "bias": bias, "mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state,
             "logits_soft_cap": logits_soft_cap, "return_weights": return_weights, "chunk_size": chunk_size,
         }  # fmt: skip
-        scale = 1 / math.sqrt(call.query.shape[-1]) if scale is None else scale
-        return call.restore(_by_cudnn(call.query, call.key, call.value, scale, is_causal, left, given))
-    state = None if initial_state is None else caches.flat(initial_state, call)
-    valid, pair_mask = _split_mask(call, state)
-    full, marks, after = _with_state(call, state, valid, left if is_causal else None, return_state)
-    if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
-        raise ValueError(
-            f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}"
-        )
-    out, weights = _attend(
-        full,
-        marks._replace(mask=pair_mask),
-        (left, right),
-        scale,
-        logits_soft_cap,
-        chunk_size,
-        implementation,
-        return_weights,
-    )
-    out = call.restore(_overfull(after, out))
-    results = [out]
-    if return_state:
-        results.append(caches.restored(after, call))
-    if return_weights:
-        results.append(call.restore(weights))
+        return by_cudnn(query, key, value, scale, is_causal, window, refused)
+    out, state, weights, _ = run(
+        (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
+        return_state=return_state, window=window, cap=logits_soft_cap, chunk_size=chunk_size,
+        implementation=implementation, return_weights=return_weights,
+    )  # fmt: skip
+    results = [out] + [state] * return_state + [weights] * return_weights
     return results[0] if len(results) == 1 else tuple(results)
 
 
+class Scores(NamedTuple):
+    """What a call's scores are, where they are not products of its queries and keys.
+
+    Attributes:
+      query, key: (B, T, N, M) and (B, S, K, M), S all slots of the state: features whose products are scores, or part of them.
+      value: (B, S, K, V), one head for each of key's.
+      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or None.
+      rows: `rows(row, count) -> (B | 1, N | 1, count, S)`: the scores of some rows, to be added; None for none. No T x S array then exists.
+      scale: factor on the products.
+      side: whatever the caller wants handed back.
+    """
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    bias: jax.Array | None = None
+    rows: Callable | None = None
+    scale: float = 1.0
+    side: Any = None
+
+
+def run(
+    arguments: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: caches.Cache | None, return_state: bool,
+    window: Any = None, cap: float | None = None, chunk_size: int | None = None,
+    implementation: str | None = None, return_weights: bool = False, reads_key: bool = True, rescore: Callable | None = None,
+) -> tuple:  # fmt: skip
+    """The call behind every softmax mixer: (out, state or None, weights or None, side).
+
+    Args:
+      arguments: query, key, value, bias, mask, as the caller gave them.
+      reads_key: False keeps the keys out of the state.
+      rescore: `rescore(call, marks) -> Scores`: other scores than products, from the call over all slots; None for the products.
+    """
+    choose("implementation", implementation, FORMS)
+    positive(chunk_size=chunk_size)
+    left, right = window_bounds(window, is_causal)
+    ready = prepare(
+        arguments, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
+        return_state=return_state, last_keys=left if is_causal else None, reads_key=reads_key,
+    )  # fmt: skip
+    spec = ready.spec._replace(left=left, right=right, cap=cap)
+    rows, side = None, None
+    if rescore is not None:
+        scores = rescore(ready.whole(), ready.marks)
+        rows, side = scores.rows, scores.side
+        query, scale = number_scale(scores.query, scores.scale)
+        ready = ready._replace(arrays=Arrays(query, scores.key, scores.value, scores.bias))
+        spec = spec._replace(scale=scale)
+    out, weights = _attend(ready, spec, chunk_size, implementation, return_weights, rows)
+    after = caches.restored(ready.after, ready.call) if return_state else None
+    return ready.restore(out), after, ready.call.restore(weights) if return_weights else None, side
+
+
 def _attend(
-    call: Call, marks: Marks, bounds: tuple, scale: Any, cap: float | None, chunk_size: int | None, implementation: str | None, want_weights: bool
+    ready: Prepared, spec: Spec, chunk_size: int | None, implementation: str | None, want_weights: bool, more: Callable | None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
-    query, key, value = call.query, call.key, call.value
-    (batch, length, heads, dim), keys = query.shape, key.shape[1]
-    if scale is not None and not isinstance(scale, int | float):
-        query, scale = query * jnp.asarray(scale, query.dtype), 1.0
-    scale = 1 / math.sqrt(dim) if scale is None else float(scale)
-    if length == 0 or keys == 0:
-        return jnp.zeros((batch, length, heads, value.shape[-1]), value.dtype), jnp.zeros((batch, heads, length, keys))
-    rows, columns = _block_sizes(length, keys, batch * heads, bounds, chunk_size)
-    spec = Spec(*bounds, cap, scale, rows, columns, accumulator(query, key, value))
-    arrays = Arrays(query, key, value, call.bias)
-    small = implementation is None and chunk_size is None and length * keys <= _DENSE_PAIRS
+    arrays, marks = ready.arrays, ready.marks
+    (batch, length, heads, _), keys = arrays.query.shape, arrays.key.shape[1]
+    if ready.no_pairs:
+        return ready.nothing(), jnp.zeros((batch, heads, length, keys))
+    small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
-        out, _, weights = whole_rows(spec, arrays, marks)
-        weights = weights.reshape(batch, heads, length, keys)
-    else:
-        out, weights = by_blocks(spec, arrays, marks)[0], None
-    return out, weights
+        out, _, weights = whole_rows(spec, arrays, marks, more=more)
+        return out, weights.reshape(batch, heads, length, keys)
+    rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size)
+    if more is None:
+        return by_blocks(spec._replace(rows=rows, columns=columns), arrays, marks)[0], None
+    rows = rows if chunk_size is not None else max(1, min(length, 2**18 // max(1, batch * heads * keys)))
+    return by_rows(spec._replace(rows=rows), arrays, marks, more)[0], None

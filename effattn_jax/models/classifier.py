@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.models.config import ModelConfig
-from effattn_jax.models.inputs import InputEmbedding, check_length, count_positions
+from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
+from effattn_jax.position.counting import count_positions
 
 
 class SequenceClassifier(nn.Module):
@@ -43,8 +44,8 @@ class SequenceClassifier(nn.Module):
           deterministic: False applies dropout, with rngs={"dropout": key}.
 
         Raises:
-          ValueError: inputs of the wrong rank or type, a wrong mask, a sequence beyond max_length with learned
-            positions.
+          ValueError: inputs of the wrong rank or type, a wrong mask, a sequence beyond max_length where
+            learned positions or a mixer fix the length.
         """
         c = self.config.validate()
         x_BxTxD = self._embed(inputs)

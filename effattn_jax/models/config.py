@@ -14,10 +14,10 @@ class ModelConfig:
 
     >>> ModelConfig(layers=2, mixers="softmax,linear").layer_mixers()
     ('softmax', 'linear')
-    >>> ModelConfig(mixer="sofmax").validate()
+    >>> ModelConfig(mixer="sofmax").validate()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: mixer must be among softmax, linear, gated_linear, min_gru; got 'sofmax'. Perhaps you meant 'softmax'
+    ValueError: mixer must be among softmax, ...; got 'sofmax'. Perhaps you meant 'softmax'
     """
 
     layers: int = 4
@@ -42,6 +42,8 @@ class ModelConfig:
     """Normalisation of the residual stream."""
     residual: Literal["pre", "post", "rezero"] = "pre"
     """Block form: x + f(norm(x)), norm(x + f(x)), or x + alpha f(x) with alpha starting at 0."""
+    residual_scores: bool = False
+    """Whether attention scores add up from layer to layer (RealFormer, there with residual=post); every layer's mixer must be residual."""
     mlp: Literal["mlp", "gated"] = "mlp"
     """Feed-forward layer: gelu, or gated by silu (SwiGLU)."""
     mlp_ratio: float = 4.0
@@ -51,7 +53,7 @@ class ModelConfig:
     rotary_base: float = 10000.0
     """Longest wavelength of rotary positions over 2 pi."""
     max_length: int = 1024
-    """Rows of the table of learned positions, the longest sequence that they allow."""
+    """The longest sequence that learned positions, and mixers with weights for each place, allow."""
     tie_embeddings: bool = True
     """Whether the output layer is the token embedding."""
     use_bias: bool = False
@@ -89,7 +91,10 @@ class ModelConfig:
         """The mixer module of one layer; `module_options` such as name= or parent= go to Linen."""
         name = self.layer_mixers()[layer]
         options = self._mixer_options(causal)
-        if self.window is not None and nn.MIXERS[name](**options, parent=None).accepts_window():
+        mixer = nn.MIXERS[name](**options, parent=None)
+        if causal and not mixer.accepts_causal():
+            raise ValueError(f"mixer must have a causal form in a language model; {name!r} reads all tokens at once")
+        if self.window is not None and mixer.accepts_window():
             options["window"] = self.window
         return nn.MIXERS[name](**options, **module_options)
 
@@ -101,11 +106,19 @@ class ModelConfig:
             "causal": causal,
             "rotary_base": self.rotary_base if self.positions == "rotary" else None,
             "chunk_size": self.chunk_size,
+            "max_length": self.max_length,
             "output_scale": self.output_scale,
             "use_bias": self.use_bias,
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
         }
+
+    @property
+    def fixes_length(self) -> bool:
+        """Whether no sequence may be longer than max_length: with learned positions, or weights for each place."""
+        options = self._mixer_options(False)
+        fixed = (nn.MIXERS[name](**options, parent=None).fixes_length() for name in self.layer_mixers())
+        return self.positions == "learned" or any(fixed)
 
     @property
     def output_scale(self) -> float:
@@ -156,6 +169,12 @@ class ModelConfig:
         )
         rule = "the same mixer in every layer when scan_layers is set"
         _require(not self.scan_layers or len(set(names)) == 1, "mixers", self.mixers, rule)
+        if self.residual_scores:
+            without = [
+                name for name in names if not nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_scores()
+            ]
+            rule = f"False, since {', '.join(dict.fromkeys(without))} has no scores to hand on; the mixer residual has"
+            _require(not without, "residual_scores", True, rule)
         if self.window is not None:
             _require(self.window >= 0, "window", self.window, "at least 0")
             windowed = any(nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_window() for name in names)

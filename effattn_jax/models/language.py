@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.models.config import ModelConfig
-from effattn_jax.models.inputs import InputEmbedding, check_length, count_positions
+from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
 from effattn_jax.nn.products import float32_product
+from effattn_jax.position.counting import count_positions
 
 
 class LanguageState(NamedTuple):
@@ -77,7 +78,7 @@ class LanguageModel(nn.Module):
           return_state: whether to return (logits, state).
 
         Raises:
-          ValueError: wrong shapes or types, a sequence beyond max_length with learned positions, an invalid config.
+          ValueError: wrong shapes or types, a sequence beyond max_length where positions or a mixer fix it, an invalid config.
         """
         c = self.config.validate()
         if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
@@ -113,7 +114,7 @@ class LanguageModel(nn.Module):
         """The state before the first token of `batch` rows, with room for `capacity` tokens; its shapes never change.
 
         Raises:
-          ValueError: capacity beyond max_length with learned positions.
+          ValueError: capacity beyond max_length where learned positions or a mixer fix the length.
         """
         check_length(self.config.validate(), capacity)
         zeros = jnp.zeros((batch,), jnp.int32)

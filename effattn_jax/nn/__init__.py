@@ -8,7 +8,9 @@ by its name. Every mixer takes (B, T, D) to (B, T, D) under the contract of `nn.
 from collections.abc import Callable
 from functools import partial
 
+from effattn_jax.nn.attention_free import AttentionFree
 from effattn_jax.nn.convolution import ShortConvolution
+from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
@@ -43,12 +45,36 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         head_norm=True,
         output_gate=True,
     ),
+    "local": partial(MultiHeadAttention, kernel="local", window=128),
+    "atrous": partial(MultiHeadAttention, kernel="atrous", options={"dilation": 4}),
+    "sparse": partial(MultiHeadAttention, kernel="sparse", window=32, options={"dilation": 16, "num_global": 1}),
+    "strided": partial(MultiHeadAttention, kernel="strided", options={"stride": 32}),
+    "fixed": partial(MultiHeadAttention, kernel="fixed", options={"block": 32, "summary": 4}),
+    "topk": partial(MultiHeadAttention, kernel="topk", options={"k": 32}),
     "min_gru": MinGRU,
+    "mlp_mixer": partial(AttentionFree, kernel="mlp_mixer"),
+    "ffn_stack": partial(AttentionFree, kernel="ffn_stack"),
+    "res_mlp": partial(AttentionFree, kernel="res_mlp"),
+    "gmlp": partial(AttentionFree, kernel="gmlp"),
+    "amlp": partial(AttentionFree, kernel="amlp"),
+    "fnet": partial(AttentionFree, kernel="fnet", options={"orthonormal": True}),
+    "lightweight_convolution": partial(AttentionFree, kernel="lightweight_convolution", projections=True),
+    "dynamic_convolution": partial(AttentionFree, kernel="dynamic_convolution", projections=True),
+    "rep_mlp": partial(AttentionFree, kernel="rep_mlp"),
+    "residual": partial(MultiHeadAttention, kernel="residual"),
+    "synthesizer_dense": partial(MultiHeadAttention, kernel="synthesizer_dense"),
+    "synthesizer_random": partial(MultiHeadAttention, kernel="synthesizer_random"),
+    "synthesizer_factorized_dense": partial(MultiHeadAttention, kernel="synthesizer_factorized_dense"),
+    "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
+    "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
+    "external": ExternalAttention,
 }
 
 __all__ = [
     "MIXERS",
+    "AttentionFree",
     "Embedding",
+    "ExternalAttention",
     "FeedForward",
     "MinGRU",
     "MultiHeadAttention",

@@ -29,6 +29,7 @@ class SequenceMixer(nn.Module):
         ignore it.
       window: how many tokens to the left are seen besides the token itself; None for all.
       chunk_size: of the chunked form; None is the kernel's own choice.
+      max_length: the longest sequence, for mixers whose weights have a place for each step; the others ignore it.
       output_scale: factor on the initial weights of the projection that writes into the residual stream.
       use_bias: whether projections have biases.
       dtype: of activations; states and gates accumulate in float32.
@@ -42,6 +43,7 @@ class SequenceMixer(nn.Module):
     rotary_base: float | None = None
     window: int | None = None
     chunk_size: int | None = None
+    max_length: int | None = None
     output_scale: float = 1.0
     use_bias: bool = False
     dtype: Any = jnp.float32
@@ -60,6 +62,21 @@ class SequenceMixer(nn.Module):
     @nn.nowrap
     def accepts_window(self) -> bool:
         """Whether this mixer can limit itself to a window."""
+        return False
+
+    @nn.nowrap
+    def accepts_causal(self) -> bool:
+        """Whether this mixer has a causal form, and with it a state."""
+        return True
+
+    @nn.nowrap
+    def fixes_length(self) -> bool:
+        """Whether its weights have a place for each step, so that no sequence is longer than `max_length`."""
+        return False
+
+    @nn.nowrap
+    def accepts_scores(self) -> bool:
+        """Whether this mixer can add its attention scores to those of the layer before, `previous_scores`."""
         return False
 
     def _dense(

@@ -5,6 +5,7 @@ q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -41,9 +42,11 @@ class MultiHeadAttention(SequenceMixer):
 
     Raises:
       ValueError: heads that do not divide the width or the key heads, a window that the kernel does not take, rotary
-        positions missing on a resumed call, an unknown kernel or gate.
+        positions missing on a resumed call, an unknown kernel or gate, tables without `max_length`, scores handed to a kernel that
+        has none, or options that the kernel needs.
 
-    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32.
+    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32; tables of places are `max_length` long.
+    A query or key that the kernel does not read (`unread` there) has no projection.
 
     Cost and state: the kernel's.
 
@@ -62,12 +65,14 @@ class MultiHeadAttention(SequenceMixer):
     output_gate: bool = False
 
     @nn.compact
-    def __call__(self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False):
-        """See `SequenceMixer`."""
+    def __call__(
+        self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False, previous_scores=None
+    ):  # fmt: skip
+        """See `SequenceMixer`; with `previous_scores`, (B, N, T, S), this layer's scores with those added are returned last."""
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
         inputs = {"query": self._heads(x_BxTxD, "query", self.heads), "key": self._heads(x_BxTxD, "key", self.kv_heads)}
-        if self.rotary_base is not None:
+        if self.rotary_base is not None and not _line(self.kernel).unread:
             positions = self._positions(x_BxTxD, positions, state)
             inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
         if self.unit_keys:
@@ -75,13 +80,18 @@ class MultiHeadAttention(SequenceMixer):
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
         inputs.update(self._weights())
-        out = self._kernel(inputs, mask, segment_ids, initial_state=state, return_state=return_state)
-        out_BxTxNxH, state = out if return_state else (out, None)
+        out = self._kernel(
+            inputs, mask, segment_ids, previous_scores, initial_state=state, return_state=return_state
+        )  # fmt: skip
+        out_BxTxNxH, *rest = out if isinstance(out, tuple) else (out,)
         y_BxTxD = self._output(x_BxTxD, out_BxTxNxH)
-        return (y_BxTxD, state) if return_state else y_BxTxD
+        return (y_BxTxD, *rest) if rest else y_BxTxD
 
     def _heads(self, x_BxTxD, name, heads):
-        return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(*x_BxTxD.shape[:2], heads, self._head_dim)
+        shape = (*x_BxTxD.shape[:2], heads, self._head_dim)
+        if name in _line(self.kernel).unread:
+            return jnp.zeros(shape, self.dtype)
+        return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(shape)
 
     def _positions(self, x_BxTxD, positions, state):
         if positions is None and state is not None:
@@ -115,10 +125,18 @@ class MultiHeadAttention(SequenceMixer):
         if make is None:
             return {}
         sizes = (self.heads, self.kv_heads, self._head_dim)
+        if self._has_tables():
+            if self.max_length is None:
+                raise ValueError(f"max_length must be given: the kernel {self.kernel!r} has tables of places; got None")
+            make = partial(make, length=self.max_length)
         names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
         return {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
 
-    def _kernel(self, inputs, mask, segment_ids, **options):
+    def _has_tables(self):
+        make = _line(self.kernel).weights
+        return make is not None and "length" in inspect.signature(make).parameters
+
+    def _kernel(self, inputs, mask, segment_ids, previous_scores, **options):
         for name in ("window", "chunk_size"):
             if getattr(self, name) is not None and name in _arguments(self.kernel):
                 options[name] = getattr(self, name)
@@ -126,7 +144,14 @@ class MultiHeadAttention(SequenceMixer):
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
         key_mask = None if mask is None else mask[:, None, None, :]
         kernel = _line(self.kernel).function
+        if previous_scores is not None:
+            if not self.accepts_scores():
+                raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
+            kernel = partial(_line(self.kernel).with_scores, previous_scores=previous_scores)
         options = {**(self.options or {}), **options}
+        missing = [name for name in _line(self.kernel).options if name not in options]
+        if missing:
+            raise ValueError(f"options must give {missing} to the kernel {self.kernel!r}; got {self.options}")
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
 
     def _output(self, x_BxTxD, out_BxTxNxH):
@@ -148,7 +173,11 @@ class MultiHeadAttention(SequenceMixer):
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:
-        """The kernel's empty state; caches are of `dtype`, by default the module's."""
+        """The kernel's empty state; caches are of `dtype`, by default the module's. A capacity beyond `max_length` is a ValueError for tables."""
+        if self._has_tables() and capacity > (self.max_length or 0):
+            raise ValueError(
+                f"capacity must be at most max_length={self.max_length}, the length of the tables of {self.kernel!r}; got {capacity}"
+            )
         dim, make = self._head_dim, _line(self.kernel).empty_state
         known = inspect.signature(make).parameters
         options = {name: value for name, value in (self.options or {}).items() if name in known}
@@ -160,10 +189,13 @@ class MultiHeadAttention(SequenceMixer):
         head; the delta rule reads its state once more, 2 M H.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
-        limits them.
+        or a pattern limits them.
         """
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
-        projections = 2 * self.width * (inner * (3 if self.output_gate else 2) + 2 * key_inner)
+        wide, narrow = inner * (3 if self.output_gate else 2), 2 * key_inner
+        for name in _line(self.kernel).unread:
+            wide, narrow = (wide - inner, narrow) if name == "query" else (wide, narrow - key_inner)
+        projections = 2 * self.width * (wide + narrow)
         sizes = {"beta": self.width * self.heads, "log_decay": DECAY_RANK * (self.width + inner)}
         if self.head_decay:
             sizes["log_decay"] = self.width * self.heads
@@ -171,15 +203,38 @@ class MultiHeadAttention(SequenceMixer):
         if _line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
+            if _line(self.kernel).keys_seen is not None:
+                options = {**(self.options or {}), **({} if self.window is None else {"window": self.window})}
+                seen = _line(self.kernel).keys_seen(context, self.causal, **options)
         else:
             seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
         return projections + gates + passes * (6 if "beta" in self.gates else 4) * inner * seen
 
     @nn.nowrap
+    def fixes_length(self) -> bool:
+        """Whether the kernel has tables of places."""
+        return self._has_tables()
+
+    @nn.nowrap
     def accepts_window(self) -> bool:
         """Whether the kernel takes `window=`."""
         return "window" in _arguments(self.kernel)
+
+    @nn.nowrap
+    def accepts_scores(self) -> bool:
+        """Whether the kernel hands scores on."""
+        return _line(self.kernel).with_scores is not None
+
+    @nn.nowrap
+    def no_scores(self, x_BxTxD: jax.Array, state: Any) -> jax.Array:
+        """The scores before the first layer, zeros (B, N, T, S) with S the slots of the state after the call."""
+        length = x_BxTxD.shape[1]
+        keys = length
+        if state is not None:
+            keys = state.key.shape[-3] + (length if state.length is None else 0)
+        zeros = jnp.zeros_like(x_BxTxD[:, None, :, :1], jnp.promote_types(x_BxTxD.dtype, jnp.float32))
+        return jnp.broadcast_to(zeros, (x_BxTxD.shape[0], self.heads, length, keys))
 
 
 def _unit(x: jax.Array) -> jax.Array:

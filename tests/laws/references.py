@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checks import widened
 from .subjects import Subject, stepwise
+from .token_references import TOKEN_REFERENCES
 
 
 def allowed(inputs, *, is_causal=True, window=None, mask=None, segment_ids=None):
@@ -40,7 +42,7 @@ def spread(array, heads):
     return jnp.repeat(array, heads // array.shape[2], axis=2)
 
 
-def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, **pattern):
+def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, seen=None, top=None, **pattern):
     """o_i = sum_j exp(a_ij) v_j / sum_j exp(a_ij) over the allowed pairs; 0 where there are none."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
@@ -48,16 +50,95 @@ def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, **pattern):
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     pairs = allowed(inputs, **pattern)
+    if seen is not None:
+        pairs = pairs & seen
     if bias is not None:
         bias = four_axes(bias)
         pairs = pairs & (bias > -jnp.inf)
         logits = logits + jnp.where(bias > -jnp.inf, bias, 0.0)
     pairs = jnp.broadcast_to(pairs, logits.shape)
     logits = jnp.where(pairs, logits, -1e30)
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.where(pairs, jnp.exp(logits - top), 0.0)
+    if top is not None:
+        pairs = pairs & (logits >= jnp.sort(logits, axis=-1)[..., max(logits.shape[-1] - top, 0), None])
+    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(pairs, jnp.exp(logits - peak), 0.0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
+
+
+def places(inputs, segment_ids=None, mask=None, **_):
+    """Queries' and keys' positions (T, 1) and (1, S), and where the document of each begins, (B, T, 1) and (B, 1, S).
+
+    A document is a run of equal ids, and begins with its first key that no key mask hides.
+    """
+    (batch, length), keys = inputs["query"].shape[:2], inputs["key"].shape[1]
+    ids = segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids
+    ids = np.zeros((batch, keys), int) if ids is None else np.asarray(ids)
+    real = np.ones((batch, keys), bool)
+    if mask is not None and four_axes(mask).shape[1:3] == (1, 1):
+        real = np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, keys))
+    begin = np.zeros((batch, max(keys, 1)), int)
+    for row in range(batch):
+        awaited = True
+        for j in range(keys):
+            if j and ids[row, j] != ids[row, j - 1]:
+                begin[row, j], awaited = j, True
+            elif j:
+                begin[row, j] = begin[row, j - 1]
+            if awaited and real[row, j]:
+                begin[row, j], awaited = j, False
+    i, j = np.arange(length)[:, None] + (keys - length), np.arange(keys)[None, :]
+    return i, j, begin[:, np.maximum(i[:, 0], 0)][:, :, None], begin[:, None, :keys]
+
+
+def sparse(inputs, *, window=None, dilation, num_global=0, **options):
+    """Softmax over {i - left <= j <= i + right}, {(i - j) % r == 0} and the pairs of a document's first tokens."""
+    i, j, i_begin, j_begin = places(inputs, **options)
+    seen = (i - j) % dilation == 0
+    if window is not None:
+        left, right = window if isinstance(window, tuple) else (window, window)
+        seen = seen | ((i - j <= left) & (j - i <= right))
+    seen = seen | (j - j_begin < num_global)
+    if num_global and not options.get("is_causal", True):
+        seen = seen | (i - i_begin < num_global)
+    return softmax(inputs, seen=jnp.asarray(seen)[:, None], **options)
+
+
+def strided(inputs, *, stride, **options):
+    """Softmax over {|i - j| < l} and {(i - j) % l == 0}."""
+    return sparse(inputs, window=stride - 1, dilation=stride, **options)
+
+
+def fixed(inputs, *, block, summary, **options):
+    """Softmax over the pairs of a block, and the last columns of complete blocks."""
+    i, j, i_begin, j_begin = places(inputs, **options)
+    i_block, column, j_block = (i - i_begin) // block, (j - j_begin) % block, (j - j_begin) // block
+    same = (i_block == j_block) & (i_begin == j_begin)
+    end, last = j - column + block - 1, max(j.shape[1] - 1, 0)
+    complete = (end <= last) & (np.take_along_axis(j_begin, np.minimum(end, last), axis=2) == j_begin)
+    return softmax(inputs, seen=jnp.asarray(same | ((column >= block - summary) & complete))[:, None], **options)
+
+
+def topk(inputs, *, k, **options):
+    """Softmax over the k largest scores of a row."""
+    return softmax(inputs, top=k, **options)
+
+
+def linformer(inputs, *, key_projection, value_projection, mask=None, is_causal=False):
+    """softmax(q (E k)^T) (F v), masked keys and values 0."""
+    assert not is_causal
+    keys = inputs["key"].shape[1]
+    real = (
+        jnp.ones((1, keys), bool)
+        if mask is None
+        else jnp.broadcast_to(four_axes(mask), (*mask.shape[:1], 1, 1, keys))[:, 0, 0]
+    )
+
+    def mixed(matrix, x):
+        return jnp.einsum("rs,bskh->brkh", matrix[:, :keys], jnp.where(real[..., None, None], x, 0.0))
+
+    mixtures = {"key": mixed(key_projection, inputs["key"]), "value": mixed(value_projection, inputs["value"])}
+    return softmax(inputs | mixtures, is_causal=False)
 
 
 def unit(x):
@@ -240,8 +321,90 @@ def diagonal(inputs, *, segment_ids=None, reverse=False):
     return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.arange(x.shape[1]))[1], 0, 1)
 
 
+def counted(mask, segment_ids, batch, length):
+    """(B, T): how many real tokens of its segment stand before each token, one step at a time."""
+    real = (
+        np.ones((batch, length), bool)
+        if mask is None
+        else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
+    )
+    ids = np.zeros((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
+    places = np.zeros((batch, length), int)
+    for b in range(batch):
+        count = 0
+        for t in range(length):
+            count = 0 if t and ids[b, t] != ids[b, t - 1] else count
+            places[b, t] = count
+            count += real[b, t]
+    return places
+
+
+def places_of(inputs, *, is_causal=True, mask=None, segment_ids=None, **_):
+    """Places of queries (B, T) and keys (B, S): a query's is its key's where both are one sequence or the ends are aligned."""
+    (B, T), S = inputs["query"].shape[:2], inputs["key"].shape[1]
+    query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    over_keys = mask if mask is not None and four_axes(np.asarray(mask)).shape[1:3] == (1, 1) else None
+    keys = counted(over_keys, key_ids, B, S)
+    if not is_causal and (T != S or query_ids is not key_ids):
+        return counted(None, query_ids, B, T), keys
+    return np.concatenate([np.zeros((B, max(T - S, 0)), int), keys], axis=1)[:, -T or S + T :], keys
+
+
+def synthesizer(make):
+    """The reference of a Synthesizer: `make(inputs, query places, key places, **weights)` forms all scores, (B, N, T, S)."""
+
+    def reference(inputs, *, bias=None, is_causal=True, mask=None, segment_ids=None, **weights):
+        pattern = {"is_causal": is_causal, "mask": mask, "segment_ids": segment_ids}
+        scores = make(inputs, *places_of(inputs, **pattern), **weights)
+        T, S = inputs["query"].shape[1], inputs["key"].shape[1]
+        scores = jnp.broadcast_to(scores, (inputs["query"].shape[0], inputs["query"].shape[2], T, S))
+        nothing = {"query": 0 * inputs["query"][..., :1], "key": 0 * inputs["key"][..., :1], "value": inputs["value"]}
+        return softmax(nothing, bias=scores if bias is None else scores + four_axes(bias), scale=1.0, **pattern)
+
+    return reference
+
+
+def dense_columns(inputs, _, keys, hidden_bias, columns, column_bias):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    return jnp.einsum("btnh,bsnh->bnts", hidden, columns[keys]) + jnp.moveaxis(column_bias[keys], 2, 1)[:, :, None]
+
+
+def random_table(_, queries, keys, table):
+    return jnp.moveaxis(table[queries[:, :, None], :, keys[:, None, :]], 3, 1)
+
+
+def factorized_columns(inputs, _, keys, hidden_bias, left, right):
+    hidden = jnp.maximum(inputs["query"] + hidden_bias[None, None], 0)
+    u, v = np.divmod(keys, right.shape[0])
+    return jnp.einsum("btnh,bsnh->bnts", hidden, left[u]) * jnp.einsum("btnh,bsnh->bnts", hidden, right[v])
+
+
+def factorized_table(_, queries, keys, left, right):
+    return jnp.einsum("btnk,bsnk->bnts", left[queries], right[keys])
+
+
+def mixed_scores(inputs, queries, keys, mixture, left, right):
+    alpha = jax.nn.softmax(mixture, axis=-1)[None, :, :, None, None]
+    key = spread(inputs["key"], inputs["query"].shape[2])
+    products = jnp.einsum("btnh,bsnh->bnts", inputs["query"], key) / np.sqrt(key.shape[-1])
+    return alpha[:, :, 0] * products + alpha[:, :, 1] * factorized_table(inputs, queries, keys, left, right)
+
+
 REFERENCES = {
+    "residual": softmax,
+    "synthesizer_dense": synthesizer(dense_columns),
+    "synthesizer_random": synthesizer(random_table),
+    "synthesizer_factorized_dense": synthesizer(factorized_columns),
+    "synthesizer_factorized_random": synthesizer(factorized_table),
+    "synthesizer_mixed": synthesizer(mixed_scores),
     "softmax": softmax,
+    "local": softmax,
+    "atrous": sparse,
+    "sparse": sparse,
+    "strided": strided,
+    "fixed": fixed,
+    "topk": topk,
+    "linformer": linformer,
     "linear": linear,
     "linear_hedgehog": linear,
     "gated_linear": gated_linear,
@@ -254,6 +417,7 @@ REFERENCES = {
     "outer_product": outer_product,
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
+    **TOKEN_REFERENCES,
 }
 
 
@@ -268,7 +432,10 @@ def reference_of(subject: Subject):
     Inputs without a time axis reach a reference among its options; those of the member stand unless the caller gives others.
     """
     if subject.name in REFERENCES:
-        return lambda inputs, **options: REFERENCES[subject.name](inputs, **{**subject.weights(inputs), **options})
+        form = {"is_causal": subject.causal} if subject.is_token_mixer else {}
+        return lambda inputs, **options: REFERENCES[subject.name](
+            inputs, **{**form, **widened(subject.weights(inputs)), **subject.options, **options}
+        )
 
     def own_steps(inputs, *, mask=None, segment_ids=None, **options):
         per_call = {"mask": mask, "segment_ids": segment_ids}

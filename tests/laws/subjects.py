@@ -1,7 +1,6 @@
-"""Every line of the two tables, seen through one interface.
+"""Every line of the three tables, seen through one interface.
 
-A law is written once, against `Subject`; a new line of `MIXERS` or `RECURRENCES` is tested with no new test code. What a
-member can do beyond the contract is read from its signature (options such as `window`) or found by asking it once
+A law is written once, against `Subject`; a new line of a table is tested with no new test code. What a member can do beyond the contract is read from its signature (options such as `window`) or found by asking it once
 (`bidirectional`, `crosswise`): a refusal must be a ValueError that names the matter; with anything else the law is tried, and fails.
 """
 
@@ -15,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from effattn_jax import mixing
+from effattn_jax._contract import Mixer, TokenMixer
 from effattn_jax.attention import MIXERS
 from effattn_jax.recurrence import RECURRENCES
 
@@ -26,6 +27,8 @@ OPTION_SAMPLES: dict[str, tuple] = {
 }
 # With LAWS=all, members that run on another's loops go through all their forms and transformations too.
 EVERYTHING = os.environ.get("LAWS") == "all"
+PLACES = 300  # T_max of the members whose weights have a place for each step
+SHORTEST_TABLE = 128  # places of the tables of members that have such, more where a call needs more
 CHUNK = 3  # the longest chunk in most laws, so that a dozen steps make several chunks and a ragged last one
 
 
@@ -35,7 +38,6 @@ class Subject:
 
     name: str
     entry: Any
-    is_mixer: bool
 
     def __repr__(self) -> str:
         return self.name
@@ -43,6 +45,26 @@ class Subject:
     @property
     def function(self) -> Callable:
         return self.entry.function
+
+    @property
+    def is_mixer(self) -> bool:
+        """Does it mix query, key and value, as attention does?"""
+        return isinstance(self.entry, Mixer)
+
+    @property
+    def is_token_mixer(self) -> bool:
+        """Does it mix one array of inputs, with weights?"""
+        return isinstance(self.entry, TokenMixer)
+
+    @property
+    def exempt(self) -> frozenset[str]:
+        """The laws that mathematics rules out for it."""
+        return frozenset(getattr(self.entry, "exempt", ()))
+
+    @property
+    def longest(self) -> int | None:
+        """The longest row that it takes, where there is one."""
+        return PLACES if self.is_token_mixer and self.entry.fixes_length else None
 
     @property
     def pairwise(self) -> bool:
@@ -55,12 +77,14 @@ class Subject:
 
     @property
     def brief(self) -> bool:
-        """True for a member that runs on another's loops: those are tested there, it in its last form."""
-        return self.is_mixer and bool(self.entry.runs_on) and not EVERYTHING
+        """True for a member without loops of its own: those are tested where they are, it in its last form."""
+        return (self.is_token_mixer or (self.is_mixer and bool(self.entry.runs_on))) and not EVERYTHING
 
     @property
     def table_forms(self) -> tuple[dict, ...]:
         """The forms that the table lists, or the last of them for a brief member."""
+        if self.is_token_mixer:
+            return ({},)
         return self.entry.forms[-1:] if self.brief else self.entry.forms
 
     @property
@@ -75,6 +99,8 @@ class Subject:
     @functools.cached_property
     def stateful_forms(self) -> tuple[dict, ...]:
         """The forms that take and give a state; a parallel form may refuse, by a ValueError that says so."""
+        if not self.causal:
+            return ()
         inputs = self.inputs(length=3)
         return tuple(form for form in self.forms if not _refuses(self, inputs, "state", return_state=True, **form))
 
@@ -97,19 +123,32 @@ class Subject:
             return tuple(options)
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
-                default = inspect.signature(self.function).parameters[option].default
+                default = self.options.get(option, inspect.signature(self.function).parameters[option].default)
                 options += [{option: sample} for sample in samples if sample != default]
         return tuple(options)
 
     @property
     def carries_ids(self) -> bool:
         """Does a state know its last segment id? A recurrence's is the bare array of DESIGN's conventions, so it belongs to the next id."""
-        return self.is_mixer
+        return self.is_mixer or self.is_token_mixer
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """Does a state hold inputs as they came, rather than sums, which are kept wide?"""
+        return self.pairwise or self.is_token_mixer
+
+    @property
+    def independent_channels(self) -> bool:
+        """Is the axis after time one of heads or channels that do not meet?"""
+        return not self.is_token_mixer
 
     def inputs(
         self, *, seed=0, batch=2, length=9, keys=None, heads=4, kv_heads=2, head_dim=4, value_dim=3, dtype=np.float32
     ):
         """Arrays by argument name, time on axis 1 of each; `keys` gives another length to key and value."""
+        if self.is_token_mixer:
+            shape = (batch, length, 2 * head_dim)
+            return {"inputs": np.random.default_rng(seed).normal(size=shape).astype(dtype)}
         if not self.is_mixer:
             sample = self.entry.sample(jax.random.key(seed), batch, length, dtype)
             return {name: np.asarray(array) for name, array in sample.items()}
@@ -128,24 +167,59 @@ class Subject:
 
     def weights(self, inputs: dict) -> dict:
         """Its inputs without a time axis, the same numbers for all calls of one shape."""
+        if self.is_token_mixer:
+            return _token_weights(self, inputs["inputs"].shape[-1])
         if not self.is_mixer or self.entry.weights is None:
             return {}
         query, key = inputs["query"], inputs["key"]
-        return _weights(self, query.shape[-2], key.shape[-2], query.shape[-1])
+        sizes = (query.shape[-2], key.shape[-2], query.shape[-1])
+        if "length" not in inspect.signature(self.entry.weights).parameters:
+            return _weights(self, *sizes)
+        keys = key.shape[-3] if key.ndim > 2 else 1
+        return _weights(self, *sizes, max(SHORTEST_TABLE, 1 << (keys - 1).bit_length()))
 
     def call(self, inputs: dict, **options):
-        """The member's call, causal unless said otherwise."""
-        if self.is_mixer:
-            options.setdefault("is_causal", True)
-        return self.function(**inputs, **{**self.weights(inputs), **options})
+        """The member's call, causal where it can be unless said otherwise; a key mask may have the shape (B, 1, 1, S)."""
+        if (self.is_mixer or self.is_token_mixer) and "is_causal" not in options:
+            options["is_causal"] = self.causal
+        if self.is_token_mixer and getattr(options.get("mask"), "ndim", 0) == 4:
+            options["mask"] = options["mask"][:, 0, 0]
+        return self.function(**inputs, **{**self.weights(inputs), **self.options, **options})
+
+    @property
+    def options(self) -> dict:
+        """What it cannot be called without."""
+        return dict(self.entry.options) if self.is_mixer else {}
 
     def batch_of(self, inputs: dict) -> int:
         return next(iter(inputs.values())).shape[0]
 
+    def empty_state(self, capacity: int):
+        """The state before the first token of two rows of `inputs`, with room for `capacity` tokens."""
+        if self.is_mixer:
+            return self.entry.empty_state(2, capacity, 4, 2, 4, 3, np.float32)
+        return self.call(self.inputs(length=0), return_state=True)[1]
+
+    @functools.cached_property
+    def causal(self) -> bool:
+        """Does it have a causal form, and with it a state?"""
+        if self.is_mixer:
+            return "causality" not in self.entry.exempt
+        return not self.is_token_mixer or not _refuses(self, self.inputs(length=3), "is_causal", is_causal=True)
+
+    @functools.cached_property
+    def packs_both_ways(self) -> bool:
+        """Does its form without causality take segments?"""
+        ids = np.zeros((2, 3), np.int32)
+        return self.bidirectional and not _refuses(
+            self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids
+        )
+
     @functools.cached_property
     def bidirectional(self) -> bool:
         """Does it have a non-causal form?"""
-        return self.is_mixer and not _refuses(self, self.inputs(length=3), "is_causal", is_causal=False)
+        mixes = self.is_mixer or self.is_token_mixer
+        return mixes and not _refuses(self, self.inputs(length=3), "is_causal", is_causal=False)
 
     @functools.cached_property
     def crosswise(self) -> bool:
@@ -156,16 +230,28 @@ class Subject:
     def takes_pairs_of_ids(self) -> bool:
         """Does it take other segment ids for keys than for queries?"""
         ids = tuple(np.zeros((2, 3), np.int32) for _ in "qk")
-        return self.bidirectional and not _refuses(
-            self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids
+        return (
+            self.is_mixer
+            and self.bidirectional
+            and not _refuses(self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids)
         )
 
 
 @functools.cache
-def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int) -> dict:
+def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length: int | None = None) -> dict:
+    options = {} if length is None else {"length": length}
     with jax.ensure_compile_time_eval():
-        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim)
+        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim, **options)
     return {name: np.asarray(array, np.float32) for name, array in made.items()}
+
+
+@functools.cache
+def _token_weights(subject: Subject, width: int) -> dict:
+    """Initial weights with noise, so that none is near 0, or 1, or like another."""
+    with jax.ensure_compile_time_eval():
+        made = subject.entry.weights(jax.random.key(0), width, PLACES, 2)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda w: (np.asarray(w) + 0.3 * rng.normal(size=w.shape)).astype(np.float32), made)
 
 
 def _refuses(subject: Subject, inputs: dict, word: str, **options) -> bool:
@@ -199,9 +285,15 @@ def slice_key(array, start: int | None, stop: int | None):
     return array[..., start:stop]
 
 
-MIXER_SUBJECTS = tuple(Subject(name, entry, True) for name, entry in MIXERS.items())
-RECURRENCE_SUBJECTS = tuple(Subject(name, entry, False) for name, entry in RECURRENCES.items())
-SUBJECTS = MIXER_SUBJECTS + RECURRENCE_SUBJECTS
+ALL_MIXERS = tuple(Subject(name, entry) for name, entry in MIXERS.items())
+MIXER_SUBJECTS = tuple(subject for subject in ALL_MIXERS if subject.causal)
+UNORDERED = tuple(subject for subject in ALL_MIXERS if not subject.causal)  # see test_without_causality
+RECURRENCE_SUBJECTS = tuple(Subject(name, entry) for name, entry in RECURRENCES.items())
+TOKEN_SUBJECTS = tuple(Subject(name, entry) for name, entry in mixing.MIXERS.items())
+SUBJECTS = MIXER_SUBJECTS + RECURRENCE_SUBJECTS + TOKEN_SUBJECTS
+CAUSAL = tuple(subject for subject in SUBJECTS if subject.causal)  # those with states
+MASKED = MIXER_SUBJECTS + TOKEN_SUBJECTS  # those that take masks
+BIDIRECTIONAL = tuple(subject for subject in MASKED if subject.bidirectional)
 PAIRWISE = tuple(subject for subject in MIXER_SUBJECTS if subject.pairwise)
 KEYWISE = tuple(subject for subject in MIXER_SUBJECTS if not subject.pairwise)
 

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from . import checks, references
 from .subjects import (
+    BIDIRECTIONAL,
+    CAUSAL,
+    MASKED,
     MIXER_SUBJECTS,
     RECURRENCE_SUBJECTS,
-    SUBJECTS,
     by_form,
     by_table_form,
     by_variant_and_form,
@@ -54,7 +56,7 @@ def test_form_equals_reference(subject, variant, form, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MIXER_SUBJECTS if s.bidirectional)))
+@pytest.mark.parametrize("subject, form", by_form(BIDIRECTIONAL))
 def test_bidirectional_form_equals_reference(subject, form, dtype):
     function = functools.partial(subject.call, is_causal=False, **form)
     check_against_reference(subject, {}, LENGTH, dtype, function, is_causal=False)
@@ -64,7 +66,7 @@ def test_bidirectional_form_equals_reference(subject, form, dtype):
     "subject, variant, dtype",
     [
         pytest.param(s, v, dtype, id=f"{s.name}-{label(v)}-{dtype.__name__}")
-        for s in SUBJECTS
+        for s in CAUSAL
         for v in s.variants
         for dtype in ((np.float64,) if v else (np.float32, np.float64))
     ],
@@ -88,7 +90,7 @@ def by_steps(subject):
     return start, jax.tree.map(np.asarray, checks.value_and_grads(lambda tree: stepwise(subject, *tree), start))
 
 
-@pytest.mark.parametrize("subject, form", [param(s, f) for s in SUBJECTS for f in s.stateful_forms])
+@pytest.mark.parametrize("subject, form", [param(s, f) for s in CAUSAL for f in s.stateful_forms])
 def test_states_and_their_gradients_agree_with_the_steps(subject, form):
     """From one initial state: outputs, final state, and gradients by inputs and initial state equal those of the steps."""
     with checks.x64():
@@ -128,7 +130,7 @@ def test_normalised_recurrences(subject, form):
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
 
 
-@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MIXER_SUBJECTS if s.entry.weights is not None)))
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in MASKED if s.weights(s.inputs()))))
 def test_weights_get_gradients(subject, form):
     """Inputs without a time axis, projections and the like, are differentiable as all others are."""
     inputs = subject.inputs(length=LENGTH)

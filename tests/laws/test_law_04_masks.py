@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from . import checks, references
-from .subjects import KEYWISE, MIXER_SUBJECTS, PAIRWISE, by_form, by_kind, by_stateful_kind, time_slice
+from .subjects import KEYWISE, MASKED, MIXER_SUBJECTS, PAIRWISE, by_form, by_kind, by_stateful_kind, time_slice
 
 B, T, N = 2, 9, 4
 KEY_MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 1, 1, 0, 0, 0]], bool)[:, None, None, :]
 # Where extras such as a decay make the distance in time count, cutting keys out moves the queries too, so that it is another problem.
-REMOVABLE = tuple(s for s in MIXER_SUBJECTS if s.bidirectional and s.crosswise and s.entry.extras is None)
+REMOVABLE = tuple(
+    s
+    for s in MIXER_SUBJECTS
+    if s.bidirectional and s.crosswise and s.entry.extras is None and "removal" not in s.entry.exempt
+)
 
 
 def pair_mask(seed=0):
@@ -44,7 +48,7 @@ def compare(subject, inputs, actual_inputs=None, **options):
 
 
 @pytest.mark.parametrize("poison", [np.nan, -np.inf], ids=str)
-@pytest.mark.parametrize("subject, form", by_form(MIXER_SUBJECTS))
+@pytest.mark.parametrize("subject, form", by_form(MASKED))
 def test_masked_keys_do_not_exist(subject, form, poison):
     """Neither their numbers nor NaN in them reach an output, a normaliser or a gradient; their own gradient is exactly 0."""
     inputs = subject.inputs(length=T)
@@ -70,7 +74,7 @@ def test_masking_equals_removing(subject, form):
     checks.assert_close(masked, removed, checks.GRADIENT, "gradient")
 
 
-@pytest.mark.parametrize("subject, form", by_kind(MIXER_SUBJECTS))
+@pytest.mark.parametrize("subject, form", by_kind(MASKED))
 def test_rows_with_nothing_to_attend(subject, form):
     """One batch row fully masked, and first keys masked under causality: 0, with zero gradients, and finite for the others."""
     inputs = subject.inputs(length=T)
@@ -81,7 +85,7 @@ def test_rows_with_nothing_to_attend(subject, form):
     for name, gradient in zip(sorted(inputs), gradients, strict=True):
         assert not np.any(np.asarray(gradient)[0]), f"{name}: gradient of a fully masked row"
         assert np.all(np.isfinite(gradient)), f"{name}: gradient is not finite"
-        if name in ("query", "key", "value"):
+        if name in ("query", "key", "value", "inputs"):
             assert not np.any(np.asarray(gradient)[1, :3]), f"{name}: gradient of rows without keys, or of masked keys"
 
 
@@ -182,7 +186,7 @@ def test_linear_time_mixers_refuse_pairs(subject, under_jit):
             assert "segment_ids" in message or "1, 1, S" in message or "is_causal" in message, message
 
 
-@pytest.mark.parametrize("subject, form", by_stateful_kind(MIXER_SUBJECTS))
+@pytest.mark.parametrize("subject, form", by_stateful_kind(MASKED))
 def test_nan_in_a_masked_prefix_does_not_enter_the_state(subject, form):
     """Left padding: poisoned padding before a prompt changes neither the state's effect nor its gradient."""
     inputs = subject.inputs(length=T)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from . import checks, references
-from .subjects import CHUNK, MIXER_SUBJECTS, SUBJECTS, by_form, by_kind, by_variant_and_form, label, time_slice
+from .subjects import BIDIRECTIONAL, CHUNK, MASKED, SUBJECTS, by_form, by_kind, by_variant_and_form, label, time_slice
 
 # Boundaries beside, on and away from chunk borders (CHUNK = 3), a document of one step, ids in no order.
 CUTS = (0, 2, 3, 6, 10, 11)
 IDS = np.repeat([7, 2, 9, 0, 3], np.diff(CUTS)).astype(np.int32)[None]
 assert CHUNK in CUTS and 2 * CHUNK in CUTS
-BIDIRECTIONAL = tuple(s for s in MIXER_SUBJECTS if s.bidirectional)
+BOTH_WAYS = tuple(s for s in BIDIRECTIONAL if s.packs_both_ways)
 
 
 @functools.cache
@@ -42,7 +42,7 @@ def test_packed_equals_alone(subject, variant, form):
     check_packed(subject, variant, form, is_causal=True)
 
 
-@pytest.mark.parametrize("subject, form", by_form(BIDIRECTIONAL))
+@pytest.mark.parametrize("subject, form", by_form(BOTH_WAYS))
 def test_packed_equals_alone_without_causality(subject, form):
     check_packed(subject, {}, form, is_causal=False)
 
@@ -78,7 +78,7 @@ def test_another_document_changes_nothing(subject, form):
     checks.assert_identical(output[:, IDS[0] != 9], clean[:, IDS[0] != 9])
 
 
-@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in BIDIRECTIONAL if s.takes_pairs_of_ids)))
+@pytest.mark.parametrize("subject, form", by_form(tuple(s for s in BOTH_WAYS if s.takes_pairs_of_ids)))
 def test_pairs_of_ids_for_cross_attention(subject, form):
     """(query ids, key ids): a query sees the keys of its own id only; an id without keys gives 0."""
     query_ids = np.array([[1, 1, 2, 2, 2, 4, 4], [3, 3, 3, 3, 5, 5, 5]], np.int32)
@@ -92,7 +92,7 @@ def test_pairs_of_ids_for_cross_attention(subject, form):
     assert not np.any(np.asarray(actual[0])[0, 5:])
 
 
-@pytest.mark.parametrize("subject, form", by_kind(MIXER_SUBJECTS))
+@pytest.mark.parametrize("subject, form", by_kind(MASKED))
 def test_segments_and_a_key_mask_together(subject, form):
     """Padding inside a packed row, a document that is all padding included."""
     inputs = subject.inputs(length=CUTS[-1], batch=1)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from . import checks
-from .subjects import KEYWISE, MIXER_SUBJECTS, PAIRWISE, RECURRENCE_SUBJECTS, SUBJECTS, time_slice
+from .subjects import CAUSAL, KEYWISE, MIXER_SUBJECTS, PAIRWISE, RECURRENCE_SUBJECTS, SUBJECTS, time_slice
 
-EXEMPT = [s for s in MIXER_SUBJECTS if "memory" in s.entry.exempt]
-SUBJECTS, MIXER_SUBJECTS, KEYWISE, PAIRWISE = (
-    tuple(s for s in subjects if s not in EXEMPT) for subjects in (SUBJECTS, MIXER_SUBJECTS, KEYWISE, PAIRWISE)
+EXEMPT = [s for s in SUBJECTS if "memory" in s.exempt]
+SUBJECTS, CAUSAL, MIXER_SUBJECTS, KEYWISE, PAIRWISE = (
+    tuple(s for s in subjects if s not in EXEMPT) for subjects in (SUBJECTS, CAUSAL, MIXER_SUBJECTS, KEYWISE, PAIRWISE)
 )
 SHORT, LONG = 2048, 4096
 HEADS = 2
@@ -38,7 +38,7 @@ def patterns_of(subject) -> dict:
         lambda x, ids: subject.call(x, segment_ids=ids),
         lambda T: jax.ShapeDtypeStruct((1, T), np.int32),
     )
-    if subject.is_mixer:
+    if subject.is_mixer or subject.is_token_mixer:
         calls["key mask"] = (
             lambda x, m: subject.call(x, mask=m),
             lambda T: jax.ShapeDtypeStruct((1, 1, 1, T), np.bool_),
@@ -84,7 +84,7 @@ def test_temporaries_are_linear_in_the_length(subject, name, differentiated):
         assert used[LONG] < LONG * LONG, f"{used[LONG]} bytes: room for a T x S mask of one byte a pair"
 
 
-@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+@pytest.mark.parametrize("subject", CAUSAL, ids=repr)
 def test_resumed_calls_are_linear_too(subject):
     """A second half that starts from the state of the first, differentiated through the state."""
 

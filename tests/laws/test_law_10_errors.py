@@ -6,7 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from .subjects import KEYWISE, MIXER_SUBJECTS, RECURRENCE_SUBJECTS, SUBJECTS, time_slice
+from .subjects import (
+    CAUSAL,
+    KEYWISE,
+    MASKED,
+    MIXER_SUBJECTS,
+    PLACES,
+    RECURRENCE_SUBJECTS,
+    SUBJECTS,
+    TOKEN_SUBJECTS,
+    time_slice,
+)
 
 B, T, N, K, H = 2, 6, 4, 2, 4
 
@@ -55,6 +65,12 @@ OPTION_MISTAKES = {
     "logits_soft_cap": [(0.0, "0.0"), (-2.0, "-2.0")],
     "chunk_size": [(0, "0"), (-4, "-4")],
     "feature_map": [("eluu", "eluu")],
+    "dilation": [(0, "0"), (1.5, "1.5")],
+    "num_global": [(-1, "-1"), (0.5, "0.5")],
+    "stride": [(0, "0"), (-2, "-2")],
+    "block": [(0, "0")],
+    "summary": [(0, "0"), (4, "4")],
+    "k": [(0, "0"), (2.5, "2.5")],
 }
 RECURRENCE_MISTAKES = {
     "segment_ids of another length": (
@@ -63,6 +79,14 @@ RECURRENCE_MISTAKES = {
     ),
     "segment_ids of floats": (given(segment_ids=np.zeros((B, T), np.float32)), ["segment_ids", "float32"]),
     "unknown implementation": (given(implementation="fastest"), ["implementation", "fastest"]),
+}
+TOKEN_MISTAKES = {
+    "inputs of rank 1": (replaced("inputs", lambda x: x[0, 0]), ["inputs", f"({2 * H},)"]),
+    "mask of another length": (given(mask=np.ones((B, T + 1), bool)), ["mask", f"({B}, {T + 1})"]),
+    "mask of another batch": (given(mask=np.ones((3, T), bool)), ["mask", f"(3, {T})"]),
+    "mask of integers": (given(mask=np.ones((B, T), np.int32)), ["mask", "int32"]),
+    "state without causality": (given(is_causal=False, return_state=True), ["return_state", "is_causal"]),
+    **{name: mistake for name, mistake in RECURRENCE_MISTAKES.items() if name.startswith("segment_ids")},
 }
 
 
@@ -99,6 +123,42 @@ def test_recurrence_mistakes(subject, mistake, mode):
 
 
 @MODES
+@pytest.mark.parametrize("mistake", TOKEN_MISTAKES)
+@pytest.mark.parametrize("subject", TOKEN_SUBJECTS, ids=repr)
+def test_token_mixer_mistakes(subject, mistake, mode):
+    if not (mistake == "state without causality" and not subject.causal):  # it has no such argument
+        change, words = TOKEN_MISTAKES[mistake]
+        inputs, options = change(subject.inputs(length=T))
+        weights = subject.weights(subject.inputs(length=T))  # those of the right inputs
+        check(subject, inputs, weights | options, words, mode)
+
+
+@MODES
+@pytest.mark.parametrize("subject", [s for s in TOKEN_SUBJECTS if s.longest], ids=repr)
+def test_more_tokens_than_places(subject, mode):
+    """A row, or a state and what comes after it, longer than the weights: both numbers named, or NaN where jit hides the count."""
+    check(subject, subject.inputs(length=PLACES + 1), {}, [f"{PLACES}", f"{PLACES + 1}"], mode)
+    _, state = subject.call(subject.inputs(length=PLACES - 1), return_state=True)
+    if mode == "eager":
+        check(subject, subject.inputs(length=2), {"initial_state": state}, ["initial_state", f"{PLACES}"], mode)
+    else:
+        output = jax.jit(lambda x, s: subject.call(x, initial_state=s))(subject.inputs(length=2), state)
+        assert np.all(np.isnan(output[:, 1]))
+
+
+@pytest.mark.parametrize("subject", [s for s in TOKEN_SUBJECTS if s.weights(s.inputs())], ids=repr)
+def test_each_weight_is_checked(subject):
+    """Every array among the weights, with an axis too many or of integers: a ValueError before anything is computed."""
+    inputs = subject.inputs(length=T)
+    leaves, tree = jax.tree.flatten(subject.weights(inputs))
+    for index, leaf in enumerate(leaves):
+        for bad in (leaf[None, None], leaf.astype(np.int32)):
+            changed = tree.unflatten([*leaves[:index], bad, *leaves[index + 1 :]])
+            with pytest.raises(ValueError):
+                jax.eval_shape(lambda x, changed=changed: subject.call(x, **changed), inputs)
+
+
+@MODES
 @pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
 def test_option_mistakes(subject, mode):
     for option, mistakes in OPTION_MISTAKES.items():
@@ -115,6 +175,8 @@ def test_each_input_is_checked(subject, mode):
         for bad in (inputs[name][0, 0], inputs[name][:, :4], inputs[name].real.astype(np.int32)):
             if name == "query" and subject.crosswise and bad.shape[1:2] == (4,):
                 continue  # fewer queries than keys are a valid call
+            if subject.is_token_mixer and bad.shape[1:2] == (4,):
+                continue  # and so is a shorter row
             shown = str(bad.dtype) if bad.dtype == np.int32 else str(bad.shape)
             with pytest.raises(ValueError) as caught:
                 (jax.jit(subject.call) if mode == "jit" else subject.call)(inputs | {name: bad})
@@ -122,7 +184,7 @@ def test_each_input_is_checked(subject, mode):
 
 
 @MODES
-@pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
+@pytest.mark.parametrize("subject", CAUSAL, ids=repr)
 def test_a_state_of_other_sizes(subject, mode):
     """A state made for another batch is refused, naming initial_state."""
     small = subject.inputs(length=T, batch=1)
@@ -130,7 +192,7 @@ def test_a_state_of_other_sizes(subject, mode):
     check(subject, subject.inputs(length=T, batch=3), {"initial_state": state}, ["initial_state"], mode)
 
 
-@pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
+@pytest.mark.parametrize("subject", [s for s in MASKED if s.causal], ids=repr)
 def test_a_state_needs_causality(subject):
     _, state = subject.call(subject.inputs(length=T), return_state=True)
     check(

@@ -42,35 +42,51 @@ def names_of(subject: Subject) -> tuple[str, ...]:
     return BRIEF if subject.brief else tuple(CHECKS)
 
 
+def kinds_of(subject: Subject) -> tuple[dict, ...]:
+    """One form of each implementation, with a state where there is one."""
+    return subject.stateful_kinds if subject.causal else subject.kinds
+
+
 def forms_of(subject: Subject, name: str) -> tuple[dict, ...]:
-    """The forms that a check runs over: one of each implementation, or the last of these, which is the chunked one."""
-    return subject.stateful_kinds if name in BY_FORM else subject.stateful_kinds[-1:]
+    """The forms that a check runs over: one of each implementation, or the last of these, which is the chunked one.
+
+    None for shards of channels where the channels of a member meet.
+    """
+    if name == "shard_map, heads" and not subject.independent_channels:
+        return ()
+    return kinds_of(subject) if name in BY_FORM else kinds_of(subject)[-1:]
 
 
 @functools.cache
 def plain(subject: Subject, form_index: int, batch: int, copies: int):
     """Values and gradients on one device, shared by the checks that run the same call in another way."""
-    call, inputs = call_of(subject, subject.stateful_kinds[form_index]), sample(subject, batch=batch, copies=copies)
+    call, inputs = call_of(subject, kinds_of(subject)[form_index]), sample(subject, batch=batch, copies=copies)
     return jax.tree.map(np.asarray, checks.value_and_grads(call, inputs))
 
 
 def expected_of(subject: Subject, form: dict, *, batch=2, copies=1):
-    return plain(subject, subject.stateful_kinds.index(form), batch, copies)
+    return plain(subject, kinds_of(subject).index(form), batch, copies)
 
 
 def sample(subject: Subject, *, batch=2, dtype=np.float32, copies=1) -> dict:
     """Inputs, key mask and segment ids of one call; `copies` repeats the axis after time, so that it divides among devices."""
     inputs = subject.inputs(length=LENGTH, batch=batch, dtype=dtype)
+    copies = copies if subject.independent_channels else 1
     inputs = {name: np.concatenate([array] * copies, axis=2) for name, array in inputs.items()}
     rng = np.random.default_rng(7)
     inputs["segment_ids"] = np.sort(rng.integers(0, 3, (batch, LENGTH)), axis=1).astype(np.int32)
-    if subject.is_mixer:
+    if subject.is_mixer or subject.is_token_mixer:
         inputs["mask"] = rng.random((batch, 1, 1, LENGTH)) < 0.8
     return inputs
 
 
 def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LENGTH)) -> Callable:
-    """f(inputs): two calls, the second from the state of the first."""
+    """f(inputs): two calls, the second from the state of the first; one call where there is no state."""
+
+    def whole(inputs):
+        known = ("mask",) if subject.is_mixer else PATTERNS  # without causality a mixer has no segments
+        patterns = {name: inputs[name] for name in known if name in inputs}
+        return subject.call({name: a for name, a in inputs.items() if name not in PATTERNS}, **patterns, **form)
 
     def call(inputs):
         outputs, state = [], None
@@ -81,7 +97,7 @@ def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LEN
             outputs.append(output)
         return jnp.concatenate(outputs, axis=1)
 
-    return call
+    return call if subject.causal else whole
 
 
 def assert_same(actual, expected) -> None:
@@ -245,8 +261,9 @@ def pmap(subject, form):
         assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
 
 
-def specs(inputs: dict, batch: str | None, heads: str | None) -> dict:
-    """Partition specs: the batch is axis 0 of everything, heads (or channels) are axis 2 of the sequences."""
+def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None) -> dict:
+    """Partition specs: the batch is axis 0 of everything, heads (or channels that do not meet) are axis 2 of the sequences."""
+    heads = heads if subject.independent_channels else None
     return {name: P(batch) if name in PATTERNS else P(batch, None, heads) for name in inputs}
 
 
@@ -254,7 +271,7 @@ def over_shards(subject, form, shape, batch, heads, copies=1):
     """The call inside shard_map (check_vma on), differentiated inside and outside of it."""
     mesh = jax.make_mesh(shape, ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
     inputs, call = sample(subject, batch=8, copies=copies), call_of(subject, form)
-    spec = specs(inputs, batch, heads)
+    spec = specs(subject, inputs, batch, heads)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec,), out_specs=P(batch, None, heads))
     expected = expected_of(subject, form, batch=8, copies=copies)
     assert_same(checks.value_and_grads(sharded, inputs), expected)
@@ -291,7 +308,7 @@ def explicit_mesh(subject, form):
     inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
     expected = expected_of(subject, form, batch=8, copies=2)
     with jax.set_mesh(mesh):
-        spec = specs(inputs, "data", "heads")
+        spec = specs(subject, inputs, "data", "heads")
         placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
         assert jax.typeof(jax.jit(call)(placed)).sharding.spec[0] == "data"
         actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
@@ -303,7 +320,7 @@ def sharded_jit(subject, form):
     """`jax.jit` over an Auto mesh with batch and heads sharded: no collective in the forward program, same values and gradients"""
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
     inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
-    spec = specs(inputs, "data", "heads")
+    spec = specs(subject, inputs, "data", "heads")
     placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
     program = jax.jit(call).lower(placed).compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
@@ -316,7 +333,8 @@ def sharded_jit(subject, form):
 def eval_shape(subject, form):
     """shapes and dtypes without arrays, state included"""
     arrays = {name: array for name, array in sample(subject).items() if name not in PATTERNS}
-    call = functools.partial(subject.call, return_state=True, **form)
+    state = {"return_state": True} if subject.causal else {}
+    call = functools.partial(subject.call, **state, **form)
     shapes, run = jax.eval_shape(call, arrays), call(arrays)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), run)
 

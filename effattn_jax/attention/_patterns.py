@@ -1,0 +1,247 @@
+"""Softmax over patterns of pairs, as a union of disjoint parts: each part one call of the block kernel, merged by their normalisers.
+
+    o_i = sum_p e^(l_pi - m_i) o_pi / sum_p e^(l_pi - m_i)      o_p, l_p: output and log normaliser of part p,  m_i = max_p l_pi
+
+A part is a cut or a rearrangement of queries and keys after which its pairs are all pairs, a band, or a band with a hole: a class of positions
+modulo r is a sequence of its own, so that every r-th key costs T T / r pairs. Memory O(T), whatever the pattern.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effattn_jax._contract import choose, positive
+from effattn_jax.attention._blocks import by_blocks
+from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare
+from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
+
+__all__: list[str] = []
+
+Part = tuple[jax.Array, jax.Array]  # out (B, T, N, V), lse (B, T, N)
+
+
+class View(NamedTuple):
+    """Queries and keys with who may see whom, before a pattern takes pairs away."""
+
+    spec: Spec
+    arrays: Arrays
+    marks: Marks
+    offset: int | None  # of the marks, where it is known at trace time
+    chunk_size: int | None
+
+    @property
+    def is_causal(self) -> bool:
+        return self.spec.right == 0
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """T and S."""
+        return self.arrays.query.shape[1], self.arrays.key.shape[1]
+
+    def positions(self) -> jax.Array:
+        """(T,): the number of the key that each query stands at."""
+        return self.marks.offset + jnp.arange(self.lengths[0])
+
+    def marked(self, **marks: Any) -> "View":
+        """With further marks; a key mask adds to the one there is."""
+        if "key_mask" in marks and self.marks.key_mask is not None:
+            marks["key_mask"] = marks["key_mask"] & self.marks.key_mask
+        return self._replace(marks=self.marks._replace(**marks))
+
+    def cut(self, rows: tuple[int, int], columns: tuple[int, int]) -> "View":
+        """Only the queries and keys of these ranges."""
+
+        def of(x, where, axis):
+            return x if x is None or (x.ndim == 4 and x.shape[axis] == 1) else lax.slice_in_dim(x, *where, axis=axis)
+
+        def pairs(x):
+            return None if x is None else of(of(x, rows, 2), columns, 3)
+
+        q, k, v, bias = self.arrays
+        m = self.marks
+        arrays = Arrays(
+            *(lax.slice_in_dim(x, *where, axis=1) for x, where in ((q, rows), (k, columns), (v, columns))), pairs(bias)
+        )
+        marks = Marks(
+            m.offset + rows[0] - columns[0], pairs(m.mask), of(m.key_mask, columns, 1), of(m.query_segments, rows, 1), of(m.key_segments, columns, 1)
+        )  # fmt: skip
+        return self._replace(arrays=arrays, marks=marks)
+
+
+class Pattern(Protocol):
+    """What `run` needs of a pattern."""
+
+    def dense(self, view: View) -> jax.Array:
+        """The output from all scores at once."""
+
+    def chunked(self, view: View) -> jax.Array:
+        """The output in O(T) memory."""
+
+
+def run(
+    pattern: Pattern, arguments: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: Any, return_state: bool,
+    implementation: str | None, chunk_size: int | None,
+) -> Any:  # fmt: skip
+    """A call (query, key, value, bias, mask) under the contract, over a pattern."""
+    choose("implementation", implementation, FORMS)
+    positive(chunk_size=chunk_size)
+    ready = prepare(
+        arguments, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state
+    )  # fmt: skip
+    if ready.no_pairs:
+        return ready.results(ready.nothing(), return_state)
+    view = View(ready.spec, ready.arrays, ready.marks, ready.offset, chunk_size)
+    length, keys = view.lengths
+    small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
+    out = (pattern.dense if small or implementation == "dense" else pattern.chunked)(view)
+    return ready.results(out.astype(ready.arrays.value.dtype), return_state)
+
+
+def dense(view: View, pattern: jax.Array) -> jax.Array:
+    """All scores at once under a mask (B | 1, 1, T, S)."""
+    mask = pattern if view.marks.mask is None else pattern & view.marks.mask
+    return whole_rows(view.spec, view.arrays, view.marks._replace(mask=mask))[0]
+
+
+def part(view: View, *, copies: int = 1, **changes: Any) -> Part:
+    """The block kernel over a view; `changes` of its spec name the band. `copies`: how many such calls vmap makes of it."""
+    (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
+    spec = view.spec._replace(**changes)
+    rows, columns = block_sizes(length, keys, batch * heads * copies, (spec.left, spec.right), view.chunk_size)
+    arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
+    return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
+
+
+def merge(parts: list[Part]) -> jax.Array:
+    """One softmax over disjoint parts."""
+    if len(parts) == 1:
+        return parts[0][0]
+    top = lax.stop_gradient(jax.tree.reduce(jnp.maximum, [lse for _, lse in parts]))
+    weights = [jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))[..., None] for _, lse in parts]
+    total = sum(weights)
+    return sum(w * out for w, (out, _) in zip(weights, parts, strict=True)) / jnp.where(total == 0, 1, total)
+
+
+def select(x: jax.Array, here: jax.Array, axis: int) -> jax.Array:
+    """The one entry along an axis where `here` is set, 0 where it is nowhere; NaN and inf elsewhere do not enter."""
+    if x.dtype == jnp.bool_:
+        return jnp.any(x & here, axis=axis)
+    return jnp.sum(jnp.where(here, x, jnp.zeros((), x.dtype)), axis=axis, dtype=x.dtype)
+
+
+class _Classes(NamedTuple):
+    """Positions by their remainder modulo a period: class axis in front, time in each class shorter by the period.
+
+    Keys are shifted so that query 0 stands at a multiple of the period: a query and a key of one class then have equal remainders.
+    """
+
+    period: int
+    shift: Any
+    length: int
+    keys: int
+
+    def _split(self, x: jax.Array, axis: int) -> jax.Array:
+        x = x.reshape(*x.shape[:axis], x.shape[axis] // self.period, self.period, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0)
+
+    def rows(self, x: jax.Array | None, axis: int = 1) -> jax.Array | None:
+        """Queries, padded at the end."""
+        if x is None:
+            return None
+        missing = self.length * self.period - x.shape[axis]
+        return self._split(jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]), axis)
+
+    def columns(self, x: jax.Array | None, axis: int = 1) -> jax.Array | None:
+        """Keys, with `shift` in front and padded at the end."""
+        if x is None:
+            return None
+        total, known = self.keys * self.period, isinstance(self.shift, int)
+        front = self.shift if known else self.period - 1
+        behind = total - x.shape[axis] - (self.shift if known else 0)
+        x = jnp.pad(x, [(front, behind) if a == axis else (0, 0) for a in range(x.ndim)])
+        return self._split(x if known else lax.dynamic_slice_in_dim(x, front - self.shift, total, axis), axis)
+
+    def pairs(self, x: jax.Array | None) -> jax.Array | None:
+        """A (B | 1, N | 1, T | 1, S | 1) array as (r, ...): the pairs inside each class."""
+        if x is None:
+            return None
+        rows = x[None] if x.shape[2] == 1 else self.rows(x, 2)
+        if x.shape[3] != 1:
+            columns = self.columns(rows, 4)  # key class, query class or 1, then the array
+            same = jnp.eye(self.period, rows.shape[0], dtype=bool)[..., None, None, None, None]
+            rows = columns[:, 0] if x.shape[2] == 1 else select(columns, same, 0)
+        return jnp.broadcast_to(rows, (self.period, *rows.shape[1:]))
+
+    def together(self, x: jax.Array, length: int) -> jax.Array:
+        """The outputs of all classes (r, B, T / r, ...) in order of time."""
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
+
+
+def by_class(view: View, period: int, **changes: Any) -> Part:
+    """Pairs whose distance is a multiple of the period, as one call for each class of positions, all at once.
+
+    The bounds in `changes` count the keys of a class.
+    """
+    (length, keys), offset = view.lengths, view.offset
+    shift = (-view.marks.offset if offset is None else -offset) % period
+    count = -(-(keys + (period - 1 if offset is None else shift)) // period)
+    classes = _Classes(period, shift, -(-length // period), count)
+    marks, key_mask = view.marks, view.marks.key_mask
+    padded = offset is None or shift or (not view.is_causal and count * period != keys)
+    if padded and key_mask is None:
+        key_mask = jnp.ones((view.arrays.query.shape[0], keys), bool)
+    arrays = Arrays(
+        *(
+            f(x)
+            for f, x in zip((classes.rows, classes.columns, classes.columns, classes.pairs), view.arrays, strict=True)
+        )
+    )
+    marks = {
+        "mask": classes.pairs(marks.mask), "key_mask": classes.columns(key_mask),
+        "query_segments": classes.rows(marks.query_segments), "key_segments": classes.columns(marks.key_segments),
+    }  # fmt: skip
+    first = jnp.asarray((view.marks.offset + shift) // period, jnp.int32)
+
+    def one(arrays, marks):
+        return part(view._replace(arrays=arrays, marks=Marks(first, **marks)), copies=period, **changes)
+
+    parts = jax.vmap(one)(arrays, marks)
+    return jax.tree.map(partial(classes.together, length=length), parts)
+
+
+class Documents(NamedTuple):
+    """Positions inside the segment that a key, or a query at the place of its own key, belongs to."""
+
+    keys: jax.Array  # (B | 1, S): position in the document, from 0
+    queries: jax.Array  # (B | 1, T)
+    at_queries: (
+        Callable  # (B | 1, S) numbers of keys -> (B | 1, T) those at the queries' own keys, the first one's before it
+    )
+
+
+def documents(view: View) -> Documents:
+    """A document is a run of equal ids, without ids everything; it starts with its first key that is not masked, as padding is."""
+    (length, keys), index = view.lengths, jnp.arange(view.lengths[1])[None]
+    ids, real = view.marks.key_segments, view.marks.key_mask
+
+    def at_queries(x):
+        missing = max(length - keys, 0)
+        x = jnp.concatenate([jnp.broadcast_to(x[:, :1], (x.shape[0], missing)), x], axis=1) if missing else x
+        return lax.dynamic_slice_in_dim(x, view.marks.offset + missing, length, 1)
+
+    if ids is None and real is None:
+        return Documents(index, view.positions()[None], at_queries)
+    begins = index == 0
+    if ids is not None:
+        begins = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    if real is not None:
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+        before = lax.cummax(jnp.where(begins, count - real, 0), axis=1)
+        begins = begins | (real & (count - before == 1))
+    start = lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return Documents(index - start, view.positions()[None] - at_queries(start), at_queries)

@@ -1,0 +1,185 @@
+"""The patterns of sparse attention: a window, every r-th key, global tokens; blocks with summary columns; the largest scores."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from effattn_jax.attention._blocks import by_rows
+from effattn_jax.attention._pairs import Arrays, whole_rows
+from effattn_jax.attention._patterns import Part, View, by_class, dense, documents, merge, part, select
+
+__all__: list[str] = []
+
+
+class Union(NamedTuple):
+    """A window, keys at multiples of a period, and the first tokens of a document: whichever are given."""
+
+    window: tuple[int, int] | None
+    period: int
+    num_global: int = 0
+
+    def keys_seen(self, context: int) -> int:
+        """How many keys a query sees at most, those that several sets hold counted for each."""
+        near = 0 if self.window is None else 1 + sum(self.window)
+        return min(context, near + -(-context // self.period) + self.num_global)
+
+    def dense(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        distance = view.positions()[:, None] - jnp.arange(view.lengths[1])[None]
+        see = distance % self.period == 0
+        if self.window is not None:
+            see = see | ((distance <= self.window[0]) & (-distance <= self.window[1]))
+        see = see[None]
+        if self.num_global:
+            place = documents(view)
+            see = see | (place.keys < self.num_global)[:, None]
+            if not view.is_causal:
+                see = see | (place.queries < self.num_global)[..., None]
+        return dense(view, see[:, None])
+
+    def chunked(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        parts = [] if self.window is None else [part(view, left=self.window[0], right=self.window[1])]
+        return merge([*parts, self._rest(view), *(self._globals(view) if self.num_global else ())])
+
+    def _rest(self, view: View) -> Part:
+        """Multiples of the period outside the window, which in a class of positions are a band, or one with a hole."""
+        if self.window is None:
+            return by_class(view, self.period)
+        left, right = (size // self.period for size in self.window)
+        if view.is_causal:
+            return by_class(view, self.period, right=-left - 1)
+        return by_class(view, self.period, hole=(left, right))
+
+    def _globals(self, view: View) -> list[Part]:
+        """Pairs with a global key, and then those of a global query with the other keys, that neither other part has.
+
+        Causal queries at global positions see global keys only.
+        """
+        outside = {"hole": self.window, "period": self.period}
+        (length, keys), count = view.lengths, min(self.num_global, view.lengths[1])
+        if view.marks.key_segments is None and view.marks.key_mask is None:
+            parts = [part(view.cut((0, length), (0, count)), **outside)]
+            rows = min(max(self.num_global - view.offset, 0), length)
+            if view.is_causal or rows == 0 or count == keys:
+                return parts
+            some = part(view.cut((0, rows), (count, keys)), **outside)
+            return [*parts, _with_nothing(some, length - rows)]
+        place = documents(view)
+        first = place.keys < self.num_global
+        parts = [part(view.marked(key_mask=first), **outside)]
+        if not view.is_causal:
+            parts.append(part(view.marked(key_mask=~first, query_mask=place.queries < self.num_global), **outside))
+        return parts
+
+
+def _with_nothing(some: Part, count: int) -> Part:
+    """A part over the first queries as one over all: the others see nothing in it."""
+    out, lse = some
+    pads = [(0, 0), (0, count)]
+    return jnp.pad(out, [*pads, (0, 0), (0, 0)]), jnp.pad(lse, [*pads, (0, 0)], constant_values=-jnp.inf)
+
+
+class Fixed(NamedTuple):
+    """The block of a query, and the last `summary` columns of every other complete block of its document."""
+
+    block: int
+    summary: int
+
+    def keys_seen(self, context: int) -> int:
+        """How many keys a query sees at most."""
+        return min(context, self.block + context // self.block * self.summary)
+
+    def dense(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        ends, key_blocks, query_blocks = self._blocks(view)
+        after = jnp.pad(ends, [(0, 0), (0, self.summary)])
+        columns = jnp.stack([after[:, u : u + ends.shape[1]] for u in range(self.summary)]).any(0)
+        same = query_blocks[..., None] == key_blocks[:, None]
+        return dense(view, (same | columns[:, None])[:, None])
+
+    def chunked(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        ends, key_blocks, query_blocks = self._blocks(view)
+        inside = view.marked(query_segments=query_blocks, key_segments=key_blocks)
+        reach = self.block - 1
+        own = part(inside, left=reach, right=0 if view.is_causal else reach)
+        return merge([own, self._summaries(view, ends, key_blocks, query_blocks)])
+
+    def _blocks(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Where complete blocks end (B | 1, S), and the number of the block of each key and query; blocks begin anew with each document."""
+        place = documents(view)
+        key_blocks = jnp.cumsum(place.keys % self.block == 0, axis=1, dtype=jnp.int32)
+        before = 1 + view.positions()[None] // self.block  # queries that stand before the first key
+        query_blocks = jnp.where(view.positions()[None] < 0, before, place.at_queries(key_blocks))
+        if view.marks.key_segments is not None:  # a query whose id is not that of its own key is in no block
+            query_blocks = jnp.where(
+                place.at_queries(view.marks.key_segments) == view.marks.query_segments, query_blocks, 0
+            )
+        return place.keys % self.block == self.block - 1, key_blocks, query_blocks
+
+    def _summaries(self, view: View, ends: jax.Array, key_blocks: jax.Array, query_blocks: jax.Array) -> Part:
+        """All queries against the summary columns of the other blocks, the columns brought together first.
+
+        Complete blocks end at least `block` keys apart: each stretch of so many keys holds one end at most.
+        """
+        pick = _Columns(self.block, self.summary, ends)
+        arrays, marks = view.arrays, view.marks
+        exists = pick(
+            jnp.ones_like(ends)
+            if marks.key_mask is None
+            else jnp.broadcast_to(marks.key_mask, (marks.key_mask.shape[0], ends.shape[1]))
+        )
+        marks = marks._replace(
+            mask=pick.pairs(marks.mask), key_mask=exists, key_segments=None if marks.key_segments is None else pick(marks.key_segments),
+            query_groups=query_blocks, key_groups=pick(key_blocks),
+        )  # fmt: skip
+        arrays = Arrays(arrays.query, pick(arrays.key), pick(arrays.value), pick.pairs(arrays.bias))
+        # A column that stands in a stretch may be seen from the stretch's second key on; the groups take the own block out.
+        return part(
+            view._replace(arrays=arrays, marks=marks), right=-1 if view.is_causal else None, places=(self.summary, self.block)
+        )  # fmt: skip
+
+
+class _Columns(NamedTuple):
+    """Brings the last columns of all blocks together: (B, S, ...) -> (B, C, ...) with `summary` columns a stretch of `block` keys."""
+
+    block: int
+    summary: int
+    ends: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        stretches = -(-self.ends.shape[1] // self.block)
+        missing = stretches * self.block - self.ends.shape[1]
+        rest = [(0, 0)] * (x.ndim - 2)
+        here = jnp.pad(self.ends, [(0, 0), (0, missing)]).reshape(-1, stretches, self.block, *[1] * (x.ndim - 2))
+
+        def column(back):
+            moved = jnp.pad(x, [(0, 0), (back, missing), *rest])[:, : stretches * self.block]
+            return select(moved.reshape(x.shape[0], stretches, self.block, *x.shape[2:]), here, 2)
+
+        columns = jnp.stack([column(back) for back in reversed(range(self.summary))], axis=2)
+        return columns.reshape(columns.shape[0], stretches * self.summary, *x.shape[2:])
+
+    def pairs(self, x: jax.Array | None) -> jax.Array | None:
+        """The same of the last axis of a (B | 1, N | 1, T | 1, S | 1) array."""
+        return x if x is None or x.shape[3] == 1 else jnp.moveaxis(self(jnp.moveaxis(x, 3, 1)), 1, 3)
+
+
+class Top(NamedTuple):
+    """The largest scores of a row."""
+
+    count: int
+
+    def dense(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        return whole_rows(view.spec._replace(top=self.count), view.arrays, view.marks)[0]
+
+    def chunked(self, view: View) -> jax.Array:
+        """See `Pattern`."""
+        (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
+        rows = view.chunk_size or 128
+        while view.chunk_size is None and rows > 8 and batch * heads * rows * keys > 2**19:
+            rows //= 2
+        return by_rows(view.spec._replace(top=self.count, rows=min(rows, length)), view.arrays, view.marks)[0]

@@ -1,0 +1,195 @@
+"""External attention: every token reads one learned memory; tokens meet only in its normaliser.
+
+    a_is = q_i . k_s        w_is = exp(a_is) / sum_j exp(a_js)        o_i = sum_s w_is v_s / sum_s w_is
+
+The first normalisation is over tokens j, for each slot s of the memory; causal, over j <= i. The second is then softmax_s(a_is - z_is)
+with z_is the running log of the first normaliser: no constant in a denominator, and nothing overflows.
+Cost O(T S (H + V)) for S slots, state S numbers a head. Source: Guo et al., arXiv:2105.02358.
+"""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effattn_jax._contract import ArrayLike, accumulator, floating
+
+__all__ = ["ExternalState", "external_attention"]
+
+
+class ExternalState(NamedTuple):
+    """What causal external attention remembers.
+
+    Attributes:
+      log_total: log of the sum over tokens of exp(a) for each slot, (*B, N, S), -inf before the first; float32 at least.
+      segment: id of the segment in progress, (*B,) int32.
+    """
+
+    log_total: jax.Array
+    segment: jax.Array
+
+
+def external_attention(
+    query: ArrayLike,
+    memory_key: ArrayLike,
+    memory_value: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    segment_ids: ArrayLike | None = None,
+    initial_state: ExternalState | None = None,
+    return_state: bool = False,
+) -> Any:
+    r"""Attention to a learned memory with double normalisation, softmax over tokens and then l1 over slots.
+
+    Args:
+      query: (*B, T, N, H).
+      memory_key, memory_value: (S, K, H) and (S, K, V), S slots; K divides N, 1 shares the memory among the heads.
+      mask: boolean over tokens, broadcastable to (*B, 1, 1, T); False: the token counts in no normaliser, and its output is 0.
+      scale: factor on the scores; None is 1, as in the paper.
+      is_causal: a token's normaliser runs over the tokens up to it.
+      segment_ids: (*B, T) integers; the normaliser runs over equal ids that follow one another.
+      initial_state: the state of an earlier call, which this one goes on from (causal only). Without segment_ids its last segment goes on.
+      return_state: also return the state after the last token.
+
+    Returns:
+      out (*B, T, N, V) in the dtype of memory_value, or (out, state).
+
+    Raises:
+      ValueError: names the argument, its shape and the rule.
+
+    Cost O(T S (H + V)) a head, memory O(T S); state S numbers a head. Source: arXiv:2105.02358.
+
+    >>> import jax, jax.numpy as jnp
+    >>> query, key, value = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(1, 6, 2, 4), (8, 2, 4), (8, 2, 3)]))
+    >>> whole = external_attention(query, key, value, is_causal=True)
+    >>> head, state = external_attention(query[:, :4], key, value, is_causal=True, return_state=True)
+    >>> tail = external_attention(query[:, 4:], key, value, is_causal=True, initial_state=state)
+    >>> bool(jnp.allclose(whole, jnp.concatenate([head, tail], axis=1), atol=1e-6))
+    True
+    """
+    query, memory_key, memory_value = floating(query=query, memory_key=memory_key, memory_value=memory_value)
+    _check_arrays(query, memory_key, memory_value)
+    batch = query.shape[:-3]
+    real, ids = _check_patterns(query, mask, segment_ids)
+    state = _check_state(initial_state, query, memory_key, is_causal, return_state)
+    query = query.reshape(prod(batch), *query.shape[-3:])
+    scores = _scores(query, memory_key, memory_value, real, scale)  # (B, T, N, S)
+    if is_causal:
+        log_total, after = _running(scores, ids, state)
+    else:
+        log_total, after = _over_segments(scores, ids), None
+    empty = scores == -jnp.inf
+    weights = jax.nn.softmax(jnp.where(empty, 0, scores) - jnp.where(empty, 0, log_total), axis=-1)
+    weights = jnp.where(empty, 0, weights)
+    groups = (*weights.shape[:2], memory_key.shape[1], weights.shape[2] // memory_key.shape[1], weights.shape[3])
+    out = jnp.einsum("btkgs,skv->btkgv", weights.reshape(groups), memory_value.astype(weights.dtype))
+    out = out.reshape(*batch, *query.shape[1:3], memory_value.shape[-1]).astype(memory_value.dtype)
+    if not return_state:
+        return out
+    return out, jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), after)
+
+
+def _scores(query: jax.Array, key: jax.Array, value: jax.Array, real: jax.Array | None, scale: Any) -> jax.Array:
+    """a, (B, T, N, S), -inf for tokens that are not there."""
+    dtype = accumulator(query, key, value)
+    query = query if real is None else jnp.where(real[..., None, None], query, 0)
+    grouped = query.reshape(*query.shape[:2], key.shape[1], query.shape[2] // key.shape[1], query.shape[3])
+    scores = jnp.einsum("btkgh,skh->btkgs", grouped.astype(dtype), key.astype(dtype))
+    scores = scores.reshape(*query.shape[:3], key.shape[0]) * (1.0 if scale is None else scale)
+    return scores if real is None else jnp.where(real[..., None, None], scores, -jnp.inf)
+
+
+def _starts(ids: jax.Array) -> jax.Array:
+    """Whether a segment begins at each step, (B, T)."""
+    return jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+
+
+def _within_segments(combine: Any, x: jax.Array, ids: jax.Array | None, reverse: bool = False) -> jax.Array:
+    """The running `combine` of x (B, T, ...) over time, begun anew in each segment."""
+    if x.shape[1] == 0:
+        return x
+    if ids is None:
+        return lax.associative_scan(combine, x, axis=1, reverse=reverse)
+    begins = _starts(jnp.flip(ids, 1))[:, ::-1] if reverse else _starts(ids)
+
+    def step(a, b):
+        begun = b[1].reshape(*b[1].shape, *(1,) * (x.ndim - 2))
+        return jnp.where(begun, b[0], combine(a[0], b[0])), a[1] | b[1]
+
+    return lax.associative_scan(step, (x, begins), axis=1, reverse=reverse)[0]
+
+
+def _running(scores: jax.Array, ids: jax.Array | None, state: ExternalState | None) -> tuple[jax.Array, ExternalState]:
+    """log sum_{j <= i} exp(a_js), and the state after the last step."""
+    batch, length = scores.shape[:2]
+    log_total = _within_segments(jnp.logaddexp, scores, ids)
+    last = jnp.zeros((batch,), jnp.int32) if state is None else state.segment
+    if state is not None:
+        old = state.log_total.astype(scores.dtype)[:, None]
+        if ids is not None and length:
+            goes_on = (jnp.cumsum(_starts(ids), axis=1) == 1) & (ids[:, :1] == last[:, None])
+            old = jnp.where(goes_on[..., None, None], old, -jnp.inf)
+        log_total = jnp.logaddexp(log_total, old)
+    if length == 0:
+        nothing = jnp.full((batch, *scores.shape[2:]), -jnp.inf, scores.dtype)
+        return log_total, ExternalState(nothing, last) if state is None else state
+    return log_total, ExternalState(log_total[:, -1], last if ids is None else ids[:, -1])
+
+
+def _over_segments(scores: jax.Array, ids: jax.Array | None) -> jax.Array:
+    """log sum_j exp(a_js) over all tokens of a segment: the running sum at its end, which is the largest of it."""
+    if ids is None:
+        return jax.nn.logsumexp(scores, axis=1, keepdims=True) if scores.shape[1] else scores
+    return _within_segments(jnp.maximum, _within_segments(jnp.logaddexp, scores, ids), ids, reverse=True)
+
+
+def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    if query.ndim < 3:
+        raise ValueError(f"query must have shape (*B, T, N, H); got {query.shape}")
+    heads, dim = query.shape[-2:]
+    if key.ndim != 3 or key.shape[2] != dim or key.shape[0] < 1 or key.shape[1] < 1 or heads % key.shape[1]:
+        raise ValueError(
+            f"memory_key must have shape (S, K, H) with H={dim}, S > 0 and K dividing N={heads}; got {key.shape}"
+        )
+    if value.ndim != 3 or value.shape[:2] != key.shape[:2]:
+        raise ValueError(f"memory_value must have shape (S, K, V) with (S, K) = {key.shape[:2]}; got {value.shape}")
+
+
+def _check_patterns(query: jax.Array, mask: Any, segment_ids: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    """(mask over tokens, segment ids), (B, T) each or None."""
+    batch, length = query.shape[:-3], query.shape[-3]
+    if mask is not None:
+        mask, full = jnp.asarray(mask), (*batch, 1, 1, length)
+        shape = (1,) * (len(full) - mask.ndim) + mask.shape
+        fits = len(shape) == len(full) and all(a in (1, b) for a, b in zip(shape, full, strict=True))
+        if mask.dtype != jnp.bool_ or not fits:
+            raise ValueError(
+                f"mask must be boolean over tokens, True = real, and broadcast to (*B, 1, 1, T) = {full}; got {mask.dtype} {mask.shape}"
+            )
+        mask = jnp.broadcast_to(mask.reshape(shape), full).reshape(prod(batch), length)
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+        if segment_ids.shape != (*batch, length) or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise ValueError(
+                f"segment_ids must be integers of shape (*B, T) = {(*batch, length)}; got {segment_ids.dtype} {segment_ids.shape}"
+            )
+        segment_ids = segment_ids.astype(jnp.int32).reshape(prod(batch), length)
+    return mask, segment_ids
+
+
+def _check_state(state: Any, query: jax.Array, key: jax.Array, is_causal: bool, return_state: bool) -> Any:
+    """The state with one batch axis."""
+    if not is_causal and (state is not None or return_state):
+        raise ValueError("initial_state and return_state need is_causal=True: a state holds the past only")
+    if state is None:
+        return None
+    batch = query.shape[:-3]
+    want = (*batch, query.shape[-2], key.shape[0])
+    if not isinstance(state, ExternalState) or state.log_total.shape != want:
+        got = state.log_total.shape if isinstance(state, ExternalState) else type(state).__name__
+        raise ValueError(f"initial_state must be an ExternalState with log_total (*B, N, S) = {want}; got {got}")
+    return jax.tree.map(lambda x: x.reshape(prod(batch), *x.shape[len(batch) :]), state)

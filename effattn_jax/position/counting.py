@@ -1,0 +1,47 @@
+"""Where each token of a row stands, with padding, packed documents and earlier calls counted as they should be."""
+
+import jax
+import jax.numpy as jnp
+
+__all__: list[str] = []
+
+
+def count_positions(
+    shape: tuple[int, int],
+    mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    first: jax.Array | None = None,
+    last_segment: jax.Array | None = None,
+) -> jax.Array:
+    """A token's place: how many real tokens of its segment stand before it.
+
+    Padding is not counted, so a row padded on the left has the positions of the row alone; a boundary of segments
+    starts again at 0.
+
+    Args:
+      shape: (B, T).
+      mask: (B, T) bool, True where a token is real.
+      segment_ids: (B, T).
+      first: (B,) tokens counted by earlier calls, which the first segment goes on from.
+      last_segment: (B,) segment of those; another one at the start of this call is a boundary.
+
+    Returns:
+      (B, T) int32, or (1, T) where all rows are alike.
+
+    >>> import jax.numpy as jnp
+    >>> count_positions((1, 5), segment_ids=jnp.array([[7, 7, 7, 8, 8]])).tolist()
+    [[0, 1, 2, 0, 1]]
+    """
+    if mask is None:
+        before = jnp.arange(shape[1], dtype=jnp.int32)[None]
+    else:
+        real = mask.astype(jnp.int32)
+        before = jnp.cumsum(real, axis=1) - real
+    start = jnp.zeros((1, 1), jnp.int32) if first is None else -first[:, None]
+    if segment_ids is None or shape[1] == 0:
+        return before - start
+    previous = segment_ids[:, :1] if last_segment is None else last_segment[:, None]
+    boundary = segment_ids != jnp.concatenate([previous, segment_ids[:, :-1]], axis=1)
+    # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
+    start = start + jnp.zeros_like(boundary, jnp.int32)  # sharded as the ids are, where a broadcast would not be
+    return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)

@@ -1,0 +1,198 @@
+# %% [markdown]
+# # The attention family: patterns, errors, scaling
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+#
+# Every kernel of `effattn_jax.attention` keeps one contract, f(query, key, value, bias, mask, *, is_causal, ...). This notebook walks through the
+# family: each claim stands beside the equation it comes from and in an assertion that runs. It needs no data, and runs in about a minute on a CPU.
+
+# %%
+import importlib.util
+import os
+import subprocess
+import sys
+
+# A clone of the repository has the package already. SOURCE may be a wheel or a git address too; a jax that is there is kept.
+SOURCE = os.environ.get("EFFATTN_JAX_SOURCE", "effattn-jax[train]")
+if importlib.util.find_spec("effattn_jax") is None:
+    subprocess.check_call([sys.executable, "-m", "pip", "install", "--quiet", SOURCE])
+
+# %%
+import functools
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from effattn_jax import attention as ea
+from effattn_jax.plot import plot_attention
+
+# For the comparisons: a TPU would round the factors of a product to bfloat16.
+jax.config.update("jax_default_matmul_precision", "float32")
+
+T, N, H = 24, 1, 16
+query, key, value = jax.random.normal(jax.random.key(0), (3, 1, T, N, H))
+
+# %% [markdown]
+# ## Who sees whom
+#
+# A sparse kernel computes $o_i = \sum_{j \in A_i} \mathrm{softmax}_j(q_i \cdot k_j / \sqrt{H})\, v_j$ for a pattern $A_i$, by blocks: nothing outside
+# the pattern is computed. Applied to the identity in place of the values, a kernel shows its weights; `attention_weights` does that for every
+# kernel of the table.
+
+# %%
+causal = functools.partial(ea.attention_weights, is_causal=True)
+patterns = {
+    "softmax": causal("softmax", query, key),
+    "local, window 3": causal("local", query, key, window=3),
+    "atrous, dilation 4": causal("atrous", query, key, dilation=4),
+    "sparse, both": causal("sparse", query, key, window=3, dilation=4),
+    "strided, 4": causal("strided", query, key, stride=4),
+    "fixed, block 6": causal("fixed", query, key, block=6, summary=1),
+}
+figure = plot_attention(jnp.concatenate([w[0] for w in patterns.values()]) > 0, titles=list(patterns))
+figure
+
+# %% [markdown]
+# The pictures are the definitions, and each row is one softmax: its weights sum to one, a pair that belongs to both parts of a union counts once.
+
+# %%
+i, j = np.arange(T)[:, None], np.arange(T)[None]
+expected = {
+    "local, window 3": i - j <= 3,
+    "atrous, dilation 4": (i - j) % 4 == 0,
+    "sparse, both": (i - j <= 3) | ((i - j) % 4 == 0),
+    "strided, 4": (i - j < 4) | ((i - j) % 4 == 0),
+    "fixed, block 6": (i // 6 == j // 6) | (j % 6 == 5),
+}
+for name, pattern in expected.items():
+    assert np.array_equal(np.asarray(patterns[name][0, 0]) > 0, pattern & (j <= i)), name
+for name, weights in patterns.items():
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5, err_msg=name)
+
+# %% [markdown]
+# ## Linear attention is attention with a factorised similarity
+#
+# $$o_i = \frac{\sum_{j \le i} \phi(q_i) \cdot \phi(k_j)\, v_j}{\sum_{j \le i} \phi(q_i) \cdot \phi(k_j)}$$
+#
+# The implied weights exist, though no kernel ever forms them. Bounded feature maps give flat rows, products and exponentials sharper ones.
+
+# %%
+maps = ("elu", "relu", "exp", "cosine", "taylor", "dpfp")
+implied = {name: causal("linear", 2 * query, 2 * key, feature_map=name)[0] for name in maps}
+for name, weights in implied.items():
+    out = ea.linear_attention(2 * query, 2 * key, value, is_causal=True, feature_map=name)
+    np.testing.assert_allclose(jnp.einsum("nts,bsnv->btnv", weights, value), out, atol=1e-4, err_msg=name)
+figure = plot_attention(jnp.concatenate(list(implied.values())), titles=list(implied))
+figure
+
+# %% [markdown]
+# ## Performer: an estimate, and where it is one
+#
+# $$e^{q \cdot k} = \mathbb{E}_{\omega \sim N(0, I)}\!\left[e^{\omega \cdot q - |q|^2/2}\; e^{\omega \cdot k - |k|^2/2}\right]$$
+#
+# With $M$ random features the error falls as $1/\sqrt{M}$, and grows with $e^{|q + k|^2}$: the estimate is useful while queries and keys are short. For
+# head dim 64 and the usual scale of $1/\sqrt{H}$, entries of size 0.5 are near the limit.
+
+# %%
+L, D = 256, 64
+features, stds = (64, 256, 1024), (0.25, 0.5, 1.0)
+
+
+def relative_error(num_features, std):
+    def one(rng):
+        keys = jax.random.split(rng, 2)
+        q, k, v = jax.random.normal(keys[0], (3, 1, L, 1, D))
+        q, k = std * q, std * k
+        projection = ea.random_features(keys[1], num_features, D)
+        exact = ea.dot_product_attention(q, k, v, scale=1.0)
+        estimate = ea.performer_attention(q, k, v, projection=projection, scale=1.0)
+        return jnp.sqrt(jnp.mean((estimate - exact) ** 2) / jnp.mean(exact**2))
+
+    return float(jnp.median(jax.vmap(one)(jax.random.split(jax.random.key(1), 4))))
+
+
+errors = np.array([[relative_error(m, std) for m in features] for std in stds])
+figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+for std, row in zip(stds, errors):
+    axes.loglog(features, row, marker="o", label=f"std {std}")
+axes.set(xlabel="features M", ylabel="relative RMS error")
+axes.legend()
+figure
+
+# %%
+assert np.all(np.diff(errors[:2], axis=1) < 0), "more features, less error, where the norms are small"
+assert errors[0, 1] < errors[1, 1] < errors[2, 1], "longer queries and keys, more error"
+
+# %% [markdown]
+# ## The future cannot leak
+#
+# The published causal Performer subtracts the largest key exponent of the whole row, and an additive constant then carries it back in time. Here a
+# row's outputs are the same bits whatever stands behind them, for every causal kernel of the table.
+
+# %%
+loud = [
+    jnp.concatenate([x[:, :12], change], axis=1)
+    for x, change in ((key, 100 * key[:, 12:]), (value, value[:, 12:] * jnp.nan))
+]
+projection = ea.random_features(jax.random.key(2), 64, H)
+kernels = {
+    "softmax": ea.dot_product_attention,
+    "local": functools.partial(ea.local_attention, window=3),
+    "linear": ea.linear_attention,
+    "efficient": ea.efficient_attention,
+    "performer": functools.partial(ea.performer_attention, projection=projection),
+}
+for name, kernel in kernels.items():
+    run = jax.jit(functools.partial(kernel, is_causal=True))
+    clean, noisy = run(query, key, value)[:, :12], run(query, *loud)[:, :12]
+    assert np.asarray(clean).tobytes() == np.asarray(noisy).tobytes(), name
+
+# %% [markdown]
+# ## The delta rule writes what is missing
+#
+# $$S_t = S_{t-1} + \beta_t\, k_t\, (v_t - S_{t-1}^\top k_t)^\top$$
+#
+# Linear attention adds; the delta rule replaces. A key written twice answers with its last value, where the sum answers with both.
+
+# %%
+keys = jnp.eye(4)[jnp.array([0, 1, 2, 0])][None, :, None]
+values = jnp.arange(1.0, 5.0)[None, :, None, None]
+asked = jnp.eye(4)[jnp.array([3, 3, 3, 0])][None, :, None]
+delta = ea.delta_rule_attention(asked, keys, values, beta=jnp.ones((1, 4, 1)), is_causal=True)
+added = ea.linear_attention(asked, keys, values, feature_map="identity", normalize=False, is_causal=True)
+assert float(delta[0, -1, 0, 0]) == 4.0 and float(added[0, -1, 0, 0]) == 5.0
+
+# %% [markdown]
+# ## Memory grows with T, not with its square
+#
+# XLA says what a compiled program needs beside its inputs and outputs. Gradients included, no T x S array is among it.
+
+
+# %%
+def temporaries(kernel, length):
+    shape = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
+    slope = jax.jit(jax.grad(lambda x: kernel(x, x, x, is_causal=True).sum()))
+    return slope.lower(shape).compile().memory_analysis().temp_size_in_bytes
+
+
+lengths = (1024, 2048, 4096)
+measured = {
+    "softmax": ea.dot_product_attention,
+    "local, window 64": functools.partial(ea.local_attention, window=64),
+    "linear": ea.linear_attention,
+    "jax.nn": jax.nn.dot_product_attention,
+}
+table = {name: [temporaries(kernel, n) for n in lengths] for name, kernel in measured.items()}
+figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+for name, sizes in table.items():
+    axes.loglog(lengths, np.array(sizes) / 1e6, marker="o", label=name)
+axes.set(xlabel="T", ylabel="MB of temporaries, gradient")
+axes.legend()
+figure
+
+# %%
+for name, sizes in table.items():
+    growth = np.log2(sizes[-1] / sizes[-2])
+    assert growth > 1.8 if name == "jax.nn" else growth < 1.2, (name, sizes)

@@ -1,0 +1,229 @@
+"""Sparse attention beyond the laws: exactly the stated pairs, each once; steps by absolute position; linear memory; ties; Linformer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import attention
+
+
+def distance_of(queries, keys):
+    i = np.arange(queries)[:, None] + keys - queries
+    return i, np.arange(keys)[None]
+
+
+def atrous_pairs(i, j, is_causal):
+    return (i - j) % 3 == 0
+
+
+def sparse_pairs(i, j, is_causal):
+    near = (i - j <= 4) & (j - i <= 1)
+    return near | ((i - j) % 3 == 0) | (j < 2) | ((i < 2) & (not is_causal))
+
+
+def strided_pairs(i, j, is_causal):
+    return (abs(i - j) < 4) | ((i - j) % 4 == 0)
+
+
+def fixed_pairs(i, j, is_causal):
+    complete = j // 5 * 5 + 5 <= j.shape[1]
+    return (i // 5 == j // 5) | ((j % 5 >= 3) & complete)
+
+
+def local_pairs(i, j, is_causal):
+    return (i - j <= 3) & (j - i <= 2)
+
+
+PATTERNS = {
+    "local": (functools.partial(attention.local_attention, window=(3, 2)), local_pairs),
+    "atrous": (functools.partial(attention.atrous_attention, dilation=3), atrous_pairs),
+    "sparse": (
+        functools.partial(attention.sparse_attention, window=(4, 1), dilation=3, num_global=2),
+        sparse_pairs,
+    ),
+    "strided": (functools.partial(attention.strided_attention, stride=4), strided_pairs),
+    "fixed": (functools.partial(attention.fixed_attention, block=5, summary=2), fixed_pairs),
+}
+EVERY = pytest.mark.parametrize("name", PATTERNS)
+BOTH = pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def pairs(name, queries, keys, is_causal):
+    i, j = distance_of(queries, keys)
+    seen = PATTERNS[name][1](i, j, is_causal)
+    return seen & (j <= i) if is_causal else seen
+
+
+def random(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@BOTH
+@EVERY
+def test_influence_is_the_pattern_and_each_pair_counts_once(name, is_causal):
+    """The Jacobian by values is the matrix of weights: positive on the stated pairs, 0 elsewhere, rows of sum 1; by keys 0 elsewhere too."""
+    length = 17
+    query, key, value = (random(seed, length, 1, 4) for seed in range(3))
+    call = functools.partial(PATTERNS[name][0], is_causal=is_causal, implementation="chunked", chunk_size=4)
+
+    @jax.jit
+    def influence(key, value):
+        return jax.jacrev(lambda k, v: call(query, k, v)[:, 0, 0], argnums=(0, 1))(key, value)
+
+    by_key, by_value = (np.asarray(x) for x in influence(key, value))
+    seen, weights = pairs(name, length, length, is_causal), by_value[:, :, 0, 0]
+    np.testing.assert_array_equal(weights > 0, seen)
+    np.testing.assert_array_equal(by_value[..., 1:], 0)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    moved = np.abs(by_key).max((2, 3)) > 0
+    np.testing.assert_array_equal(moved, seen & (seen.sum(1, keepdims=True) > 1))
+
+
+@pytest.mark.parametrize("queries, keys", [(67, 67), (29, 53), (53, 29)], ids=str)
+@BOTH
+@EVERY
+def test_equals_the_dense_mask(name, is_causal, queries, keys):
+    query, key, value = random(0, 2, queries, 4, 8), random(1, 2, keys, 4, 8), random(2, 2, keys, 4, 8)
+    seen = pairs(name, queries, keys, is_causal)
+    expected = jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(seen)[None, None])
+    expected = jnp.where(seen.any(1)[:, None, None], expected, 0)
+    call = functools.partial(PATTERNS[name][0], is_causal=is_causal)
+    for form in ({"implementation": "dense"}, {"implementation": "chunked"}):
+        output = jax.jit(functools.partial(call, **form))(query, key, value)
+        np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+@EVERY
+def test_steps_against_a_cache_keep_to_the_pattern(name):
+    """A prefill and steps of one token, in a cache of fixed size, by the parts and by the mask."""
+    query, key, value = (random(seed, 2, 17, 2, 4) for seed in range(3))
+    call = functools.partial(PATTERNS[name][0], is_causal=True)
+    whole = call(query, key, value)
+    for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 4}):
+        step = jax.jit(functools.partial(call, return_state=True, **form))
+        state, outputs = attention.cache(2, 20, 2, 4), []
+        for start, stop in [(0, 11), *((t, t + 1) for t in range(11, 17))]:
+            output, state = step(*(x[:, start:stop] for x in (query, key, value)), initial_state=state)
+            outputs.append(output)
+        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-6)
+
+
+LONG = {
+    "local": {"window": 64},
+    "atrous": {"dilation": 64},
+    "sparse": {"window": 64, "dilation": 64, "num_global": 4},
+    "strided": {"stride": 64},
+    "fixed": {"block": 64, "summary": 4},
+    "topk": {"k": 32},
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_temporaries_grow_linearly(name):
+    """Gradients at T = 1,024, 4,096 and 16,384: four times the length, about four times the temporaries."""
+    function = functools.partial(
+        attention.MIXERS[name].function, is_causal=True, implementation="chunked", **LONG[name]
+    )
+
+    def loss(x):
+        return function(x, x, x).sum()
+
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    used = [temporaries(length) for length in (1024, 4096, 16_384)]
+    assert used[2] - used[1] <= 4.4 * max(used[1] - used[0], 2**18), used
+    assert used[2] < 16_384 * 1024, used
+
+
+def test_top_k_keeps_the_largest_and_all_that_tie():
+    scores = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
+    key, value = jnp.eye(5)[:, None], jnp.eye(5)[:, None]
+    expected = np.array([[True, False, True, True, False], [True, True, False, False, False]])
+    for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 1}):
+        weights = attention.topk_attention(scores[:, None], key, value, scale=1, k=2, **form)[:, 0]
+        np.testing.assert_array_equal(weights > 0, expected)
+        np.testing.assert_allclose(weights, jax.nn.softmax(jnp.where(expected, scores, -jnp.inf)), rtol=1e-6)
+
+
+def test_top_k_of_all_keys_is_softmax():
+    query, key, value = (random(seed, 2, 9, 2, 4) for seed in range(3))
+    for k in (9, 50):
+        output = attention.topk_attention(query, key, value, k=k, is_causal=True)
+        np.testing.assert_allclose(
+            output, attention.dot_product_attention(query, key, value, is_causal=True), atol=1e-6
+        )
+
+
+def test_top_k_shows_a_nan_where_it_enters():
+    query, key, value = (random(seed, 6, 1, 4) for seed in range(3))
+    bad = attention.topk_attention(query.at[2].set(jnp.nan), key, value, k=2)
+    assert jnp.isnan(bad[2]).all() and jnp.isfinite(jnp.delete(bad, 2, axis=0)).all()
+
+
+def linformer_problem():
+    query, key, value = random(0, 2, 7, 4, 8), random(1, 2, 9, 2, 8), random(2, 2, 9, 2, 3)
+    return query, key, value, random(3, 5, 12), random(4, 2, 5, 12)
+
+
+def linformer_reference(query, key, value, first, second):
+    """By explicit products; E shared by the heads, F one for each key head."""
+    keys = jnp.repeat(jnp.einsum("rs,bskh->brkh", first[:, :9], key), 2, axis=2)
+    values = jnp.repeat(jnp.einsum("krs,bskh->brkh", second[:, :, :9], value), 2, axis=2)
+    weights = jax.nn.softmax(jnp.einsum("btnh,brnh->bntr", query, keys) / np.sqrt(8), axis=-1)
+    return jnp.einsum("bntr,brnv->btnv", weights, values)
+
+
+def test_linformer_is_softmax_over_mixtures():
+    problem = linformer_problem()
+
+    def ours(query, key, value, first, second):
+        return attention.linformer_attention(query, key, value, key_projection=first, value_projection=second)
+
+    def with_gradients(function):
+        return jax.jit(lambda *x: jax.vjp(function, *x)[1](jnp.ones((2, 7, 4, 3))) + (function(*x),))(*problem)
+
+    for actual, expected in zip(with_gradients(ours), with_gradients(linformer_reference), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_linformer_masked_keys_enter_as_nothing():
+    query, key, value, first, second = linformer_problem()
+    real = np.array([[1, 0, 1, 1, 1, 0, 1, 1, 0], [0] * 9], bool)
+    call = functools.partial(
+        attention.linformer_attention, mask=real[:, None, None], key_projection=first, value_projection=second
+    )
+    clean = linformer_reference(query, *(jnp.where(real[..., None, None], x, 0) for x in (key, value)), first, second)
+    spoiled = [jnp.where(real[..., None, None], x, jnp.nan) for x in (key, value)]
+    np.testing.assert_allclose(call(query, *spoiled), clean, atol=1e-5)
+    slopes = jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1, 2))(query, *spoiled)
+    assert all(jnp.isfinite(slope).all() for slope in slopes)
+    assert not jnp.any(call(query, *spoiled)[1]) and not any(jnp.any(slope[1]) for slope in slopes)
+    assert not any(jnp.any(slope[~real]) for slope in slopes[1:])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"is_causal": True}, "is_causal must be False.*mixes all positions"),
+        ({"return_state": True}, "return_state"),
+        ({"segment_ids": np.zeros((2, 9), np.int32)}, "segment_ids must be None.*mask over keys"),
+        ({"bias": np.zeros((2, 4, 7, 9), np.float32)}, "bias"),
+        ({"mask": np.ones((7, 9), bool)}, r"mask.*\(7, 9\).*1, 1, S"),
+        (
+            {"key_projection": np.zeros((5, 8), np.float32)},
+            r"key_projection must have shape.*S = 9; got shape \(5, 8\)",
+        ),
+        ({"value_projection": np.zeros((3, 5, 9), np.float32)}, r"value_projection .* got shape \(3, 5, 9\)"),
+        ({"value_projection": np.zeros((6, 9), np.float32)}, "same number of rows R; got 5 and 6"),
+    ],
+)
+def test_linformer_refusals(options, message):
+    query, key, value, first, second = linformer_problem()
+    options = {"key_projection": first, "value_projection": second} | options
+    with pytest.raises(ValueError, match=message):
+        attention.linformer_attention(query, key, value, **options)

@@ -1,0 +1,214 @@
+"""Our kernels inside the attention layers of other people's models: the same weights give what the kernel gives by hand."""
+
+import equinox as eqx
+import flax.linen as linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from effattn_jax.attention import MIXERS, as_attention_fn
+
+B, T, D, N = 2, 7, 8, 2
+H = D // N
+KERNELS = {
+    "softmax": {"window": 3},
+    "linear": {"feature_map": "relu"},
+    "residual": {},
+    "synthesizer_dense": {},
+    "synthesizer_mixed": {},
+}
+
+
+def options_of(name: str, **options) -> dict:
+    """The kernel's options, its weights and its inputs beside query, key and value."""
+    line, query = MIXERS[name], jnp.zeros((B, T, N, H))
+    if line.weights is not None:
+        with_length = {"length": 16} if "synthesizer" in name else {}
+        options |= line.weights(jax.random.key(3), N, N, H, **with_length)
+    if line.extras is not None:
+        options |= line.extras(jax.random.key(4), query)
+    return options
+
+
+def small(seed: int = 0):
+    """Tokens (B, T, D), and the four projections of a layer with their biases, by name."""
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    x = jax.random.normal(next(keys), (B, T, D))
+    weights = {
+        name: (jax.random.normal(next(keys), (D, D)) / D**0.5, 0.1 * jax.random.normal(next(keys), (D,)))
+        for name in ("query", "key", "value", "out")
+    }
+    return x, weights
+
+
+def by_hand(kernel, x, weights, **options):
+    """Raw JAX: project, call the kernel, project."""
+
+    def project(name, x):
+        kernel, bias = weights[name]
+        return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + (D,))
+
+    heads = [project(name, x).reshape(*x.shape[:-1], N, H) for name in ("query", "key", "value")]
+    return project("out", kernel(*heads, **options).reshape(x.shape))
+
+
+def flax_parameters(weights) -> dict:
+    """The same weights as Flax keeps them: heads on axes of their own."""
+    shapes = {"kernel": {"out": (N, H, D)}, "bias": {"out": (D,)}}
+    return {
+        name: {
+            "kernel": kernel.reshape(shapes["kernel"].get(name, (D, N, H))),
+            "bias": bias.reshape(shapes["bias"].get(name, (N, H))),
+        }
+        for name, (kernel, bias) in weights.items()
+    }
+
+
+def in_linen(name, x, weights, mask=None, options=None, **settings):
+    layer = linen.MultiHeadDotProductAttention(
+        num_heads=N, attention_fn=as_attention_fn(name, **(options or {})), **settings
+    )
+    return layer.apply({"params": flax_parameters(weights)}, x, mask=mask)
+
+
+def in_nnx(name, x, weights, mask=None, options=None, call=None, **settings):
+    layer = nnx.MultiHeadAttention(
+        num_heads=N, in_features=D, decode=False, attention_fn=as_attention_fn(name, **(options or {})), rngs=nnx.Rngs(0), **settings
+    )  # fmt: skip
+    for part, arrays in flax_parameters(weights).items():
+        for leaf, array in arrays.items():
+            getattr(getattr(layer, part), leaf)[...] = array
+    return layer(x, mask=mask, **(call or {}))
+
+
+class EquinoxAttention(eqx.Module):
+    """Equinox's layer fixes its attention function, so this one takes its projections; kernels need no batch axis, as Equinox has none."""
+
+    layer: eqx.nn.MultiheadAttention
+    kernel: callable = eqx.field(static=True)
+    options: dict
+
+    def __call__(self, x, mask=None):
+        parts = (self.layer.query_proj, self.layer.key_proj, self.layer.value_proj)
+        heads = [jax.vmap(part)(x).reshape(*x.shape[:1], self.layer.num_heads, -1) for part in parts]
+        out = self.kernel(*heads, mask=mask, **self.options)
+        return jax.vmap(self.layer.output_proj)(out.reshape(x.shape))
+
+
+def in_equinox(name, x, weights, mask=None, **options):
+    biases = {f"use_{part}_bias": True for part in ("query", "key", "value", "output")}
+    layer = eqx.nn.MultiheadAttention(N, D, key=jax.random.key(0), **biases)
+    for part in ("query", "key", "value", "output"):
+        kernel, bias = weights["out" if part == "output" else part]
+        place = f"{part}_proj"
+        layer = eqx.tree_at(lambda m, p=place: (getattr(m, p).weight, getattr(m, p).bias), layer, (kernel.T, bias))
+    return eqx.filter_vmap(EquinoxAttention(layer, MIXERS[name].function, options), in_axes=(0, None))(x, mask)
+
+
+def close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_every_member_is_an_attention_fn(name):
+    """Weights and further inputs of a kernel go in as options; without them the error names the first that is missing."""
+    x, weights = small()
+    options = options_of(name, is_causal=True)
+    close(in_linen(name, x, weights, options=options), by_hand(MIXERS[name].function, x, weights, **options))
+    needed = [key for key in options if key != "is_causal"]
+    if needed:
+        with pytest.raises(ValueError, match=f"{needed[0]} must be given as an option"):
+            as_attention_fn(name, is_causal=True)
+    with pytest.raises(ValueError, match="return_state is no option of an attention_fn"):
+        as_attention_fn(name, **options, return_state=True)
+    with pytest.raises(ValueError, match="option='is_casual' is unknown; did you mean 'is_causal'"):
+        as_attention_fn(name, is_casual=True)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_linen(name):
+    """Linen's MultiHeadDotProductAttention, with a key mask as its makers give it (floats of 0 and 1)."""
+    x, weights = small()
+    options = options_of(name, is_causal=True, **KERNELS[name])
+    real = jnp.arange(T)[None] >= jnp.array([[0], [3]])
+    mask = linen.make_attention_mask(jnp.ones((B, 1)), real)
+    expected = by_hand(MIXERS[name].function, x, weights, mask=real[:, None, None], **options)
+    close(in_linen(name, x, weights, mask=mask, options=options), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_nnx(name):
+    """NNX's MultiHeadAttention; its own is_causal counts too."""
+    x, weights = small(1)
+    options = options_of(name, **KERNELS[name])
+    expected = by_hand(MIXERS[name].function, x, weights, is_causal=True, **options)
+    close(in_nnx(name, x, weights, options=options | {"is_causal": True}), expected)
+    close(in_nnx(name, x, weights, options=options, call={"is_causal": True}), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_equinox(name):
+    x, weights = small(2)
+    options = options_of(name, is_causal=True, **KERNELS[name])
+    mask = jnp.arange(T)[None, None] != 2
+    expected = by_hand(MIXERS[name].function, x, weights, mask=mask[None], **options)
+    close(in_equinox(name, x, weights, mask=mask, **options), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_raw_jax(name):
+    """A layer in a few lines of JAX: one kernel call over the batch is the calls on its rows, under jit and grad."""
+    x, weights = small(3)
+    options = options_of(name, is_causal=True, **KERNELS[name])
+
+    def loss(weights, x):
+        return jnp.sum(by_hand(MIXERS[name].function, x, weights, **options) ** 2)
+
+    whole = jax.jit(jax.grad(loss))(weights, x)
+    rows = [jax.grad(loss)(weights, x[b]) for b in range(B)]
+    jax.tree.map(lambda g, *parts: np.testing.assert_allclose(g, sum(parts), rtol=2e-4, atol=2e-4), whole, *rows)
+
+
+def test_softmax_equals_the_layers_own():
+    """With the softmax kernel the layers give what they give without us."""
+    x, weights = small(4)
+    causal = linen.make_causal_mask(jnp.ones((B, T)))
+    own = linen.MultiHeadDotProductAttention(num_heads=N).apply({"params": flax_parameters(weights)}, x, mask=causal)
+    close(in_linen("softmax", x, weights, mask=causal), own)
+    close(in_nnx("softmax", x, weights, mask=causal), own)
+    close(in_equinox("softmax", x, weights, is_causal=True), own)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dropout_rate": 0.1}, "dropout_rate=0.1 cannot be honoured"),
+        ({"module": object()}, "sow_weights=True"),
+        ({"einsum_dot_general": jnp.dot}, "einsum_dot_general=.* cannot be honoured"),
+        ({"promote_dtype": lambda *x, **_: x}, "promote_dtype=.* cannot be honoured"),
+        ({"mask": jnp.ones((B, 1, T, T), bool)}, "cannot honour a mask over"),
+        ({"bias": jnp.ones((B, 1, T, T))}, "no pairwise scores to add a bias to"),
+    ],
+    ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_honoured_is_refused(arguments, reason):
+    x = jnp.ones((B, T, N, H))
+    with pytest.raises(ValueError, match=reason):
+        as_attention_fn("linear")(x, x, x, **arguments)
+
+
+def test_what_changes_nothing_is_accepted():
+    x = jax.random.normal(jax.random.key(0), (B, T, N, H))
+    attend = as_attention_fn("softmax", is_causal=True)
+    settings = {
+        "dropout_rate": 0.5,
+        "deterministic": True,
+        "promote_dtype": nnx.nn.dtypes.promote_dtype,
+        "precision": "highest",
+    }
+    close(attend(x, x, x, **settings), MIXERS["softmax"].function(x, x, x, is_causal=True))
+    assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="is_causal=True of Flax aligns the first query"):
+        as_attention_fn("softmax")(x[:, :3], x, x, is_causal=True)
