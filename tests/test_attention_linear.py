@@ -154,6 +154,16 @@ def test_exponentials_of_any_size(norm):
         assert all(np.all(np.isfinite(slope)) for slope in slopes)
 
 
+@pytest.mark.parametrize("length, keys, batch", [(4, 0, 2), (0, 4, 2), (3, 5, 0)])
+def test_exponentials_of_nothing(length, keys, batch):
+    """No keys give 0, in both directions; no queries and no batch give nothing."""
+    query, key, value = np.ones((batch, length, 2, 4)), np.ones((batch, keys, 1, 4)), np.ones((batch, keys, 1, 3))
+    for function in (efficient_attention, functools.partial(linear_attention, feature_map="exp")):
+        for is_causal in (True, False):
+            out = function(query, key, value, is_causal=is_causal)
+            assert out.shape == (batch, length, 2, 3) and not np.any(out)
+
+
 def test_exponentials_shift_with_a_growing_maximum():
     """Keys that rise by 50 a step: each step forgets the last but for exp(-50), in whatever order maxima come."""
     _, _, value = rows(length=30)

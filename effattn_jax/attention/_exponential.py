@@ -147,12 +147,14 @@ def _all_keys(call: Call, mask: jax.Array | None, joint: bool) -> jax.Array:
     dtype = accumulator(call.query, call.key, call.value)
     key, value = (masked(x, mask).astype(dtype) for x in (call.key, call.value))
     sees = jnp.ones((1, key.shape[1], 1, 1), bool) if mask is None else mask[:, :, None, None]
-    c = jnp.max(jnp.where(sees, lax.stop_gradient(key), _frame.lowest(dtype)), axis=1)
+    nothing = _frame.lowest(dtype)
+    c = jnp.max(jnp.where(sees, lax.stop_gradient(key), nothing), axis=1, initial=nothing)
     weight = jnp.exp(jnp.where(sees, key - c[:, None], -jnp.inf))
-    query = call.query.astype(dtype).reshape(*call.query.shape[:2], key.shape[2], -1, key.shape[3])
+    groups = call.query.shape[2] // key.shape[2]
+    query = call.query.astype(dtype).reshape(*call.query.shape[:2], key.shape[2], groups, key.shape[3])
     p = _mixture(query, c[:, None, :, None], weight.sum(1)[:, None, :, None], joint)
     out = jnp.einsum("btkgm,bkmv->btkgv", p, jnp.einsum("bskm,bskv->bkmv", weight, value))
-    return out.reshape(*call.query.shape[:3], -1).astype(call.value.dtype)
+    return out.reshape(*call.query.shape[:3], value.shape[3]).astype(call.value.dtype)
 
 
 def attend(
