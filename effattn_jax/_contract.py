@@ -33,8 +33,8 @@ class Mixer(NamedTuple):
         up to which it is not exempt, the shorter has the first rows of the longer.
       unread: of "query" and "key", those whose numbers do not count; modules then make no projection for them.
       with_scores: the function that also takes `previous_scores` and returns (out, [state,] scores); None where scores are not handed on.
-      runs_on: the name of the member whose loops and derivative rules it runs on, "" for its own. What those loops alone decide is then
-        tested there, in every form and transformation; the member itself is tested under every law in its last form.
+      runs_on: the name of the member whose loops over time it runs on, "" for its own. Tests hold it to every law, but to the variants that
+        those loops decide (`tests/laws/conftest.py`) only under LAWS=all.
       exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is), "length"
         (it has no form for the long rows of laws 6 and 7), "removal" (cutting a masked key out moves queries or keys behind it),
         "window state" (a window is not all that it looks back to), "causality" (it mixes all positions: no causal form, no state, no segments;

@@ -264,6 +264,7 @@ MIXERS: dict[str, Mixer] = {
         ({"chunk_size": 5},),
         pairwise=False,
         empty_state=partial(empty_state, feature_map="exp"),
+        runs_on="linear",
     ),
     "retention": Mixer(
         retention_attention,
@@ -274,10 +275,11 @@ MIXERS: dict[str, Mixer] = {
     ),
     "delta_rule": Mixer(
         delta_rule_attention,
-        ({"chunk_size": 5}, {"chunk_size": 1}),
+        ({"chunk_size": 1}, {"chunk_size": 5}),
         pairwise=False,
         empty_state=_unnormalised_state,
         extras=_beta,
+        runs_on="linear",
     ),
     "gated_delta_rule": Mixer(
         delta_rule_attention,
@@ -289,21 +291,22 @@ MIXERS: dict[str, Mixer] = {
     ),
     "local": _sparse(local_attention, runs_on="softmax", window=3),
     "atrous": _sparse(
-        atrous_attention, lambda n, _, dilation: Union(None, dilation).keys_seen(n), runs_on="sparse", dilation=3
+        atrous_attention, lambda n, _, dilation: Union(None, dilation).keys_seen(n), runs_on="softmax", dilation=3
     ),
     "sparse": _sparse(
         sparse_attention,
         _sparse_keys,
+        runs_on="softmax",
         exempt={**_SHIFTS, "window state": "every r-th key and the global ones are seen from any distance"},
         window=2,
         dilation=3,
         num_global=1,
     ),
-    "strided": _sparse(strided_attention, _strided_keys, runs_on="sparse", stride=3),
+    "strided": _sparse(strided_attention, _strided_keys, runs_on="softmax", stride=3),
     "fixed": _sparse(
         fixed_attention, lambda n, _, **options: Fixed(**options).keys_seen(n), runs_on="softmax", block=3, summary=1
     ),
-    "topk": _sparse(topk_attention, exempt={}, k=3),
+    "topk": _sparse(topk_attention, runs_on="softmax", exempt={}, k=3),
     "linformer": Mixer(
         linformer_attention,
         ({"implementation": "dense"}, {"implementation": "chunked"}),
