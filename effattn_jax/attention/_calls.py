@@ -29,13 +29,18 @@ def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]
 
 
 def block_sizes(
-    length: int, keys: int, groups: int, bounds: tuple[int | None, int | None], chunk_size: int | None
+    length: int,
+    keys: int,
+    groups: int,
+    bounds: tuple[int | None, int | None],
+    chunk_size: int | None,
+    budget: int = 2**21,
 ) -> tuple[int, int]:
-    """Rows and columns of a block: as large as fits a cache (about 4 MiB of scores over the heads), no wider than a window makes sense of."""
+    """Rows and columns of a block: up to `budget` scores over the heads, as fit a cache, and no wider than a window makes sense of."""
     if chunk_size is not None:
         return min(chunk_size, length), min(chunk_size, keys)
     rows, columns = 256, 512
-    while groups * rows * columns > 2**21 and rows > 64:
+    while groups * rows * columns > budget and rows > 64:
         rows, columns = rows // 2, columns // 2
     left, right = bounds
     if left is not None and right is not None:

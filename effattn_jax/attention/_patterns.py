@@ -111,7 +111,9 @@ def part(view: View, *, copies: int = 1, **changes: Any) -> Part:
     """The block kernel over a view; `changes` of its spec name the band. `copies`: how many such calls vmap makes of it."""
     (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
     spec = view.spec._replace(**changes)
-    rows, columns = block_sizes(length, keys, batch * heads * copies, (spec.left, spec.right), view.chunk_size)
+    budget = 2**21 if copies == 1 else 2**19  # copies run side by side, with all their buffers
+    groups, bounds = batch * heads * copies, (spec.left, spec.right)
+    rows, columns = block_sizes(length, keys, groups, bounds, view.chunk_size, budget)
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 
