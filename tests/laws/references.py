@@ -374,6 +374,7 @@ def synthesizer(make):
 
     def reference(inputs, *, bias=None, is_causal=True, mask=None, segment_ids=None, **weights):
         pattern = {"is_causal": is_causal, "mask": mask, "segment_ids": segment_ids}
+        weights = {name: jnp.asarray(array, inputs["query"].dtype) for name, array in weights.items()}
         scores = make(inputs, *places_of(inputs, **pattern), **weights)
         T, S = inputs["query"].shape[1], inputs["key"].shape[1]
         scores = jnp.broadcast_to(scores, (inputs["query"].shape[0], inputs["query"].shape[2], T, S))
