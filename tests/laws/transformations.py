@@ -21,7 +21,7 @@ LENGTH, SPLIT = 11, 5
 PATTERNS = ("mask", "segment_ids")
 CHECKS: dict[str, Callable] = {}
 # The checks of a member that runs on another's loops.
-BRIEF = ("one compile", "grad", "vmap", "shard_map, batch", "Explicit mesh", "export")
+BRIEF = ("one compile", "grad", "Explicit mesh", "export")
 BY_FORM: set[str] = set()  # checks whose outcome may differ between the implementations of a member
 
 
