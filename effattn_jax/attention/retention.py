@@ -97,4 +97,6 @@ def _log_decay(decay: ArrayLike | None, query: Any, key: Any) -> Any:
         if decay.shape != (heads,):
             raise ValueError(f"decay must have shape (N,) = {(heads,)}, one a query head; got {decay.shape}")
         log = jnp.log(decay.astype(dtype))
-    return jnp.broadcast_to(log, (*key.shape[:-2], heads))
+    # Zeros of the query's make heads and batch sharded as they are there.
+    zero = jnp.sum(jnp.zeros_like(query[..., 0], dtype), axis=-2, keepdims=True)
+    return jnp.broadcast_to(zero + log.reshape(*(1,) * (zero.ndim - 1), heads), (*key.shape[:-2], heads))
