@@ -85,8 +85,8 @@ def retention_attention(
 
 
 def _log_decay(decay: ArrayLike | None, query: Any, key: Any) -> Any:
-    """log gamma for each key and query head, (*B, S, N); arrays of too few axes are left to the checks that follow."""
-    if query.ndim < 3 or key.ndim < 3:
+    """log gamma for each key and query head, (*B, S, N); arrays that do not fit are left to the checks that follow."""
+    if query.ndim < 3 or key.ndim < 3 or query.shape[:-3] != key.shape[:-3]:
         return None
     heads = query.shape[-2]
     dtype = accumulator(query, key)
