@@ -35,6 +35,7 @@ def mlp(ratio: int):
 
 
 def mlp_flops(ratio: int):
+    """Operations a token of an MLP along time."""
     def flops(width, length, heads):
         del heads
         return 4 * ratio * length * width
@@ -53,16 +54,19 @@ def ffn_stack(rng, width, length, heads):
 
 
 def ffn_stack_flops(width, length, heads):
+    """Of both layers."""
     return mlp_flops(4)(width, length, heads) + 16 * width * width
 
 
 def res_mlp(rng, width, length, heads):
+    """One square matrix over time, the affine, and a LayerScale of 0.1."""
     del heads
     scales = {"scale": jnp.ones(width), "shift": jnp.zeros(width), "layer_scale": jnp.full(width, 0.1)}
     return {"kernel": _normal(rng, (length, length), length), "bias": jnp.zeros(length), **scales}
 
 
 def square_flops(width, length, heads):
+    """Operations a token of one square matrix over time."""
     del heads
     return 2 * length * width
 
@@ -85,10 +89,12 @@ def gmlp(rng, width, length, heads):
 
 
 def gmlp_flops(width, length, heads):
+    """The projections in and out, and the gate."""
     return 3 * GMLP_RATIO * width * width + square_flops(GMLP_RATIO * width // 2, length, heads)
 
 
 def amlp(rng, width, length, heads):
+    """gMLP's weights and those of a tiny attention."""
     keys, half = jax.random.split(rng, 3), GMLP_RATIO * width // 2
     attention = {
         "attention_in_kernel": _normal(keys[1], (width, 3 * TINY_HEAD), width),
@@ -98,12 +104,14 @@ def amlp(rng, width, length, heads):
 
 
 def amlp_flops(width, length, heads):
+    """gMLP's operations and the tiny attention's."""
     half = GMLP_RATIO * width // 2
     attention = 2 * TINY_HEAD * (3 * width + half) + 4 * TINY_HEAD * length
     return gmlp_flops(width, length, heads) + attention
 
 
 def fnet(rng, width, length, heads):
+    """No weights at all."""
     del rng, width, length, heads
     return {}
 
@@ -115,25 +123,30 @@ def fnet_flops(width, length, heads):
 
 
 def lightweight(rng, width, length, heads):
+    """A kernel a head."""
     del width, length
     return {"kernel": _normal(rng, (heads, CONVOLUTION_WIDTH), 1)}
 
 
 def lightweight_flops(width, length, heads):
+    """The taps of one kernel."""
     del length, heads
     return 2 * CONVOLUTION_WIDTH * width
 
 
 def dynamic(rng, width, length, heads):
+    """The projection that makes each token's kernel."""
     del length
     return {"kernel": _normal(rng, (width, heads, CONVOLUTION_WIDTH), width)}
 
 
 def dynamic_flops(width, length, heads):
+    """Making the kernels, and their taps."""
     return lightweight_flops(width, length, heads) + 2 * CONVOLUTION_WIDTH * heads * width
 
 
 def rep_mlp(rng, width, length, heads):
+    """A square matrix a head, convolutions of several widths, a bias a place."""
     del width
     keys = jax.random.split(rng, 1 + len(REP_WIDTHS))
     return {
