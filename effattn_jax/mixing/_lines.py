@@ -36,6 +36,7 @@ def mlp(ratio: int):
 
 def mlp_flops(ratio: int):
     """Operations a token of an MLP along time."""
+
     def flops(width, length, heads):
         del heads
         return 4 * ratio * length * width
