@@ -294,7 +294,7 @@ def test_weights_times_values_are_the_output(subject, is_causal):
     inputs = subject.inputs(length=9)
     options = {"mask": MASK, "segment_ids": SEGMENTS, "is_causal": is_causal}
     more = {name: array for name, array in inputs.items() if name != "value"} | subject.weights(inputs)
-    weights = attention.attention_weights(subject.function, **more, **options)
+    weights = attention.attention_weights(subject.function, **more, **subject.options, **options)
     value = references.spread(inputs["value"], 4)
     checks.assert_close(jnp.einsum("bnts,bsnv->btnv", weights, value), subject.call(inputs, **options), checks.OUTPUT)
     if subject.name in ("softmax", "linear", "linear_hedgehog", "efficient"):
