@@ -1,5 +1,7 @@
 """Our kernels inside the attention layers of other people's models: the same weights give what the kernel gives by hand."""
 
+import inspect
+
 import equinox as eqx
 import flax.linen as linen
 import jax
@@ -115,9 +117,10 @@ def close(actual, expected):
 def test_every_member_is_an_attention_fn(name):
     """Weights and further inputs of a kernel go in as options; without them the error names the first that is missing."""
     x, weights = small()
-    options = options_of(name, is_causal=True)
+    options = options_of(name, is_causal="causality" not in MIXERS[name].exempt) | dict(MIXERS[name].options)
     close(in_linen(name, x, weights, options=options), by_hand(MIXERS[name].function, x, weights, **options))
-    needed = [key for key in options if key != "is_causal"]
+    parameters = inspect.signature(MIXERS[name].function).parameters
+    needed = [key for key in parameters if key in options and parameters[key].default is inspect.Parameter.empty]
     if needed:
         with pytest.raises(ValueError, match=f"{needed[0]} must be given as an option"):
             as_attention_fn(name, is_causal=True)

@@ -328,7 +328,7 @@ def test_scores_that_add_up_over_the_layers(scan_layers):
 
 def test_a_model_longer_than_its_tables_is_an_error():
     model, params = make(mixer="synthesizer_dense")
-    with pytest.raises(ValueError, match="key must hold at most 16 tokens"):
+    with pytest.raises(ValueError, match="sequences must be at most max_length=16 long"):
         jax.eval_shape(model.apply, {"params": params}, jnp.zeros((1, 17), jnp.int32))
-    with pytest.raises(ValueError, match="capacity must be at most max_length=16"):
+    with pytest.raises(ValueError, match="sequences must be at most max_length=16 long"):
         model.init_state(1, 17)
