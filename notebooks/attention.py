@@ -106,8 +106,8 @@ def relative_error(num_features, std):
         q, k, v = jax.random.normal(keys[0], (3, 1, L, 1, D))
         q, k = std * q, std * k
         projection = ea.random_features(keys[1], num_features, D)
-        exact = ea.dot_product_attention(q, k, v, scale=1.0)
-        estimate = ea.performer_attention(q, k, v, projection=projection, scale=1.0)
+        exact = ea.dot_product_attention(q, k, v)
+        estimate = ea.performer_attention(q, k, v, projection=projection)
         return jnp.sqrt(jnp.mean((estimate - exact) ** 2) / jnp.mean(exact**2))
 
     return float(jnp.median(jax.vmap(one)(jax.random.split(jax.random.key(1), 4))))
@@ -123,7 +123,7 @@ figure
 
 # %%
 assert np.all(np.diff(errors[:2], axis=1) < 0), "more features, less error, where the norms are small"
-assert errors[0, 1] < errors[1, 1] < errors[2, 1], "longer queries and keys, more error"
+assert np.all(np.diff(errors, axis=0) > 0), "longer queries and keys, more error"
 
 # %% [markdown]
 # ## The future cannot leak

@@ -94,6 +94,8 @@ def mix(weight: jax.Array, x: jax.Array, places: Places, past: jax.Array | None 
     What is not finite where it may not be seen leaves no trace; a token beyond the last place is NaN.
     """
     count = x.shape[1]
+    if count == 0:
+        return x
     if places.fixed:
         weight = weight[:, :count, :count]
         weight = weight if places.sees is None else jnp.where(places.sees, weight, 0)

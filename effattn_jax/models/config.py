@@ -17,7 +17,7 @@ class ModelConfig:
     >>> ModelConfig(mixer="sofmax").validate()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: mixer must be among softmax, ...; got 'sofmax'. Perhaps you meant 'softmax'
+    ValueError: mixer is 'sofmax'. Perhaps you meant 'softmax'? It must be among softmax, ...
     """
 
     layers: int = 4
@@ -195,5 +195,5 @@ def _check_name(field: str, given: str, known: Iterable[str]) -> None:
     if given in known:
         return
     nearest = difflib.get_close_matches(str(given), list(known), n=1)
-    hint = f". Perhaps you meant {nearest[0]!r}" if nearest else ""
-    raise ValueError(f"{field} must be among {', '.join(known)}; got {given!r}{hint}")
+    hint = f"Perhaps you meant {nearest[0]!r}? " if nearest else ""
+    raise ValueError(f"{field} is {given!r}. {hint}It must be among {', '.join(known)}")
