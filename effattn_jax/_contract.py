@@ -64,11 +64,13 @@ class Recurrence(NamedTuple):
       function: the recurrence.
       forms: keyword sets whose results must agree.
       sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1.
+      runs_on: as for `Mixer`.
     """
 
     function: Callable
     forms: tuple[dict[str, Any], ...]
     sample: Callable
+    runs_on: str = ""
 
 
 class TokenMixer(NamedTuple):

@@ -48,8 +48,12 @@ _CHUNKED_FORMS = ({"implementation": "scan"}, {"implementation": "parallel", "ch
 
 RECURRENCES: dict[str, Recurrence] = {
     "diagonal": Recurrence(diagonal_recurrence, _DIAGONAL_FORMS, _diagonal),
-    "diagonal_complex": Recurrence(diagonal_recurrence, _DIAGONAL_FORMS, _diagonal_complex),
-    "outer_product": Recurrence(outer_product_recurrence, _CHUNKED_FORMS, _outer_product(0)),
+    "diagonal_complex": Recurrence(diagonal_recurrence, _DIAGONAL_FORMS, _diagonal_complex, runs_on="diagonal"),
+    "outer_product": Recurrence(
+        outer_product_recurrence, _CHUNKED_FORMS, _outer_product(0), runs_on="outer_product_decay"
+    ),
     "outer_product_decay": Recurrence(outer_product_recurrence, _CHUNKED_FORMS, _outer_product(3)),
-    "outer_product_feature_decay": Recurrence(outer_product_recurrence, _CHUNKED_FORMS, _outer_product(4)),
+    "outer_product_feature_decay": Recurrence(
+        outer_product_recurrence, _CHUNKED_FORMS, _outer_product(4), runs_on="outer_product_decay"
+    ),
 }

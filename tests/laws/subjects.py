@@ -78,7 +78,7 @@ class Subject:
     @property
     def brief(self) -> bool:
         """True for a member without loops of its own: those are tested where they are, it in its last form."""
-        return (self.is_token_mixer or (self.is_mixer and bool(self.entry.runs_on))) and not EVERYTHING
+        return (self.is_token_mixer or bool(self.entry.runs_on)) and not EVERYTHING
 
     @property
     def table_forms(self) -> tuple[dict, ...]:
