@@ -93,6 +93,7 @@ class _Decay(NamedTuple):
 
 
 def decays_of(decay: jax.Array) -> _Decay:
+    """What log decays (B, K, C[, H]) of a chunk come to; -inf counts as the floor, and what is no number marks its step bad."""
     decay = jnp.maximum(decay, _FLOOR)
     known = jnp.isfinite(decay)
     decay = jnp.where(known, decay, 0)
