@@ -6,11 +6,13 @@ with a row-wise (lazy) form and slots of another dtype where asked; one state, o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from effattn_jax._contract import nearest
@@ -93,11 +95,13 @@ def parameter_groups(
     if learning_rate is None and any(_may_act(rule.weight_decay) or rule.trust_ratio for rule in groups.rules.values()):
         raise ValueError("weight_decay and trust_ratio need a learning_rate; with None the inner updates are final.")
     stages = [_stored(inner or optax.scale_by_adam(), groups)]
+    if any(_may_act(rule.weight_decay) for rule in groups.rules.values()):
+        stages.append(_decay(groups))
+    if any(rule.trust_ratio for rule in groups.rules.values()):
+        adapted = lambda params: groups.by_leaf(params, lambda path, rule: rule.trust_ratio)  # noqa: E731
+        stages.append(layer_adaptation(mask=adapted, axis_name=axis_name))
     if learning_rate is not None:
-        adapt = layer_adaptation(
-            mask=lambda params: groups.by_leaf(params, lambda path, rule: rule.trust_ratio), axis_name=axis_name
-        )
-        stages += [_decay(groups), adapt, optax.scale_by_learning_rate(learning_rate)]
+        stages.append(optax.scale_by_learning_rate(learning_rate))
     stepped = optax.chain(*stages, _multiply(groups))
     for moments in ("frozen", "decay"):
         if any(rule.lazy == moments for rule in groups.rules.values()):
@@ -135,7 +139,7 @@ def group_table(table: Table, params: Any) -> str:
             for f in dataclasses.fields(rule)
             if getattr(rule, f.name) != f.default
         ]
-        size = sum(jnp.size(leaf) for _, leaf in leaves)
+        size = sum(math.prod(np.shape(leaf)) for _, leaf in leaves)
         rows.append((pattern, str(len(leaves)), str(size), ", ".join(changed) or "defaults", "/".join(leaves[0][0])))
     return text_table(rows, right=(1, 2))
 
