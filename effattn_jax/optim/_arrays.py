@@ -6,16 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Axes = str | tuple[str, ...] | None
+from effattn_jax.optim._trees import Axes, axis_names, is_float
 
 
-def is_float(x: Any) -> bool:
-    """Whether a leaf is real or complex floating."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """A leaf in float32, or in its own type where that is wider."""
+def wide_sum(x: jax.Array) -> jax.Array:
+    """A leaf, a count too, as sums of it are kept: in float32, or in its own type where that is wider."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -31,7 +26,7 @@ def all_finite(*trees: Any) -> jax.Array:
     A finite sum of squares says so, at a quarter of the time that looking at each entry takes on a CPU; only when the
     sum is not finite, which large finite entries can bring about too, is each entry looked at.
     """
-    leaves = [wide(x) for x in jax.tree.leaves(trees) if is_float(x)]
+    leaves = [wide_sum(x) for x in jax.tree.leaves(trees) if is_float(x)]
     if not leaves:
         return jnp.array(True)
     squares = sum(jnp.tensordot(x, x, x.ndim).real for x in leaves)  # vdot would flatten, and gather what is sharded
@@ -43,8 +38,7 @@ def vary(tree: Any, axis_name: Axes) -> Any:
     """The same tree, each floating leaf a device's own over the mapped axes: its gradients are then not summed over them."""
     if axis_name is None:
         return tree
-    names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    index = sum(jax.lax.axis_index(name) for name in names)
+    index = sum(jax.lax.axis_index(name) for name in axis_names(axis_name))
     return jax.tree.map(lambda x: x + (0 * index).astype(jnp.result_type(x)) if is_float(x) else x, tree)
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.optim._arrays import Axes, axis_size, is_float, psum, vary, wide
+from effattn_jax.optim._arrays import axis_size, psum, vary
+from effattn_jax.optim._trees import Axes, is_float, wide
 
 Select = str | int | tuple[int, str]
 

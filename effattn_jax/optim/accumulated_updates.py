@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._arrays import Axes, all_finite, psum, scaled, vary, wide
+from effattn_jax.optim._arrays import all_finite, psum, scaled, vary, wide_sum
+from effattn_jax.optim._trees import Axes, wide
 
 
 class AccumulationState(NamedTuple):
@@ -140,7 +141,7 @@ def accumulate_updates(
 
     def init(params: Any) -> AccumulationState:
         zero = jnp.zeros((), jnp.result_type(float))
-        sums = (zero, zero, jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params))
+        sums = (zero, zero, jax.tree.map(lambda p: wide_sum(jnp.zeros_like(p)), params))
         counters = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return AccumulationState(*counters, *_vary_where_mapped(sums, late), inner.init(jax.tree.map(wide, params)))
 
@@ -219,14 +220,14 @@ def accumulate_in_momentum(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MomentumAccumulationState:
-        momentum = jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params)
+        momentum = jax.tree.map(lambda p: wide_sum(jnp.zeros_like(p)), params)
         zero = jnp.zeros((), jnp.int32)
         return MomentumAccumulationState(zero, zero, momentum, inner.init(jax.tree.map(wide, params)))
 
     def update(updates: Any, state: MomentumAccumulationState, params: Any = None, **extra: Any):
         finite = all_finite(updates)
         share = (1 - decay) / (every if axis_name is None else every * jax.lax.psum(1, axis_name))
-        added = jax.tree.map(lambda g: jnp.where(finite, share * wide(g), 0), updates)
+        added = jax.tree.map(lambda g: jnp.where(finite, share * wide_sum(g), 0), updates)
         kept = jnp.where(state.microbatch == 0, decay, 1.0)
         momentum = jax.tree.map(
             lambda m, g: scaled(m, kept) + g.astype(m.dtype), state.momentum, psum(added, axis_name)
@@ -254,7 +255,7 @@ def _add(state: AccumulationState, updates: Any, weight: Any, value: Any, axis_n
     weight, value = (jnp.asarray(x).astype(s.dtype) for x, s in ((weight, state.weight), (value, state.value)))
     finite, begun = all_finite(updates, weight, value), state.microbatch > 0
     weight = jnp.where(finite, weight, 0)
-    added = jax.tree.map(lambda g: jnp.where(finite, scaled(wide(g), weight), 0), updates)
+    added = jax.tree.map(lambda g: jnp.where(finite, scaled(wide_sum(g), weight), 0), updates)
     added = psum((weight, jnp.where(finite, value, 0) * weight, added), axis_name)
 
     def plus(total, x):

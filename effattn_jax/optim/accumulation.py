@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.optim._arrays import Axes, psum, scaled, vary, wide
+from effattn_jax.optim._arrays import psum, scaled, vary, wide_sum
+from effattn_jax.optim._trees import Axes
 
 
 def accumulate_gradients(
@@ -59,16 +60,16 @@ def accumulate_gradients(
         params = vary(params, axis_name)
         if num_microbatches == 1:
             (loss, sums), gradients = value_and_grad(params, batch, *key)
-            return _divide(*psum(jax.tree.map(wide, (loss, sums, gradients)), axis_name))
+            return _divide(*psum(jax.tree.map(wide_sum, (loss, sums, gradients)), axis_name))
 
         def add(total, part):
             index, microbatch = part
             keys = [jax.random.fold_in(k, index) for k in key]
             (loss, sums), gradients = value_and_grad(params, microbatch, *keys)
-            return jax.tree.map(lambda a, g: a + wide(g), total, gradients), jax.tree.map(wide, (loss, sums))
+            return jax.tree.map(lambda a, g: a + wide_sum(g), total, gradients), jax.tree.map(wide_sum, (loss, sums))
 
         parts = jax.tree.map(lambda x: _split(x, num_microbatches), batch)
-        zeros = jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params)
+        zeros = jax.tree.map(lambda p: wide_sum(jnp.zeros_like(p)), params)
         gradients, sums = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), parts))
         loss, sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
         return _divide(*psum((loss, sums, gradients), axis_name))
@@ -100,7 +101,7 @@ def mean_to_sum(loss_fn: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable
 
     def summed(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
         mean, weight = loss_fn(*args, **kwargs)
-        mean = wide(mean)
+        mean = wide_sum(mean)
         return mean * jnp.asarray(weight, mean.dtype), weight
 
     return summed

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.optim._arrays import Axes, is_float, wide
 from effattn_jax.optim._selection import Select, choose, is_parameters, value_and_gradients
+from effattn_jax.optim._trees import Axes, is_float, wide
 from effattn_jax.optim.clipping import global_norm
 
 NORMS = ("l2", "inf", "none")

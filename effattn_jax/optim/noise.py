@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.optim._arrays import is_float, wide
 from effattn_jax.optim._selection import Select, choose
+from effattn_jax.optim._trees import is_float, wide
 
 KINDS = ("gaussian", "uniform", "dropout")
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._arrays import Axes, axis_size, psum
+from effattn_jax.optim._arrays import axis_size, psum
 from effattn_jax.optim._selection import (
     Select,
     choose,
@@ -26,6 +26,7 @@ from effattn_jax.optim._selection import (
     sum_of_squares,
     value_and_gradients,
 )
+from effattn_jax.optim._trees import Axes
 from effattn_jax.optim.clipping import global_norm
 
 
