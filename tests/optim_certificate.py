@@ -236,13 +236,12 @@ def scan(subject):
 def pmap(subject):
     """In `jax.pmap` on four devices, gradients averaged, as on one"""
     noise = _draw(2, (4, STEPS))
-    parts = jax.tree.map(lambda g, n: g + n - jnp.mean(n, axis=0), jax.tree.map(lambda g: g[None], GRADIENTS), noise)
+    parts = jax.tree.map(lambda g, n: g[None] + n - jnp.mean(n, axis=0, keepdims=True), GRADIENTS, noise)
 
     def run(params, gradients):
         return _run(subject, subject.make(), params, jax.lax.pmean(gradients, "d"))
 
-    with jax.numpy_rank_promotion("allow"):
-        got = jax.pmap(run, axis_name="d", in_axes=(None, 0), devices=jax.devices()[:4])(PARAMS, parts)
+    got = jax.pmap(run, axis_name="d", in_axes=(None, 0), devices=jax.devices()[:4])(PARAMS, parts)
     return _close(jax.tree.map(lambda x: np.asarray(x)[3], got), _reference(subject)[0][-1], 1e-4)
 
 

@@ -253,7 +253,7 @@ def test_sharpness_aware():
 
 
 def _cosines(direction, top):
-    d = direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    d = direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-30)
     return float(np.mean(np.abs(np.sum(d * top, axis=1))))
 
 
