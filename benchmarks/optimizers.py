@@ -129,9 +129,13 @@ def run_race(race: Race) -> None:
     """Measures, prints, writes and draws."""
     console = Console()
     keep_freed_memory()
+    path = RESULTS / f"{race.name}.json"
     ms = milliseconds(race)
     budget = race.steps * ms["AdamW, hard clip"]
-    rows = []
+    record = {
+        "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__,
+        "seconds": budget / 1e3, "settings": {k: v for k, v in dataclasses.asdict(race).items() if k != "text"}, "race": [],
+    }  # fmt: skip
     for name, (_, grid) in CONTENDERS.items():
         steps = round(budget / ms[name])
         first = {rate: curve(race, name, rate, steps, 0) for rate in grid}
@@ -139,18 +143,10 @@ def run_race(race: Race) -> None:
         curves = [first[best], *(curve(race, name, best, steps, seed) for seed in range(1, race.seeds))]
         grid_losses = {str(rate): points[-1][1] for rate, points in first.items()}
         row = {"name": name, "steps": steps, "ms": ms[name], "rate": best, "grid": grid_losses, "curves": curves}
-        rows.append(row)
-        console.print(
-            f"{name}: {steps} steps, rate {best}, losses {[round(c[-1][1], 4) for c in curves]}, {grid_losses}"
-        )
-    record = {
-        "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__,
-        "seconds": budget / 1e3, "settings": {k: v for k, v in dataclasses.asdict(race).items() if k != "text"}, "race": rows,
-    }  # fmt: skip
-    path = RESULTS / f"{race.name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(race_table(record))
-    draw(record, path.with_suffix(".png"))
+        record["race"].append(row)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        draw(record, path.with_suffix(".png"))
+        console.print(race_table(record))
 
 
 def race_table(record: dict) -> Table:
