@@ -137,19 +137,20 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
 
         q, do = here(query) * spec.scale, jnp.where(fresh[:, None], here(d_out), 0)
         lse_rows = here(lse)
-        lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[..., None]
+        lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[:, :, None]
         delta = jnp.where(fresh, here(d_lse), 0) - jnp.sum(do * here(out), axis=-1)
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
-            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked)
+            # Columns first: two of the three products then read p and ds as they lie, instead of one.
+            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked, turned=True)
             p = jnp.exp(b.scores - lse_rows)
-            ds = p * (jnp.einsum("bkgiv,bkjv->bkgij", do, b.value) + delta[..., None]) * b.slope
+            ds = p * (jnp.einsum("bkjv,bkgiv->bkjgi", b.value, do) + delta[:, :, None]) * b.slope
             ds = jnp.where(b.see, ds, 0) if masked else ds
-            dq = dq + jnp.einsum("bkgij,bkjh->bkgih", ds, b.key)
-            dk = _add(dk, jnp.einsum("bkgij,bkgih->bkjh", ds, q), column, 2)
-            dv = _add(dv, jnp.einsum("bkgij,bkgiv->bkjv", p, do), column, 2)
-            return dq, dk, dv, None if db is None else _add_pairs(db, ds, row, column)
+            dq = dq + jnp.einsum("bkjgi,bkjh->bkgih", ds, b.key)
+            dk = _add(dk, jnp.einsum("bkjgi,bkgih->bkjh", ds, q), column, 2)
+            dv = _add(dv, jnp.einsum("bkjgi,bkgiv->bkjv", p, do), column, 2)
+            return dq, dk, dv, None if db is None else _add_pairs(db, jnp.moveaxis(ds, 2, -1), row, column)
 
         dq, dk, dv, db = grads
         state = (jnp.zeros_like(q), dk, dv, db)

@@ -112,9 +112,14 @@ def allowed(
     return see
 
 
-def logits(spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled."""
-    s = jnp.einsum("bkgih,bkjh->bkgij", query, key)
+def logits(
+    spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None, turned: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled.
+
+    Scores, and a bias, are (B, K, G, R, C), or turned (B, K, C, G, R).
+    """
+    s = jnp.einsum("bkjh,bkgih->bkjgi", key, query) if turned else jnp.einsum("bkgih,bkjh->bkgij", query, key)
     s = s if bias is None else s + bias
     if spec.cap is None:
         return s, jnp.ones((), s.dtype)
@@ -214,25 +219,32 @@ class Block(NamedTuple):
 
     key: jax.Array  # (B, K, C, H)
     value: jax.Array  # (B, K, C, V)
-    scores: jax.Array  # (B, K, G, R, C), -inf where not seen
-    slope: jax.Array  # derivative of the soft cap
-    see: jax.Array | None  # None where every row sees every key
+    scores: jax.Array  # (B, K, G, R, C), or turned (B, K, C, G, R); -inf where not seen
+    slope: jax.Array  # derivative of the soft cap, likewise
+    see: jax.Array | None  # likewise; None where every row sees every key
     bad_value: jax.Array | None  # (B, K, C): values that are not finite, here set to 0
 
 
 def block_of(
     spec: Spec, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None,
-    row: Any, column: Any, begin: Any, masked: bool,
+    row: Any, column: Any, begin: Any, masked: bool, turned: bool = False,
 ) -> Block:  # fmt: skip
-    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...)."""
+    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...).
+
+    `turned` puts the axis of columns before those of groups and rows in all that has both.
+    """
     kv_heads = key.shape[1]
+
+    def turn(x):
+        return jnp.moveaxis(x, -1, 2) if turned else x
+
     key, value = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (key, value))
     if bias is not None:
-        bias = pairs_of(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
-    scores, slope = logits(spec, query, key, bias)
+        bias = turn(pairs_of(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads))
+    scores, slope = logits(spec, query, key, bias, turned)
     if not masked:
         return Block(key, value, scores, slope, None, None)
-    see = allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin)
+    see = turn(allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin))
     see = see if bias is None else see & (bias != -jnp.inf)
     value, bad_value = finite_or_zero(value)
     return Block(finite_or_zero(key)[0], value, jnp.where(see, scores, -jnp.inf), slope, see, bad_value)
