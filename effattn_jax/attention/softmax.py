@@ -45,7 +45,8 @@ def dot_product_attention(
 
     Args:
       query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N: each key head serves N / K query heads.
-      bias: float, broadcastable to (*B, N, T, S), added to the scaled scores; -inf masks. Gradients have its own shape.
+      bias: float, broadcastable to (*B, N, T, S), added to the scaled scores; -inf masks. Gradients have its own shape. Or a bias by position,
+        `position.Alibi` and its like, which is evaluated by blocks and is never a T x S array; its parameters have gradients.
       mask: boolean, broadcastable to (*B, N, T, S); True = attend. A row with nothing to attend gives 0 and no gradient.
       scale: factor on the scores; None is 1 / sqrt(H).
       is_causal: query i sees keys up to its own, ends aligned: with T < S the last query sees every key.
@@ -99,7 +100,7 @@ class Scores(NamedTuple):
     Attributes:
       query, key: (B, T, N, M) and (B, S, K, M), S all slots of the state: features whose products are scores, or part of them.
       value: (B, S, K, V), one head for each of key's.
-      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or None.
+      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or a bias by position, or None.
       rows: `rows(row, count) -> (B | 1, N | 1, count, S)`: the scores of some rows, to be added; None for none. No T x S array then exists.
       scale: factor on the products.
       side: whatever the caller wants handed back.
@@ -108,7 +109,7 @@ class Scores(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    bias: jax.Array | None = None
+    bias: Any = None
     rows: Callable | None = None
     scale: float = 1.0
     side: Any = None
