@@ -282,7 +282,7 @@ def check_call(
 
 
 def _described(bias: Any) -> str:
-    return f"by position ({type(bias).__name__})" if callable(bias) else f"of shape {jnp.shape(bias)}"
+    return f"by position ({type(bias).__name__})" if callable(bias) else f"of shape {getattr(bias, 'shape', ())}"
 
 
 def key_mask(call: Call, name: str, bias: ArrayLike, mask: ArrayLike) -> jax.Array | None:

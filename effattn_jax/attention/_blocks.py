@@ -9,7 +9,6 @@ Blocks that every row of theirs sees whole skip all masking. Sources: Milakov an
 arXiv:2112.05682; Dao et al., arXiv:2205.14135.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +20,7 @@ from effattn_jax._derivatives import tie, with_backward
 from effattn_jax.attention._pairs import (
     Arrays,
     Marks,
+    More,
     Spec,
     bias_of,
     block_of,
@@ -183,8 +183,8 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     return Arrays(dq, dk, dv, jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias))
 
 
-def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None) -> tuple[jax.Array, jax.Array]:
-    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once; `more(row, count)` adds scores to those of the rows.
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once.
 
     Any derivative; O(T) memory in each, since a block is computed again where it is differentiated.
     """

@@ -212,13 +212,17 @@ def largest(x: jax.Array, count: int) -> jax.Array:
     return (order >= lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))) | jnp.isnan(x)
 
 
-def whole_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: Callable | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative.
+class More(NamedTuple):
+    """What rows have beside products of queries and keys, and beside sums of values."""
 
-    `more(row, rows)`, (B | 1, N | 1, R, S), are finite scores to add to the products.
-    """
+    scores: Callable | None  # (row, R) -> (B | 1, N | 1, R, S), finite scores to add to the products
+    values: Callable | None = None  # (row, R, weights (B, N, R, S)) -> (B, N, R, V), to add to the output
+
+
+def whole_rows(
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: More | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
@@ -229,8 +233,8 @@ def whole_rows(
     if bias is not None:
         bias = bias_of(widened(bias, spec.dtype), marks, row, rows, 0, keys, kv_heads).astype(spec.dtype)
         see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
-    if more is not None:
-        extra = more(row, rows).astype(spec.dtype)
+    if more is not None and more.scores is not None:
+        extra = more.scores(row, rows).astype(spec.dtype)
         extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
         bias = extra if bias is None else bias + extra
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
@@ -243,6 +247,9 @@ def whole_rows(
     empty = total == 0
     weights = p / jnp.where(empty, 1, total)
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
+    if more is not None and more.values is not None:
+        flat = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+        out = out + more.values(row, rows, flat).astype(spec.dtype).reshape(out.shape)
     out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))[..., 0]
     return unrows(out).astype(value.dtype), unrows(lse), weights

@@ -18,7 +18,7 @@ from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
 from effattn_jax.attention._cudnn import by_cudnn
-from effattn_jax.attention._pairs import Arrays, Spec, whole_rows
+from effattn_jax.attention._pairs import Arrays, More, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
 
@@ -102,6 +102,7 @@ class Scores(NamedTuple):
       value: (B, S, K, V), one head for each of key's.
       bias: further scores, (B | 1, N | 1, T | 1, S | 1), or a bias by position, or None.
       rows: `rows(row, count) -> (B | 1, N | 1, count, S)`: the scores of some rows, to be added; None for none. No T x S array then exists.
+      values: `values(row, count, weights (B, N, count, S)) -> (B, N, count, V)`: what is added to the output of some rows; None for nothing.
       scale: factor on the products.
       side: whatever the caller wants handed back.
     """
@@ -111,6 +112,7 @@ class Scores(NamedTuple):
     value: jax.Array
     bias: Any = None
     rows: Callable | None = None
+    values: Callable | None = None
     scale: float = 1.0
     side: Any = None
 
@@ -135,20 +137,22 @@ def run(
         return_state=return_state, last_keys=left if is_causal else None, reads_key=reads_key,
     )  # fmt: skip
     spec = ready.spec._replace(left=left, right=right, cap=cap)
-    rows, side = None, None
+    more, side = None, None
     if rescore is not None:
         scores = rescore(ready.whole(), ready.marks)
-        rows, side = scores.rows, scores.side
+        side = scores.side
+        if scores.rows is not None or scores.values is not None:
+            more = More(scores.rows, scores.values)
         query, scale = number_scale(scores.query, scores.scale)
         ready = ready._replace(arrays=Arrays(query, scores.key, scores.value, scores.bias))
         spec = spec._replace(scale=scale)
-    out, weights = _attend(ready, spec, chunk_size, implementation, return_weights, rows)
+    out, weights = _attend(ready, spec, chunk_size, implementation, return_weights, more)
     after = caches.restored(ready.after, ready.call) if return_state else None
     return ready.restore(out), after, ready.call.restore(weights) if return_weights else None, side
 
 
 def _attend(
-    ready: Prepared, spec: Spec, chunk_size: int | None, implementation: str | None, want_weights: bool, more: Callable | None,
+    ready: Prepared, spec: Spec, chunk_size: int | None, implementation: str | None, want_weights: bool, more: More | None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     arrays, marks = ready.arrays, ready.marks
