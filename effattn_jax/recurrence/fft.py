@@ -15,7 +15,7 @@ from effattn_jax._contract import ArrayLike, accumulator
 __all__ = ["fft_convolution"]
 
 
-def _smooth(size: int) -> int:
+def smooth(size: int) -> int:
     """The least 2^a 3^b 5^c >= size, whose transform is fast."""
     odd = (3**b * 5**c for b in range(9) for c in range(7) if 3**b * 5**c < 2 * size)
     return min(factor << max(0, ceil(log2(size / factor))) for factor in odd)
@@ -57,7 +57,7 @@ def fft_convolution(inputs: ArrayLike, kernel: ArrayLike) -> jax.Array:
     dtype = accumulator(inputs, kernel)
     kernel = kernel[:length].astype(dtype)
     kernel = kernel.reshape((1,) * (inputs.ndim - 2) + kernel.shape)
-    period = _smooth(length + kernel.shape[-2] - 1)
+    period = smooth(length + kernel.shape[-2] - 1)
     is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
     forward, back = (jnp.fft.fft, jnp.fft.ifft) if is_complex else (jnp.fft.rfft, jnp.fft.irfft)
     spectrum = forward(inputs.astype(dtype), period, axis=-2) * forward(kernel, period, axis=-2)

@@ -47,7 +47,7 @@ def hippo_dplr(measure: str, size: int, **options: Any) -> tuple[np.ndarray, np.
 
     >>> Lambda, P, B, V = hippo_dplr("legt", 4)
     >>> print(P.shape, Lambda.imag.round(3))
-    (2, 2) [ 2.646 11.619]
+    (2, 2) [2.844 7.205]
     """
     found, options = find(measure, size, options)
     if size % 2:
