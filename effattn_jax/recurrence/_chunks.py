@@ -108,7 +108,9 @@ def scan_chunks(
             carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
             chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
             d_out_chunk = _chunk(d_out, i, size)
-            d_carry, d_chunk, *more = (pull or partial(pull_by_vjp, body))(carry, *chunks, d_carry, d_out_chunk, *shared)
+            d_carry, d_chunk, *more = (pull or partial(pull_by_vjp, body))(
+                carry, *chunks, d_carry, d_out_chunk, *shared
+            )
             return d_carry, _store(d_inputs, d_chunk, i, size), *jax.tree.map(jnp.add, d_shared, more)
 
         leaves, tree = jax.tree.flatten(inputs)

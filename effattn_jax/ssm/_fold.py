@@ -20,7 +20,9 @@ __all__: list[str] = []
 _CHUNK = 64
 
 
-def fold(body: Callable, carry: Any, inputs: Any, aux: Any, weights: Any, size: int) -> tuple[Any, Any]:
+def fold(
+    body: Callable, carry: Any, inputs: Any, aux: Any, weights: Any, size: int, pull: Callable | None = None
+) -> tuple[Any, Any]:
     """`scan_chunks` for any length: a last chunk that is not full is a call of its own, so that nothing is padded."""
     length = jax.tree.leaves(inputs)[0].shape[1]
     whole = length - length % size
@@ -30,7 +32,8 @@ def fold(body: Callable, carry: Any, inputs: Any, aux: Any, weights: Any, size: 
     def part(tree, start, stop):
         return jax.tree.map(lambda x: x[:, start:stop], tree)
 
-    carry, out = scan_chunks(body, carry, part(inputs, 0, whole), part(aux, 0, whole), size=size, weights=weights)
+    rows = (part(inputs, 0, whole), part(aux, 0, whole))
+    carry, out = scan_chunks(body, carry, *rows, size=size, pull=pull, weights=weights)
     if whole == length:
         return carry, out
     carry, last = body(carry, part(inputs, whole, length), part(aux, whole, length), weights)

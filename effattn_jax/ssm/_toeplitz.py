@@ -99,17 +99,14 @@ def _group(size: int, state: jax.Array, inputs: tuple, aux: Any, tables: tuple) 
     (u,), (inside, to_end, from_start, kept) = inputs, tables
     batch, length, width = u.shape
     count = length // size
-    rows = jnp.moveaxis(u.reshape(batch, count, size, width), 3, 0).reshape(width, batch * count, size)
-    added = _einsum("dnj,djq->dnq", rows, to_end).reshape(width, batch, count, -1)
-    added = jnp.moveaxis(added, 0, 2)  # (B, count, D, Q)
+    rows = jnp.moveaxis(u.reshape(batch, count, size, width), 3, 0)  # (D, B, count, C)
+    added = jnp.moveaxis(_einsum("dbnj,djq->dbnq", rows, to_end), 0, 2)
     if jnp.iscomplexobj(state):
-        half = added.shape[-1] // 2
-        added = lax.complex(added[..., :half], added[..., half:])
+        added = lax.complex(*jnp.split(added, 2, axis=-1))
     ends, last = diagonal_recurrence(kept[None, None], added, initial_state=state, return_state=True)
     starts = jnp.moveaxis(_parts(jnp.concatenate([state[:, None], ends[:, :-1]], axis=1), -1), 2, 0)
-    starts = starts.reshape(width, batch * count, -1)
-    out = _einsum("dnj,dji->dni", rows, inside) + _einsum("dnq,dqi->dni", starts, from_start)
-    return last, jnp.moveaxis(out.reshape(width, batch, length), 0, 2)
+    out = _einsum("dbnj,dji->dbni", rows, inside) + _einsum("dbnq,dqi->dbni", starts, from_start)
+    return last, jnp.moveaxis(out, 0, 3).reshape(batch, length, width)
 
 
 def _finite(u: jax.Array) -> tuple[jax.Array, jax.Array]:
