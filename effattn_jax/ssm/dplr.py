@@ -1,7 +1,7 @@
 """S4: state-space models diagonal plus low rank, x' = (diag(Lambda) - sum_r P_r P_r^H) x + B u, y = 2 Re(C x) + D u, by the bilinear rule.
 
-    recurrence     x_t = x_(t-1) + dt z,   (I - dt/2 A) z = A x_(t-1) + B u_t        O(P) a step: the inverse is diagonal plus low rank too
-    convolution    y = K * u,              K_l = 2 Re(C A_bar^l B_bar)               O(L P) from Cauchy sums, O(L log L) to apply
+    recurrence     x_t = A_bar x_(t-1) + B_bar u_t                     O(P) a step: A_bar is diagonal plus low rank too
+    convolution    y = K * u,   K_l = 2 Re(C A_bar^l B_bar)            O(L P) from Cauchy sums, O(L log L) to apply
 
 State: P/2 complex numbers a feature, one of each conjugate pair. Source: Gu et al., arXiv:2111.00396; the linear step arXiv:2202.09729.
 """
@@ -91,25 +91,30 @@ def dplr_kernel(Lambda: ArrayLike, P: ArrayLike, B: ArrayLike, C: ArrayLike, ste
 
 
 def _step(system: _System) -> Any:
-    """The map (x, u) -> x' for x (B, D, P) and u (B, D): x' = x + dt (I - dt/2 A)^-1 (A x + B u)."""
+    """The map (x, u) -> A_bar x + B_bar u for x (B, D, P) and u (B, D).
+
+    By Woodbury A_bar = diag(a) - U W: with E = (I - dt/2 Lambda)^-1, a = (I + dt/2 Lambda) E, W = P^H E, U = dt E P (I + dt/2 P^H E P)^-1.
+    """
     Lambda, P, B, _, dt = system
     half = dt[:, None] / 2
-    inverse = 1 / (1 - half * Lambda)
-    PE = P * inverse[None]
-    inner = 2 * jnp.einsum("rdn,qdn->drq", P.conj(), PE, precision="highest").real
-    inner = jnp.eye(P.shape[0], dtype=dt.dtype)[None] + half[..., None] * inner
+    E = 1 / (1 - half * Lambda)
+    a = (1 + half * Lambda) * E
+    W, PE = P.conj() * E[None], P * E[None]  # (R, D, P)
 
-    def onto(x):
-        """P^H x over conjugate pairs, (B, D, R)."""
-        return 2 * jnp.einsum("rdn,bdn->bdr", P.conj(), x, precision="highest").real
+    def pair(left, right):
+        """Products over conjugate pairs, real (D, R, R')."""
+        return 2 * jnp.einsum("rdn,qdn->drq", left, right, precision="highest").real
+
+    inner = jnp.eye(P.shape[0], dtype=dt.dtype)[None] + half[..., None] * pair(W, P)
+    U = solve_small(inner.swapaxes(1, 2), jnp.moveaxis(2 * half[None] * PE, 0, 1))  # (D, R, P): columns of U
+    b = 2 * half * E * B - half * jnp.einsum("drn,dr->dn", U, pair(W, B[None])[..., 0].astype(U.dtype))
 
     def step(x, u):
-        v = Lambda[None] * x + B[None] * u[..., None]
-        v = v - jnp.einsum("rdn,bdr->bdn", P, onto(x).astype(P.dtype), precision="highest")
-        Ev = inverse[None] * v
-        through = solve_small(inner[None], onto(Ev)[..., None])[..., 0] * half[None]
-        z = Ev - jnp.einsum("rdn,bdr->bdn", PE, through.astype(P.dtype), precision="highest")
-        return x + dt[None, :, None] * z
+        onto = [2 * jnp.sum((w[None] * x).real, axis=-1, keepdims=True) for w in W]
+        x = a[None] * x + b[None] * u[..., None]
+        for r, s in enumerate(onto):
+            x = x - U[None, :, r] * s
+        return x
 
     return step
 
