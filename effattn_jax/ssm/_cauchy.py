@@ -1,0 +1,117 @@
+"""The kernel of a diagonal plus low-rank system by its generating function, with nothing raised to a power and in plain float32.
+
+    sum_l K_l w^l = C (I - A_bar w)^-1 B_bar = 2 dt / (1 + w) * C (s - dt A)^-1 B,          s = 2 (1 - w) / (1 + w)
+
+at the M = 8 L points w = rho exp(-2 pi i k / M), rho^M = exp(-17) (-30 in double precision): K_l + rho^M K_(l + M) + ... comes back by an FFT, so no
+C (I - A_bar^L) is needed, whose power costs O(P^3 log L) and most of the digits; and w = -1, where s is infinite, is not among the points.
+
+What else would lose digits, and what is done about it:
+- s - dt Lambda near a pole, where it is the difference of two large numbers: s is a constant in two floats, and so is the product dt Lambda;
+- Woodbury's difference S_CB - S_CP (1 + S_PP)^-1 S_PB, of terms P times larger than it: B = beta P + rest, whose first part gives beta S_CP / (1 + S_PP).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from effattn_jax.recurrence.fft import smooth
+
+__all__: list[str] = []
+
+_OVERSAMPLING = 8
+
+
+def _product_error(a: jax.Array, b: jax.Array, product: jax.Array) -> jax.Array:
+    """a * b - product, which is exact in single precision; in double precision nobody asks."""
+    if product.dtype != jnp.float32:
+        return jnp.zeros_like(product)
+
+    def halves(x):
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000), jnp.float32)
+        return high, x - high
+
+    (a1, a2), (b1, b2) = halves(a), halves(b)
+    return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
+
+
+def _resolvent(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """F, G (M', 2P) real with sum_n v_n / (s - dt Lambda_n) + its conjugate pole's = (F + i G) @ [Re v, Im v]."""
+    dtype = step.dtype
+    real, imag = jnp.real(Lambda), jnp.imag(Lambda)
+    parts = []
+    for s, x, sign in ((nodes.real, real, -1), (nodes.imag, imag, -1), (nodes.imag, imag, 1)):
+        high = s.astype(dtype)
+        low = (s - high.astype(np.float64)).astype(dtype)
+        product = step * x
+        error = lax.stop_gradient(_product_error(jnp.broadcast_to(step, x.shape), x, product))
+        parts.append((high[:, None] + sign * product[None, :]) + (low[:, None] + sign * error[None, :]))
+    x, y, y_conjugate = parts
+    q, q_conjugate = 1 / (x * x + y * y), 1 / (x * x + y_conjugate * y_conjugate)
+    u, v = y * q, y_conjugate * q_conjugate
+    F = jnp.concatenate([x * (q + q_conjugate), u - v], axis=1)
+    G = jnp.concatenate([-(u + v), x * (q - q_conjugate)], axis=1)
+    return F, G
+
+
+def _along(P: jax.Array, B: jax.Array) -> jax.Array:
+    """Real beta (J, R) of the best B = beta P, over conjugate pairs; zeros where P is."""
+    real = jnp.concatenate([P.real, P.imag], axis=1)
+    target = jnp.concatenate([B.real, B.imag], axis=1)
+    gram = jnp.einsum("rn,qn->rq", real, real, precision="highest")
+    gram = gram + jnp.eye(len(real), dtype=gram.dtype) * (1e-6 * jnp.trace(gram) + jnp.finfo(gram.dtype).tiny)
+    return lax.stop_gradient(solve_small(gram, jnp.einsum("rn,jn->rj", real, target, precision="highest")).T)
+
+
+def solve_small(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """matrix^-1 right for (..., R, R) and (..., R, J), R <= 2."""
+    if matrix.shape[-1] == 1:
+        return right / matrix
+    (a, b), (c, d) = (
+        (matrix[..., 0, 0, None], matrix[..., 0, 1, None]),
+        (matrix[..., 1, 0, None], matrix[..., 1, 1, None]),
+    )
+    first, second = right[..., 0, :], right[..., 1, :]
+    solution = jnp.stack([d * first - b * second, a * second - c * first], axis=-2)
+    return solution / (a * d - b * c)[..., None, :]
+
+
+@partial(jax.checkpoint, static_argnums=(5,))
+def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
+    """Kernels (J, L) of one feature: Lambda, C (P,), P (R, P), B (J, P), step ()."""
+    size = smooth(_OVERSAMPLING * length)
+    size += size % 2
+    decay = (17.0 if step.dtype == jnp.float32 else 30.0) / size
+    w = np.exp(-decay - 2j * np.pi * np.arange(size // 2 + 1) / size)
+    rank, columns = P.shape[0], B.shape[0]
+    beta = _along(P, B)
+    rest = B - jnp.einsum("jr,rn->jn", beta.astype(P.dtype), P, precision="highest")
+    left = jnp.concatenate([C[None], P.conj()])
+    right = jnp.concatenate([P, rest])
+    weights = (left[:, None] * right[None]).reshape(-1, Lambda.shape[0])
+    F, G = _resolvent(2 * (1 - w) / (1 + w), step, Lambda)
+    weights = jnp.concatenate([weights.real, weights.imag], axis=1).T
+    multiply = partial(jnp.matmul, precision="highest")
+    sums = lax.complex(multiply(F, weights), multiply(G, weights))
+    sums = sums.reshape(-1, 1 + rank, rank + columns)
+    inner = jnp.eye(rank, dtype=sums.dtype)[None] + step * sums[:, 1:, :rank]
+    through = solve_small(inner, beta.T[None] - step * sums[:, 1:, rank:])
+    spectrum = sums[:, 0, rank:] + jnp.sum(sums[:, 0, :rank, None] * through, axis=1)
+    spectrum = (spectrum * (2 / (1 + w)).astype(spectrum.dtype)[:, None]) * step
+    kernel = jnp.fft.irfft(spectrum.T, size, axis=-1)[:, :length]
+    return kernel * np.exp(decay * np.arange(length))[None].astype(kernel.dtype)
+
+
+def kernels(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
+    """Kernels (D, J, L) from Lambda, C (D, P), P (R, D, P), B (D, J, P), step (D,); features in groups, so that temporaries stay bounded."""
+    group = max(1, 2**25 // (4 * _OVERSAMPLING * length * Lambda.shape[1]))
+    inputs = (Lambda, jnp.moveaxis(P, 0, 1), B, C, step)
+
+    def run(x):
+        return _kernel(*x, length)
+
+    if Lambda.shape[0] <= group:
+        return jax.vmap(run)(inputs)
+    return lax.map(run, inputs, batch_size=group)
