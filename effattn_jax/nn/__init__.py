@@ -14,6 +14,7 @@ from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
+from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.recurrent import MinGRU
 
 MIXERS: dict[str, Callable[..., SequenceMixer]] = {
@@ -85,6 +86,7 @@ __all__ = [
     "FeedForward",
     "MinGRU",
     "MultiHeadAttention",
+    "Placing",
     "SequenceMixer",
     "ShortConvolution",
     "make_norm",
