@@ -67,7 +67,7 @@ def naive_bayes_logits(
     empty, rows = log_p[..., 0, :], log_p[..., 1:, :]
     entropy = -jnp.sum(jnp.exp(rows) * jnp.where(jnp.isfinite(rows), rows, 0), axis=-1)
     if previous is not None:
-        stays = jnp.arange(rows.shape[-2]) == jnp.asarray(previous)[..., None]
+        stays = jax.lax.broadcasted_iota(jnp.int32, entropy.shape, entropy.ndim - 1) == jnp.asarray(previous)[..., None]
         entropy = entropy - jnp.where(stays, transition_penalty, 0)
     chosen = jnp.argmin(entropy, axis=-1).astype(jnp.int32)
     if pooling == "entropy":
