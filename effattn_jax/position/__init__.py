@@ -22,6 +22,7 @@ from effattn_jax.position.biases import (
 )
 from effattn_jax.position.frequencies import rotary_frequencies, yarn_temperature
 from effattn_jax.position.lengths import log_length_scale, random_positions
+from effattn_jax.position.linear import rotary_linear_attention
 from effattn_jax.position.relative import disentangled_attention, shaw_attention
 from effattn_jax.position.rerope import rerope_attention
 from effattn_jax.position.rotation import rotary
@@ -47,6 +48,7 @@ __all__ = [
     "rerope_attention",
     "rotary",
     "rotary_frequencies",
+    "rotary_linear_attention",
     "shaw_attention",
     "sinusoidal_embedding",
     "t5_bucket",
