@@ -3,13 +3,22 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType
 
-from effattn_jax.optim import accumulate_gradients, accumulate_in_momentum, accumulate_updates, mean_to_sum
+from effattn_jax.optim import (
+    accumulate_gradients,
+    accumulate_in_momentum,
+    accumulate_updates,
+    lazy_updates,
+    lookahead,
+    mean_to_sum,
+    tiger,
+)
 from tests.laws.checks import assert_identical
 
 ROWS = 84
@@ -166,6 +175,55 @@ def test_value_reaches_the_inner_transformation_as_its_mean():
     assert updates == 2.0
 
 
+def test_restored_at_every_microbatch_it_goes_on_to_the_bit(tmp_path):
+    """All places of a window of three in one Orbax checkpoint."""
+    import orbax.checkpoint as ocp
+
+    optimizer = accumulate_updates(optax.adamw(0.1), 3)
+    gradients = [jnp.array([1e-3, 2.0]) * (i + 1) for i in range(6)]
+    out = _steps(optimizer, gradients)
+    states = {str(i): state for i, (_, state) in enumerate(out[:4])}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "states", states)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "states", jax.tree.map(jnp.zeros_like, states))
+    update = jax.jit(optimizer.update)
+    for start in range(4):
+        state = restored[str(start)]
+        for index in range(start + 1, 6):
+            updates, state = update(gradients[index], state, jnp.zeros(2), weight=1.0)
+            jax.tree.map(np.testing.assert_array_equal, (updates, state), out[index])
+
+
+@pytest.mark.parametrize("order", ["lookahead outside", "lookahead inside"])
+def test_lookahead_counts_updates(order):
+    """D10: windows of three, a pull every second update, at micro-batch 6 only, after which fast is slow to the bit."""
+    if order == "lookahead outside":
+        optimizer = lookahead(accumulate_updates(optax.sgd(0.1), 3), 2)
+    else:
+        optimizer = accumulate_updates(lookahead(optax.sgd(0.1), 2), 3)
+    params, seen = jnp.array([1.0, -2.0]), []
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for _ in range(6):
+        updates, state = update(jnp.array([1.0, 3.0]), state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    np.testing.assert_array_equal(seen[1], [1.0, -2.0])
+    np.testing.assert_allclose(seen[4], [0.9, -2.3], rtol=1e-6)
+    np.testing.assert_allclose(seen[5], [0.9, -2.3], rtol=1e-6)  # half of two steps
+    slow = state.slow if order == "lookahead outside" else state.inner.slow
+    np.testing.assert_array_equal(seen[5], slow)
+
+
+def test_lazy_rows_are_decided_for_the_window():
+    """A row that any micro-batch reads moves once, at the end; others have neither step nor decay."""
+    optimizer = accumulate_updates(lazy_updates(optax.adamw(0.1, weight_decay=0.1)), 2)
+    table = jnp.ones((3, 2))
+    rows = [jnp.zeros((3, 2)).at[i].set(1.0) for i in range(2)]
+    (first, _), (second, _) = _steps(optimizer, rows, params=table)
+    assert not np.any(first) and np.all(second[:2] < 0) and not np.any(second[2])
+
+
 def test_flush_between_windows_gives_zeros():
     optimizer = accumulate_updates(optax.adam(1.0), 2)
     state = optimizer.init(jnp.zeros(2))
@@ -175,9 +233,9 @@ def test_flush_between_windows_gives_zeros():
 
 
 @pytest.mark.parametrize("reduce_at_end", [False, True])
-def test_each_devices_own_gradients(reduce_at_end):
-    """In shard_map: the mean over devices and micro-batches by weight, one of them not finite; a single all-reduce at the end."""
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+@pytest.mark.parametrize("mapped", ["shard_map", "pmap"])
+def test_each_devices_own_gradients(mapped, reduce_at_end):
+    """The mean over devices and micro-batches by weight, one of them not finite. Counters stay in step (D7)."""
     optimizer = accumulate_updates(optax.sgd(1.0), 3, axis_name="data", reduce_at_end=reduce_at_end)
 
     def run(params, gradients, weights):
@@ -186,17 +244,32 @@ def test_each_devices_own_gradients(reduce_at_end):
             updates, state = optimizer.update(inputs[0][0], state, params, weight=inputs[1][0])
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(body, (params, optimizer.init(params)), (gradients, weights))[0][0]
+        params, state = jax.lax.scan(body, (params, optimizer.init(params)), (gradients, weights))[0]
+        return params, state.count
 
-    split = (jax.P(), jax.P(None, "data"), jax.P(None, "data"))
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=jax.P()))
     rng = np.random.default_rng(0)
     gradients, weights = rng.normal(size=(3, 4, 2)).astype(np.float32), rng.integers(1, 9, (3, 4)).astype(np.float32)
     clean = weights.copy()
     clean[1, 2] = 0
     expected = -np.einsum("kd,kdi->i", clean, gradients) / clean.sum()
     gradients[1, 2, 0] = np.nan
-    np.testing.assert_allclose(run(jnp.zeros(2), gradients, weights), expected, rtol=1e-5)
+    if mapped == "pmap":
+        run = jax.pmap(run, axis_name="data", in_axes=(None, 1, 1), devices=jax.devices()[:4])
+        gradients, weights = gradients[:, :, None], weights[:, :, None]
+    else:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+        split = (jax.P(), jax.P(None, "data"), jax.P(None, "data"))
+        run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=jax.P()))
+    params, count = run(jnp.zeros(2), gradients, weights)
+    assert np.all(np.asarray(count) == 1)
+    np.testing.assert_allclose(np.atleast_2d(params), np.broadcast_to(expected, np.atleast_2d(params).shape), rtol=1e-5)
+
+
+def test_lowers_for_accelerators():
+    optimizer = accumulate_updates(optax.adam(0.1), 2)
+    params = jnp.zeros(2)
+    step = jax.jit(lambda g, s, p: optimizer.apply(g, s, p, weight=2.0))
+    jax.export.export(step, platforms=["tpu", "cuda"])(params, optimizer.init(params), params)
 
 
 def _programs(jaxpr):
@@ -260,6 +333,9 @@ def test_momentum_without_a_buffer(x64):
         for index, (updates, _) in enumerate(small):
             expected = large[index // 3][0] if index % 3 == 2 else 0 * gradients[0]
             np.testing.assert_allclose(updates, expected, rtol=1e-12, atol=1e-15)
+    small = _steps(accumulate_in_momentum(tiger(0.1, beta=0.0), 3, 0.8), gradients, params=jnp.ones(4))
+    large = _steps(tiger(0.1, beta=0.8), means, params=jnp.ones(4))
+    np.testing.assert_allclose(small[-1][0], large[-1][0], rtol=1e-12)
     trace = _steps(optax.trace(0.8), means)[-1][0]
     np.testing.assert_allclose(0.2 * trace, _steps(accumulate_in_momentum(optax.identity(), 3, 0.8), gradients)[-1][0])
 

@@ -154,15 +154,15 @@ def test_second_derivatives_through_the_kernels(x64, linear):
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(attend, params, x):
         loss = loss_with(attend)
-        both = gradient_penalty(gradient_penalty(loss, "[qk]", 0.5), 1, 0.0)
-        sharp = virtual_adversarial(
-            lambda x: attend(*(jnp.einsum("btd,dnh->btnh", x, params[n]) for n in "qkv")), epsilon=0.5
-        )
-        return (
-            jax.grad(both)(params, x),
-            jax.grad(gradient_penalty(loss, 1, 0.5))(params, x),
-            sharp(x, jax.random.key(0)),
-        )
+
+        def total(params, x):
+            sharp = virtual_adversarial(
+                lambda x: attend(*(jnp.einsum("btd,dnh->btnh", x, params[n]) for n in "qkv")), epsilon=0.5
+            )
+            penalties = (gradient_penalty(loss, "[qk]", 0.5), gradient_penalty(loss, 1, 0.5))
+            return sum(penalty(params, x) for penalty in penalties) + sharp(x, jax.random.key(0))
+
+        return jax.value_and_grad(total)(params, x)
 
     expected = gradients(lambda q, k, v: _naive(q, k, v, linear), params, x)
     assert_close(gradients(kernel, params, x), expected, 1e-9)
@@ -228,8 +228,6 @@ def test_fgm_is_a_penalty_to_first_order(x64):
 
     @jax.jit
     def error(e):
-        attacked = jax.grad(fgm(_regression, 1, 1.0, norm="none"))
-        del attacked
         perturbed = jax.grad(
             lambda p: _regression(p, x + jax.lax.stop_gradient(e * jax.grad(_regression, 1)(p, x, y)), y)
         )
@@ -255,16 +253,16 @@ def test_sharpness_aware():
 
 
 def _cosines(direction, top):
-    d = direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    d = direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-30)
     return float(np.mean(np.abs(np.sum(d * top, axis=1))))
 
 
 def test_virtual_adversarial_direction_in_float32():
     """|cos| with the Hessian's top vector rises .14, .83, .92, 1.00 over 0, 1, 2, 10 iterations; differences of 1e-6 lose it."""
     rng = np.random.default_rng(0)
-    w1, w2 = rng.normal(size=(32, 64)) / 32**0.5, rng.normal(size=(64, 5)) / 8
-    w1, w2 = w1.astype(np.float32), 2 * w2.astype(np.float32)
-    x = rng.normal(size=(64, 32)).astype(np.float32)
+    w1, w2 = rng.normal(size=(32, 64)) / 32**0.5, 3 * rng.normal(size=(64, 4)) / 8
+    w1, w2 = w1.astype(np.float32), w2.astype(np.float32)
+    x = rng.normal(size=(256, 32)).astype(np.float32)
 
     def logits(x):
         seen.append(x)
@@ -280,8 +278,7 @@ def test_virtual_adversarial_direction_in_float32():
     for count in (0, 1, 2, 10):
         virtual_adversarial(logits, epsilon=1.0, num_iterations=count)(x, jax.random.key(1))
         found.append(_cosines(np.asarray(seen[-1]) - x, top))
-    print(found)
-    np.testing.assert_allclose(found, [0.14, 0.83, 0.92, 1.0], atol=0.04)
+    np.testing.assert_allclose(found, [0.14, 0.83, 0.92, 1.0], atol=0.025)
 
     def divergence(d):
         log_p, log_q = jax.nn.log_softmax(logits(x)), jax.nn.log_softmax(logits(x + d))
@@ -318,7 +315,7 @@ def test_small_noise_is_a_laplacian():
     def loss(w, x):
         return jnp.sum(jnp.sin(w * x) ** 2) + w * x[0] * x[1]
 
-    keys = jax.random.split(jax.random.key(0), 1 << 16)
+    keys = jax.random.split(jax.random.key(0), 1 << 15)
     for wrapper, argument in ((input_noise, 1), (weight_noise, 0)):
         mean = jnp.mean(jax.vmap(lambda key: wrapper(loss, 0.1)(2.0, x, key=key))(keys))  # noqa: B023
         hessian = jax.hessian(loss, argument)(2.0, x)

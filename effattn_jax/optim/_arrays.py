@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.optim._trees import Axes, axis_names, is_float
+from effattn_jax.optim._trees import Axes, axis_names, is_float, marks
 
 
 def wide_sum(x: jax.Array) -> jax.Array:
@@ -32,6 +32,13 @@ def all_finite(*trees: Any) -> jax.Array:
     squares = sum(jnp.tensordot(x, x, x.ndim).real for x in leaves)  # vdot would flatten, and gather what is sharded
     each = functools.partial(jax.tree.reduce, lambda all_so_far, x: all_so_far & jnp.all(jnp.isfinite(x)))
     return jax.lax.cond(jnp.isfinite(squares), lambda x: jnp.isfinite(squares), lambda x: each(x, True), leaves)
+
+
+def all_finite_everywhere(*trees: Any, apart: Axes = None) -> jax.Array:
+    """`all_finite`, as one decision over the mapped axes over which shard_map knows leaves to be split, but for those `apart`."""
+    good = all_finite(*trees)
+    split = tuple(sorted(marks(good) - set(axis_names(apart))))
+    return jax.lax.pmin(good.astype(jnp.int32), split) > 0 if split else good
 
 
 def vary(tree: Any, axis_name: Axes) -> Any:

@@ -100,11 +100,11 @@ def varying(x: Any, axis_name: Axes) -> tuple[str, ...]:
     Where shard_map follows which values differ from device to device (its default), a leaf that is the same on all
     devices is not; elsewhere every leaf is taken to be split.
     """
-    own = _marks(x)
-    return tuple(n for n in axis_names(axis_name) if n in own or n not in _marks(jax.lax.axis_index(n)))
+    own = marks(x)
+    return tuple(n for n in axis_names(axis_name) if n in own or n not in marks(jax.lax.axis_index(n)))
 
 
-def _marks(x: Any) -> frozenset:
+def marks(x: Any) -> frozenset:
     """The mapped axes over which shard_map knows a value to vary; `vma` until jax 0.9, `mat.varying` since."""
     kind = jax.typeof(x)
     return getattr(kind, "vma", None) or getattr(getattr(kind, "mat", None), "varying", frozenset())

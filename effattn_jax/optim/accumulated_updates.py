@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._arrays import all_finite, psum, scaled, vary, wide_sum
+from effattn_jax.optim._arrays import all_finite_everywhere, psum, scaled, vary, wide_sum
 from effattn_jax.optim._trees import Axes, wide
 
 
@@ -111,7 +111,8 @@ def accumulate_updates(
       inner: any optax transformation.
       every: micro-batches in a window: a positive integer, or a function of the number of updates made.
       axis_name: mapped axis or axes over which gradients and weights are each device's own (inside `shard_map` or
-        `pmap`): the mean goes over the devices too. A device's micro-batch that is not finite is left out alone.
+        `pmap`): the mean goes over the devices too. A device's micro-batch that is not finite is left out alone. Axes over
+        which leaves are split need no name under shard_map's default checks.
       reduce_at_end: False reduces over `axis_name` at every call, and the state is the same on all devices. True reduces
         once a window; `state.weight`, `.value` and `.gradients` are then each device's own (`init` inside the mapped function).
 
@@ -160,7 +161,7 @@ def accumulate_updates(
         return ending.close(jax.lax.cond(ready, run, ending.idle, state), state)
 
     def add(updates: Any, state: AccumulationState, weight: Any, extra: dict) -> tuple[jax.Array, AccumulationState]:
-        state = _add(state, updates, weight, extra.get("value", 0), axis_name=None if late else axis_name)
+        state = _add(state, updates, weight, extra.get("value", 0), None if late else axis_name, axis_name)
         return state.microbatch >= (every(state.count) if callable(every) else every), state
 
     def update(updates: Any, state: AccumulationState, params: Any = None, *, weight: Any = 1, **extra: Any):
@@ -215,7 +216,7 @@ def accumulate_in_momentum(
     """
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every must be a positive integer, got {every!r}.")
-    if not 0 <= decay < 1:
+    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}.")
     inner = optax.with_extra_args_support(inner)
 
@@ -225,7 +226,7 @@ def accumulate_in_momentum(
         return MomentumAccumulationState(zero, zero, momentum, inner.init(jax.tree.map(wide, params)))
 
     def update(updates: Any, state: MomentumAccumulationState, params: Any = None, **extra: Any):
-        finite = all_finite(updates)
+        finite = all_finite_everywhere(updates, apart=axis_name)
         share = (1 - decay) / (every if axis_name is None else every * jax.lax.psum(1, axis_name))
         added = jax.tree.map(lambda g: jnp.where(finite, share * wide_sum(g), 0), updates)
         kept = jnp.where(state.microbatch == 0, decay, 1.0)
@@ -250,10 +251,12 @@ class MomentumAccumulationState(NamedTuple):
     inner: Any
 
 
-def _add(state: AccumulationState, updates: Any, weight: Any, value: Any, axis_name: Axes) -> AccumulationState:
-    """The state with one micro-batch in its sums; the sums of a finished window are overwritten."""
+def _add(
+    state: AccumulationState, updates: Any, weight: Any, value: Any, axis_name: Axes, apart: Axes
+) -> AccumulationState:
+    """The state with one micro-batch in its sums, reduced over `axis_name`; the sums of a finished window are overwritten."""
     weight, value = (jnp.asarray(x).astype(s.dtype) for x, s in ((weight, state.weight), (value, state.value)))
-    finite, begun = all_finite(updates, weight, value), state.microbatch > 0
+    finite, begun = all_finite_everywhere(updates, weight, value, apart=apart), state.microbatch > 0
     weight = jnp.where(finite, weight, 0)
     added = jax.tree.map(lambda g: jnp.where(finite, scaled(wide_sum(g), weight), 0), updates)
     added = psum((weight, jnp.where(finite, value, 0) * weight, added), axis_name)

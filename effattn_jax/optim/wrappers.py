@@ -68,7 +68,7 @@ def lookahead(
     """
     if not isinstance(period, int) or period < 1:
         raise ValueError(f"period must be a positive integer, got {period!r}.")
-    if not 0 < slow_step <= 1:
+    if not isinstance(slow_step, jax.core.Tracer) and not 0 < slow_step <= 1:
         raise ValueError(f"slow_step must be in (0, 1], got {slow_step}.")
     inner = optax.with_extra_args_support(inner)
 
