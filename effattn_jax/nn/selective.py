@@ -39,7 +39,9 @@ class Selective(StateMixer):
     def _convolved(self, x, segment_ids, state, prefix):
         """The short convolution with a bias, and its state."""
         module = self._convolution(x.shape[-1], name=prefix + "convolution")
-        y, after = module(x, segment_ids=segment_ids, state=None if state is None else state.hidden[0], return_state=True)
+        y, after = module(
+            x, segment_ids=segment_ids, state=None if state is None else state.hidden[0], return_state=True
+        )
         bias = self.param(prefix + "convolution_bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         return y + bias.astype(y.dtype)[None, None], after
 
