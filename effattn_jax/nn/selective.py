@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from effattn_jax import ssm
 from effattn_jax.nn.convolution import ShortConvolution
-from effattn_jax.nn.layers import make_norm
 from effattn_jax.nn.products import dense_product
 from effattn_jax.nn.recurrent import carried_over
 from effattn_jax.nn.state_mixer import StateMixer
@@ -179,7 +178,7 @@ class Mamba2(Selective):
         else:
             y, hidden = ssm.state_space_duality(u, delta, A, B, C, D, **options)
         y = y.reshape(*y.shape[:2], inner) * nn.silu(z)
-        norm = make_norm("rmsnorm", dtype=self.dtype, param_dtype=self.param_dtype, name=prefix + "norm")
+        norm = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name=prefix + "norm")
         return self._dense(self.width, prefix + "out", self.output_scale)(norm(y)), (convolution, hidden)
 
     @property

@@ -27,7 +27,9 @@ class StateMixer(SequenceMixer):
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
         x = x_BxTxD.astype(self.dtype)
-        if mask is not None and (state is not None or return_state) and x.shape[1]:
+        if return_state and state is None:
+            state = self.init_state(x.shape[0], x.shape[1])
+        if mask is not None and state is not None and x.shape[1]:
             y, state = self._one_by_one(jnp.where(mask[..., None], x, 0), mask, segment_ids, state)
             return (y, state) if return_state else y
         y, after = self._compacted(x, mask, segment_ids, state, "")
@@ -50,8 +52,7 @@ class StateMixer(SequenceMixer):
 
     def _one_by_one(self, x, mask, segment_ids, state):
         """One token a step from a state; one of padding leaves it as it is."""
-        first = RecurrentState(self._hidden(x.shape[0]), last_segment(x, None, state)) if state is None else state
-        ids = jnp.broadcast_to(first.segment_id[:, None], mask.shape) if segment_ids is None else segment_ids
+        ids = jnp.broadcast_to(state.segment_id[:, None], mask.shape) if segment_ids is None else segment_ids
 
         def step(module, state, inputs):
             x, real, ids = (a[:, None] for a in inputs)
@@ -65,10 +66,10 @@ class StateMixer(SequenceMixer):
             return jax.tree.map(choose, after, state), jnp.where(real[..., None], y, 0)[:, 0]
 
         if x.shape[1] == 1:
-            state, y = step(self, first, jax.tree.map(lambda a: a[:, 0], (x, mask, ids)))
+            state, y = step(self, state, jax.tree.map(lambda a: a[:, 0], (x, mask, ids)))
             return y[:, None], state
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)
-        state, y = scan(self, first, (x, mask, ids))
+        state, y = scan(self, state, (x, mask, ids))
         return y, state
 
     def _branch(self, x, segment_ids, state, prefix):

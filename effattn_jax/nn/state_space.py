@@ -135,7 +135,7 @@ class S4(TimeInvariant):
         D = self._weight(prefix + "D", nn.initializers.normal(1.0), self.width)
         step = self.rate * jnp.exp(self._weight(prefix + "log_step", log_uniform(*STEPS), self.width))
         Lambda = jax.lax.complex(-jnp.exp(log_real), imag)
-        stateful = initial is not None or u.shape[1] == 0
+        stateful = initial is not None  # a returned state costs the recurrence, step by step
         out = ssm.dplr_ssm(
             u, Lambda, P, B, C, D, step, initial_state=initial, segment_ids=segment_ids, return_state=stateful
         )  # fmt: skip

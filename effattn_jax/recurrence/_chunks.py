@@ -44,6 +44,17 @@ def _over_time(chunks: Any, count: int) -> Any:
     return jax.tree.unflatten(tree, map(widen, range(len(leaves)), leaves))
 
 
+def _split(size: int, x: jax.Array) -> jax.Array:
+    """(B, T, ...) as chunks in front, (T / size, B, size, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
 def pull_by_vjp(
     body: Callable, carry: Any, inputs: Any, aux: Any, _: Any, d_carry: Any, d_out: Any, *weights: Any
 ) -> tuple[Any, ...]:
@@ -78,17 +89,9 @@ def scan_chunks(
 
     def plain(arrays, aux):
         carry, inputs, *shared = arrays
-
-        def split(x):
-            return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-        def join(x):
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(x.shape[0], count * size, *x.shape[3:])
-
         step = jax.checkpoint(lambda carry, x: body(carry, *x, *shared))
-        carry, out = lax.scan(step, carry, jax.tree.map(split, (inputs, aux)))
-        return carry, jax.tree.map(join, out)
+        carry, out = lax.scan(step, carry, jax.tree.map(partial(_split, size), (inputs, aux)))
+        return carry, jax.tree.map(_join, out)
 
     def backward(arrays, aux, results, cotangents):
         first, inputs, *shared = arrays

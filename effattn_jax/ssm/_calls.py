@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, accumulator, floating
+from effattn_jax._contract import ArrayLike, accumulator, choose, floating, positive
+from effattn_jax.recurrence.diagonal import _FORMS
 
 __all__: list[str] = []
 
@@ -33,14 +34,22 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def inexact(name: str, array: ArrayLike, shape: tuple[int | str, ...], is_complex: bool = False) -> jax.Array:
-    """A floating (or complex) array of this shape, in which a letter stands for any size."""
+def check_options(implementation: str | None, chunk_size: int | None = None) -> None:
+    """Raises the ValueError for an unknown form of `diagonal_recurrence`, or a chunk that is no positive int."""
+    choose("implementation", implementation, _FORMS)
+    positive(chunk_size=chunk_size)
+
+
+def inexact(
+    name: str, array: ArrayLike, shape: tuple[int | str, ...], is_complex: bool = False, beside: str = ""
+) -> jax.Array:
+    """A floating (or complex) array of this shape, in which a letter stands for any size; `beside` says what it must fit."""
     array = jnp.asarray(array)
     kind, dtype = ("real or complex floating", jnp.inexact) if is_complex else ("a floating array", jnp.floating)
     require(jnp.issubdtype(array.dtype, dtype), f"{name} must be {kind}; got {array.dtype} of shape {array.shape}")
     fits = array.ndim == len(shape) and all(isinstance(w, str) or w == n for w, n in zip(shape, array.shape))
     written = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
-    require(fits, f"{name} must have shape {written}; got {array.shape}")
+    require(fits, f"{name} must have shape {written}{beside}; got {array.shape}")
     return array
 
 
@@ -62,7 +71,7 @@ def open_row(
     require(lead >= 1, f"{first} must have shape ({axes}); got rank {len(shape)}, shape {shape}")
     batch, length = shape[: lead - 1], shape[lead - 1]
     checked = {
-        name: inexact(name, array, (*shape[:lead], *rest), name in complex_names)
+        name: inexact(name, array, (*shape[:lead], *rest), name in complex_names, f" beside {first} {shape}")
         for name, (array, rest) in arrays.items()
     }
     (main,) = floating(**{first: arrays[first][0]})

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, choose, positive
+from effattn_jax._contract import ArrayLike, choose
 from effattn_jax.ssm import _toeplitz
-from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, require
+from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, require
 from effattn_jax.ssm._fold import begins, real_part, scan_states
 from effattn_jax.ssm._poles import check_method, transition
 
@@ -129,7 +129,7 @@ def diagonal_ssm(
       u: (*B, T, D).
       Lambda, B, C: (D, P), one pole of each conjugate pair; all real for real poles, and then without the factor 2.
       D: (D,), or None for no direct term.
-      step: dt, (D,) or, one a step of time (irregular sampling), (*B, T, D).
+      step: dt, a scalar, (D,) or, one a step of time (irregular sampling), (*B, T, D).
       mode: "chunked" (products of matrices inside chunks, states in between; a scan of each chunk's states where steps or segments are given),
         "recurrence" (a scan of the states, chunk by chunk) or "convolution" (FFT; not causal to the bit, so a later NaN spoils all); None is "chunked".
       method: "zoh" or "bilinear".
@@ -156,9 +156,10 @@ def diagonal_ssm(
     """
     choose("mode", mode, _MODES)
     check_method(method)
-    positive(chunk_size=chunk_size)
+    check_options(implementation, chunk_size)
     Lambda, B, C = _system(Lambda, B, C, ("D", "P"))
     width, size = Lambda.shape
+    step = jnp.broadcast_to(step, (width,)) if jnp.ndim(step) == 0 else step
     steps = {"step": (step, (width,))} if jnp.ndim(step) != 1 else {}
     row = open_row({"u": (u, (width,)), **steps}, segment_ids, reverse, wide=(Lambda, B, C))
     u = row.arrays["u"]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike
 from effattn_jax.recurrence import diagonal_recurrence
-from effattn_jax.ssm._calls import Row, as_wide, inexact, open_row, open_state, require
+from effattn_jax.ssm._calls import Row, as_wide, check_options, inexact, open_row, open_state, require
 from effattn_jax.ssm._poles import check_method, transition
 
 __all__ = ["lru", "rg_lru", "s5_ssm"]
@@ -103,6 +103,7 @@ def s5_ssm(
     [1.   1.5  1.75]
     """
     check_method(method)
+    check_options(implementation)
     Lambda = inexact("Lambda", Lambda, ("P",), True)
     size = Lambda.shape[0]
     B = inexact("B", B, (size, "D"), True)
@@ -160,6 +161,7 @@ def lru(
     >>> lru(jnp.ones((1, 3, 1)), zero, zero, zero, one, one, None).shape
     (1, 3, 1)
     """
+    check_options(implementation)
     nu_log = inexact("nu_log", nu_log, ("P",))
     size = nu_log.shape[0]
     theta_log, gamma_log = (inexact(n, x, (size,)) for n, x in (("theta_log", theta_log), ("gamma_log", gamma_log)))
@@ -233,6 +235,7 @@ def rg_lru(
     >>> print(rg_lru(ones, 0 * ones, ones, jnp.zeros(1), initial_state=jnp.ones((1, 1)))[0, :, 0])
     [1. 1.]
     """
+    check_options(implementation)
     Lambda = inexact("Lambda", Lambda, ("D",))
     width = Lambda.shape[0]
     gates = {"recurrence_gate": (recurrence_gate, (width,)), "input_gate": (input_gate, (width,))}

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, positive
+from effattn_jax._contract import ArrayLike
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.recurrence.diagonal import forget
-from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state
+from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state
 from effattn_jax.ssm._fold import begins, fold, real_part
 
 __all__ = ["selective_scan"]
@@ -69,7 +69,7 @@ def selective_scan(
     >>> print(selective_scan(ones, ones, jnp.full((1, 1), jnp.log(0.5)), ones, ones)[0, :, 0])
     [1.   1.5  1.75]
     """
-    positive(chunk_size=chunk_size)
+    check_options(implementation, chunk_size)
     A = inexact("A", A, ("D", "P"), True)
     width, size = A.shape
     pairs = ("B", "C") if jnp.iscomplexobj(A) else ()
@@ -133,12 +133,12 @@ def _pull(implementation, state, inputs, begin, out, d_state, d_out, A):
     d_written = jnp.einsum("bcpd,bcp->bcd", g, B.astype(g.dtype)).real
     d_delta = jnp.einsum("bcpd,bcp->bcd", d_exponent * A[None, None], jnp.ones_like(B, g.dtype)).real
     d_B, d_C = (_over_channels(y * z[:, :, None]) for y, z in ((g, written), (x, read)))
-    d_A = (d_exponent * delta[:, :, None]).reshape(-1, A.size)
-    d_A = (jnp.ones_like(d_A[:, :1]).T @ d_A).reshape(A.shape)
+    over_time = jnp.ones(g.shape[1:2], g.dtype)
+    d_A = jnp.einsum("bcpd,c->bpd", d_exponent * delta[:, :, None], over_time).sum(0)
     d_B, d_C = (y if jnp.iscomplexobj(z) else y.real for y, z in ((d_B, B), (d_C, C)))
     return forget(decay[:, 0], g[:, 0]), (d_written * delta, d_delta + d_written * u, d_B, d_C), d_A
 
 
 def _over_channels(x: jax.Array) -> jax.Array:
     """The sum over the last axis."""
-    return (x.reshape(-1, x.shape[-1]) @ jnp.ones_like(x[(0,) * (x.ndim - 1)])).reshape(x.shape[:-1])
+    return jnp.einsum("bcpd,d->bcp", x, jnp.ones(x.shape[-1:], x.dtype))
