@@ -10,7 +10,7 @@ import pytest
 from effattn_jax import ssm
 from effattn_jax.ssm import _bases as bases
 from effattn_jax.ssm import discretize, hippo_from_basis, hippo_matrices, hippo_project, hippo_reconstruct
-from effattn_jax.ssm._measures import MEASURES
+from effattn_jax.ssm._measures import MEASURES, find
 from tests.laws import checks
 
 SCALED = [("legs", {}), ("cosine_scaled", {}), ("chebyshev", {"window": None}), ("fourier_scaled", {})]
@@ -304,8 +304,8 @@ def test_scaled_memories_by_every_method(measure, options, x64):
 
 
 def test_samples_of_the_literature():
-    """LegS, P = 8, u = sin(0.1 k)."""
-    u = np.sin(0.1 * np.arange(50)).astype(np.float32)
+    """LegS, P = 8, u = sin(0.1 k), k = 1, ..., 50."""
+    u = np.sin(0.1 * np.arange(1, 51)).astype(np.float32)
     for method, expected in (
         ("bilinear", [0.1338995722, -0.6113266773, -0.3100387287]),
         ("exact", [0.1335589106, -0.5985219015, -0.3239239946]),
@@ -331,15 +331,36 @@ def test_sliding_memories(measure, options, x64):
         assert relative(run(step=0.05, final_only=True), x) <= 1e-12
 
 
-@pytest.mark.parametrize("measure", ["lagt", "tlagt", "glagt", "legt", "lmu", "fourier", "cosine", "chebyshev"])
+@pytest.mark.parametrize(
+    "measure, options", [("lagt", {}), ("tlagt", {"beta": 0.8}), ("glagt", {"alpha": 0.3, "beta": 0.9})]
+)
+def test_fading_bases_are_dual_to_impulse_responses(measure, options):
+    """int d_m(a) (exp(a A) B)_n da = 1 where m = n, else 0."""
+    A, B = hippo_matrices(measure, 5, **options)
+    dt = 0.004
+    ages = dt * (np.arange(15_000) + 0.5)
+    step, response, x = discretize(A, B, dt, "zoh")[0], [], discretize(A, B, dt / 2, "zoh")[0] @ B
+    for _ in ages:
+        response.append(x)
+        x = step @ x
+    found, filled = find(measure, 5, options)
+    basis = found.basis(np.exp(-ages), 5, **filled) @ np.linalg.inv(np.diag(change_diagonal(found, filled)))
+    np.testing.assert_allclose(dt * np.stack(response).T @ basis, np.eye(5), atol=2e-3)
+
+
+def change_diagonal(found, options):
+    return np.ones(5) if found.change is None else found.change(5, **options)
+
+
+@pytest.mark.parametrize("measure", ["lagt", "tlagt", "legt", "lmu", "fourier", "cosine", "chebyshev"])
 def test_reconstruction_is_of_the_past_in_its_order(measure):
     """A slow signal comes back at the right ages: the convention of s, and the duals of the fading measures."""
     length, window = 6000, 2.0
-    options = {"window": window} if "window" in MEASURES[measure].defaults else {"alpha": 0.3, "beta": 0.9} if measure == "glagt" else {"beta": 0.8} if measure == "tlagt" else {}  # fmt: skip
+    options = {"window": window} if "window" in MEASURES[measure].defaults else {"beta": 0.8} if measure == "tlagt" else {}  # fmt: skip
     dt = 0.002
     t = dt * (np.arange(length) + 0.5)
     period = 2.0 if measure == "fourier" else 7.0
-    signal = lambda t: np.exp(-(t - 12.0) * 0.05) * 0 + np.sin(2 * np.pi * t / period) + 0.5  # noqa: E731
+    signal = lambda t: np.sin(2 * np.pi * t / period) + 0.5  # noqa: E731
     x = hippo_project(np.float32(signal(t)), measure, 40, method="zoh", step=dt, final_only=True, **options)
     s = np.array([0.3, 0.5, 0.7, 0.9])
     age = -np.log(s) if "lag" in measure else window * (1 - s)
