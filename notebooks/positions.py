@@ -150,7 +150,7 @@ def update(params, memory, batch):
 
 params = model.init(jax.random.key(0), dataset.batch(0, 0)["tokens"])["params"]
 memory = optimizer.init(params)
-for step in range(150 if QUICK else 1500):
+for step in range(100 if QUICK else 1500):
     params, memory = update(params, memory, dataset.batch(0, step))
 
 # %%

@@ -61,34 +61,34 @@ def facts(rng, count, pairs):
 
 
 def training_batch(rng, count=64):
-    """PAIRS facts and a key, in half of the rows one of them; else, and where the facts are padding, the answer is any value."""
+    """PAIRS facts, then their keys and one more in any order; the answer to that one, and to all where the facts are padding, is any value."""
     keys, values, row = facts(rng, count, PAIRS + 1)
-    row, asked = row[:, : 2 * PAIRS], rng.integers(0, PAIRS, count)
-    hidden, empty = rng.random(count) < 0.5, rng.random(count) < 0.2
-    key = np.where(hidden, keys[:, -1], keys[np.arange(count), asked])
-    answer = np.where(hidden | empty, rng.integers(KEYS + 1, VOCAB, count), values[np.arange(count), asked])
-    mask = np.concatenate([np.broadcast_to(~empty[:, None], row.shape), np.ones((count, 1), bool)], axis=1)
-    return np.concatenate([row, key[:, None]], axis=1).astype(np.int32), mask, answer.astype(np.int32)
+    order = np.argsort(rng.random(keys.shape), axis=1)
+    empty = rng.random((count, 1)) < 0.2
+    noise = rng.integers(KEYS + 1, VOCAB, keys.shape)
+    answer = np.where((order < PAIRS) & ~empty, np.take_along_axis(values, order, axis=1), noise)
+    tokens = np.concatenate([row[:, : 2 * PAIRS], np.take_along_axis(keys, order, axis=1)], axis=1)
+    mask = np.broadcast_to(~empty | (np.arange(tokens.shape[1]) >= 2 * PAIRS), tokens.shape)
+    return tokens.astype(np.int32), mask, answer.astype(np.int32)
 
 
 def trained():
-    """A one-layer model that has learned to look up a key among PAIRS facts, never more."""
-    model = LanguageModel(ModelConfig(layers=1, width=64, heads=2, conv_width=2, mlp_ratio=1.0), VOCAB)
-    optimizer = optax.adam(3e-3)
-    rng = np.random.default_rng(0)
+    """A one-layer model that has learned to look up keys among PAIRS facts, never more."""
+    shape = {"layers": 1, "width": 64, "heads": 1, "conv_width": 2, "mlp_ratio": 1.0, "positions": "none"}
+    model, optimizer, rng = LanguageModel(ModelConfig(**shape), VOCAB), optax.adam(3e-3), np.random.default_rng(0)
 
     @jax.jit
     def update(params, memory, tokens, mask, answer):
         def loss(params):
-            logits = model.apply({"params": params}, tokens, mask=mask)[:, -1]
-            return cross_entropy(logits, answer, jnp.ones(answer.shape))[0] / answer.shape[0]
+            logits = model.apply({"params": params}, tokens, mask=mask)[:, -PAIRS - 1 :]
+            return cross_entropy(logits, answer, jnp.ones(answer.shape))[0] / answer.size
 
         updates, memory = optimizer.update(jax.grad(loss)(params), memory)
         return optax.apply_updates(params, updates), memory
 
     params = model.init(jax.random.key(0), jnp.ones((1, 3), jnp.int32))["params"]
     memory = optimizer.init(params)
-    for _ in range(600):
+    for _ in range(300):
         params, memory = update(params, memory, *training_batch(rng))
     return model, params
 
