@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.attention import RESULTS, device_name
 from effattn_jax.optim import accumulate_gradients, accumulate_updates
@@ -179,7 +179,13 @@ def main(settings: Settings) -> None:
             update()
             times[name].append(time.perf_counter() - start)
     base = times["bare scan"]
-    table = Table("way", "ms a real update", "times the bare scan", "temporaries, parameters", title=device_name())
+    table = Table(
+        Column("way", no_wrap=True),
+        "ms a real update",
+        "times the bare scan",
+        "temporaries, parameters",
+        title=device_name(),
+    )
     rows = []
     for name, (_, temporaries) in prepared.items():
         ratio = statistics.median(t / b for t, b in zip(times[name], base))

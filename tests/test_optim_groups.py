@@ -20,7 +20,7 @@ PARAMS = {
 
 def after(optimizer, params=PARAMS, steps=3, dtype=None):
     """Parameters and state after some steps with the same random gradients."""
-    params = jax.tree.map(lambda p: p.astype(dtype or p.dtype), params)
+    params = jax.tree.map(lambda p: p.astype(dtype or jnp.result_type(float)), params)
 
     @jax.jit
     def run(params):

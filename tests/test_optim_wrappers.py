@@ -285,8 +285,10 @@ def test_virtual_adversarial_direction_in_float32():
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
 
     d = rng.normal(size=x.shape).astype(np.float32)
-    d /= np.linalg.norm(d, axis=1, keepdims=True)
-    assert _cosines(np.asarray(jax.grad(divergence)(1e-6 * d)), top) < 0.5
+    difference = jax.jit(jax.grad(divergence))
+    for _ in range(10):
+        d = difference(1e-6 * d / np.maximum(np.linalg.norm(d, axis=1, keepdims=True), 1e-30))
+    assert _cosines(np.asarray(d), top) < 0.93 < found[3]
 
 
 def test_virtual_adversarial_loss():

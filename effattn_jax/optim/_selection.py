@@ -1,6 +1,5 @@
 """Which arrays of a loss function's arguments a wrapper perturbs or penalises, and the gradient by them."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.optim._arrays import axis_size, psum, vary
-from effattn_jax.optim._trees import Axes, is_float, wide
+from effattn_jax.optim._trees import Axes, is_float, matches, named_leaves, wide
 
 Select = str | int | tuple[int, str]
 
@@ -20,11 +19,11 @@ def choose(select: Select, arguments: tuple) -> tuple[list[jax.Array], Callable[
         raise ValueError(
             f"select={select!r} names argument {place}, but loss_fn was given {len(arguments)} by position."
         )
-    paths, treedef = jax.tree_util.tree_flatten_with_path(arguments[place])
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    leaves = [leaf for _, leaf in paths]
-    chosen = [i for i, leaf in enumerate(leaves) if is_float(leaf) and re.search(pattern, names[i])]
+    named, treedef = named_leaves(arguments[place]), jax.tree.structure(arguments[place])
+    leaves = [leaf for _, leaf in named]
+    chosen = [i for i, (path, leaf) in enumerate(named) if is_float(leaf) and matches(pattern, path)]
     if not chosen:
+        names = ["/".join(path) for path, _ in named]
         raise ValueError(
             f"select={select!r} matches no floating leaf of argument {place}, which has the paths {names}."
         )

@@ -22,6 +22,11 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32)) if is_float(x) else x
 
 
+def number(value: Any) -> Any:
+    """A hyperparameter to be checked; one half, which every rule allows, for a tracer, as optax.inject_hyperparams hands in."""
+    return 0.5 if isinstance(value, jax.core.Tracer) else value
+
+
 def _is_none(x: Any) -> bool:
     return x is None
 

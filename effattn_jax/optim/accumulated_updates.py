@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim._arrays import all_finite_everywhere, psum, scaled, vary, wide_sum
-from effattn_jax.optim._trees import Axes, wide
+from effattn_jax.optim._trees import Axes, number, wide
 
 
 class AccumulationState(NamedTuple):
@@ -123,6 +123,8 @@ def accumulate_updates(
       ValueError: if `every` is neither a positive integer nor a function.
 
     Cost: one multiply-add a micro-batch; the inner update once a window. State: the inner one and one float32 gradient.
+    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-26): `apply` takes 1.07 to 1.10, `update` 1.16 to 1.19 of the
+    time of a bare scan over gradients with one AdamW update; optax.MultiSteps 1.88 to 2.37.
 
     Source: Su, "Gradient accumulation" (kexue.fm 6794); the counting of updates, as in MaxText's loop.
 
@@ -216,7 +218,7 @@ def accumulate_in_momentum(
     """
     if not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every must be a positive integer, got {every!r}.")
-    if not isinstance(decay, jax.core.Tracer) and not 0 <= decay < 1:
+    if not 0 <= number(decay) < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}.")
     inner = optax.with_extra_args_support(inner)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, resolve_mask, wide
+from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, resolve_mask, wide
 from effattn_jax.optim.clipping import global_norm
 
 
@@ -86,7 +86,7 @@ def layer_adaptation(
       >>> print(updates["w"], state.ratio["w"])
       [0. 5.] 2.5
     """
-    if not isinstance(coefficient, jax.core.Tracer) and not coefficient > 0:
+    if not number(coefficient) > 0:
         raise ValueError(f"coefficient must be positive, got {coefficient}.")
     if bounds is not None and not 0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= high, got {bounds}.")
@@ -139,7 +139,7 @@ def decoupled_weight_decay(rate: float | optax.Schedule, *, mask: Any = None) ->
       >>> print(updates["kernel"], updates["bias"])
       [-0.1 -0.1] [0. 0.]
     """
-    if not callable(rate) and not isinstance(rate, jax.core.Tracer) and not rate >= 0:
+    if not callable(rate) and not number(rate) >= 0:
         raise ValueError(f"rate must be at least 0, got {rate}.")
 
     def init(params: Any) -> optax.ScaleByScheduleState:

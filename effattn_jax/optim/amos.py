@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from effattn_jax.optim._trees import Path, axis_names, is_float, map_leaves, named_leaves, varying
+from effattn_jax.optim._trees import Path, axis_names, is_float, map_leaves, named_leaves, number, varying
 from effattn_jax.optim.scales import AmosLeaf, Rule, Shape, plan
 
 TINY = 2.0**-125
@@ -82,8 +82,8 @@ def amos(
       >>> print(updates["kernel"][0], state.v["kernel"].shape)
       [-0.00757107 -0.00757107 -0.00757107] (1, 3)
     """
-    _check(clip_value=clip_value is None or _number(clip_value) > 0, given=clip_value, rule="positive or None")
-    _check(momentum=momentum is None or 0 <= _number(momentum) < 1, given=momentum, rule="in [0, 1) or None")
+    _check(clip_value=clip_value is None or number(clip_value) > 0, given=clip_value, rule="positive or None")
+    _check(momentum=momentum is None or 0 <= number(momentum) < 1, given=momentum, rule="in [0, 1) or None")
     options = _Options(beta, momentum, clip_value, extra_l2, c_coef, d_coef)
     return _transformation(learning_rate, scale_fn, shape_fn, options, axis_name)
 
@@ -125,9 +125,9 @@ def _transformation(
     learning_rate: float | optax.Schedule, scale_fn: Rule, shape_fn: Rule, options: _Options, axis_name: Any
 ) -> optax.GradientTransformationExtraArgs:
     for name in ("extra_l2", "c_coef", "d_coef"):
-        _check(**{name: _number(getattr(options, name)) >= 0}, given=getattr(options, name), rule="at least 0")
-    _check(beta=0 <= _number(options.beta) < 1, given=options.beta, rule="in [0, 1)")
-    _check(learning_rate=callable(learning_rate) or _number(learning_rate) >= 0, given=learning_rate, rule="at least 0")
+        _check(**{name: number(getattr(options, name)) >= 0}, given=getattr(options, name), rule="at least 0")
+    _check(beta=0 <= number(options.beta) < 1, given=options.beta, rule="in [0, 1)")
+    _check(learning_rate=callable(learning_rate) or number(learning_rate) >= 0, given=learning_rate, rule="at least 0")
 
     def init(params: Any) -> AmosState:
         split = _Split(params, axis_name if _is_mapped(axis_name) else None)
@@ -249,11 +249,6 @@ def _debias(beta: float, count: jax.Array, dtype: Any) -> jax.Array:
     else:
         log = jnp.log(beta)
     return -jnp.expm1(count.astype(dtype) * jnp.asarray(log, dtype))
-
-
-def _number(value: Any) -> float:
-    """A hyperparameter as a number; one half for a tracer, which no rule refuses."""
-    return 0.5 if isinstance(value, jax.core.Tracer) else value
 
 
 def _check(*, given: Any, rule: str, **argument: bool) -> None:

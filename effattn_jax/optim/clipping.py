@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._trees import Axes, is_float, map_leaves, varying, wide
+from effattn_jax.optim._trees import Axes, is_float, map_leaves, number, varying, wide
 
 
 class ClipState(NamedTuple):
@@ -175,7 +175,7 @@ def _globally(factor_of: Callable[[jax.Array], jax.Array], axis_name: Axes) -> o
 
 def _positive(**threshold: float) -> float:
     [(name, value)] = threshold.items()
-    if not isinstance(value, jax.core.Tracer) and not value > 0:  # optax.inject_hyperparams hands tracers in
+    if not number(value) > 0:
         raise ValueError(f"{name} must be positive, got {value}.")
     return value
 

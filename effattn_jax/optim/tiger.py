@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, varying
+from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, varying
 from effattn_jax.optim.scales import is_stacked, kind_of
 
 
@@ -57,14 +57,16 @@ def tiger(
       >>> print(updates["kernel"][0], updates["bias"])
       [-0.204 -0.204] [-0.05 -0.05]
     """
-    if not 0 <= beta < 1:
+    if not 0 <= number(beta) < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}.")
-    if not weight_decay >= 0:
+    if not number(weight_decay) >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay}.")
+
+    averages = number(beta) != 0
 
     def init(params: Any) -> TigerState:
         zeros = map_leaves(lambda path, p: (_momentum(p) if is_float(p) else None,), 1, params)[0]
-        return TigerState(jnp.zeros((), jnp.int32), zeros if beta else optax.EmptyState())
+        return TigerState(jnp.zeros((), jnp.int32), zeros if averages else optax.EmptyState())
 
     def update(updates: Any, state: TigerState, params: Any = None, **extra: Any) -> tuple[Any, TigerState]:
         del extra
@@ -80,21 +82,21 @@ def tiger(
             names = varying(g, axis_name)
             g = g.astype(p.dtype)
             good = _finite(g, names) if shrink_nonfinite is not None else True
-            if beta:
+            if averages:
                 new = beta * m + (1 - beta) * g
                 m = new if good is True else jnp.where(good, new, m)
-            sign = jnp.sign(m if beta else g)
+            sign = jnp.sign(m if averages else g)
             step = -jnp.asarray(rate, p.dtype) * _size(kind, path, p, names)
             decay = 0.0 if kind in ("bias", "scale", "relative") else weight_decay
             step = step * (sign + decay * p)
             if good is not True:
                 centre = 1.0 if kind == "scale" else 0.0
                 step = jnp.where(good, step, (shrink_nonfinite - 1) * (p - centre))
-            return step.astype(dtype), m if beta else None
+            return step.astype(dtype), m if averages else None
 
-        momentum = state.momentum if beta else jax.tree.map(lambda p: None, params)
+        momentum = state.momentum if averages else jax.tree.map(lambda p: None, params)
         updates, momentum = map_leaves(one, 2, updates, params, momentum)
-        return updates, TigerState(optax.safe_increment(state.count), momentum if beta else state.momentum)
+        return updates, TigerState(optax.safe_increment(state.count), momentum if averages else state.momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim._arrays import all_finite
-from effattn_jax.optim._trees import Axes, Path, axis_names, is_float, map_leaves, matches, path_of, wide
+from effattn_jax.optim._trees import Axes, Path, axis_names, is_float, map_leaves, matches, number, path_of, wide
 
 
 class LookaheadState(NamedTuple):
@@ -68,7 +68,7 @@ def lookahead(
     """
     if not isinstance(period, int) or period < 1:
         raise ValueError(f"period must be a positive integer, got {period!r}.")
-    if not isinstance(slow_step, jax.core.Tracer) and not 0 < slow_step <= 1:
+    if not 0 < number(slow_step) <= 1:
         raise ValueError(f"slow_step must be in (0, 1], got {slow_step}.")
     inner = optax.with_extra_args_support(inner)
 
