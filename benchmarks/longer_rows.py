@@ -1,6 +1,6 @@
 """Accuracy of a trained run on rows longer than those it was trained on.
 
-    python -m benchmarks.extrapolation RUN [--lengths 256 1024 4096 16384] [--rows 64]
+    python -m benchmarks.longer_rows RUN [--lengths 256 1024 4096 16384] [--rows 64]
 
 RUN is the folder of a run on a procedural language task, such as runs/induction-heads-mamba. Each length is the task's own with a longer context: fresh rows
 of the validation side, a few at a time. A mixer with weights for each place, or learned positions, has no longer rows.
