@@ -8,26 +8,31 @@ on :mod:`effattn_jax.recurrence` and import jax and numpy only. `MIXERS` is the 
 from effattn_jax._contract import Recurrence
 from effattn_jax.ssm import _lines
 from effattn_jax.ssm.diagonal import diagonal_kernel, diagonal_ssm, dss_kernel
+from effattn_jax.ssm.discretization import discretize
 from effattn_jax.ssm.dplr import dplr_kernel, dplr_ssm
 from effattn_jax.ssm.duality import TrapezoidState, mamba3_trapezoid, state_space_duality
 from effattn_jax.ssm.hippo import hippo_from_basis, hippo_matrices, hippo_reconstruct
 from effattn_jax.ssm.initial import diagonal_init
 from effattn_jax.ssm.linear_recurrent import lru, rg_lru, s5_ssm
 from effattn_jax.ssm.nplr import hippo_dplr, legs_dplr
+from effattn_jax.ssm.projection import HippoState, hippo_project
 from effattn_jax.ssm.selective import selective_scan
 
 __all__ = [
     "MIXERS",
+    "HippoState",
     "TrapezoidState",
     "diagonal_init",
     "diagonal_kernel",
     "diagonal_ssm",
+    "discretize",
     "dplr_kernel",
     "dplr_ssm",
     "dss_kernel",
     "hippo_dplr",
     "hippo_from_basis",
     "hippo_matrices",
+    "hippo_project",
     "hippo_reconstruct",
     "legs_dplr",
     "lru",

@@ -18,23 +18,11 @@ import numpy as np
 from jax import lax
 
 from effattn_jax.recurrence.fft import smooth
+from effattn_jax.ssm._pairs import product_error
 
 __all__: list[str] = []
 
 _OVERSAMPLING = 8
-
-
-def _product_error(a: jax.Array, b: jax.Array, product: jax.Array) -> jax.Array:
-    """a * b - product, which is exact in single precision; in double precision nobody asks."""
-    if product.dtype != jnp.float32:
-        return jnp.zeros_like(product)
-
-    def halves(x):
-        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000), jnp.float32)
-        return high, x - high
-
-    (a1, a2), (b1, b2) = halves(a), halves(b)
-    return ((a1 * b1 - product) + a1 * b2 + a2 * b1) + a2 * b2
 
 
 def _resolvent(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +34,7 @@ def _resolvent(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array) -> tuple[j
         high = s.astype(dtype)
         low = (s - high.astype(np.float64)).astype(dtype)
         product = step * x
-        error = lax.stop_gradient(_product_error(jnp.broadcast_to(step, x.shape), x, product))
+        error = product_error(jnp.broadcast_to(step, x.shape), x, product)
         parts.append((high[:, None] + sign * product[None, :]) + (low[:, None] + sign * error[None, :]))
     x, y, y_conjugate = parts
     q, q_conjugate = 1 / (x * x + y * y), 1 / (x * x + y_conjugate * y_conjugate)

@@ -44,7 +44,8 @@ def _expm(matrix: np.ndarray) -> np.ndarray:
     return total
 
 
-def _dense(xp: Any, A: Any, B: Any, step: Any, alpha: float | None) -> tuple[Any, Any]:
+def dense(xp: Any, A: Any, B: Any, step: Any, alpha: float | None) -> tuple[Any, Any]:
+    """(A_bar, B_bar) of a dense system in the module xp; alpha None is the zero-order hold."""
     size = A.shape[-1]
     if alpha is None:
         # exp of [[A, B], [0, 0]] has B_bar in its last column, whether A is singular or not.
@@ -110,4 +111,4 @@ def discretize(
         )
     if step.ndim:
         raise ValueError(f"step must be a scalar for a dense A; got shape {step.shape}")
-    return _dense(xp, A, B, step, alpha)
+    return dense(xp, A, B, step, alpha)

@@ -77,10 +77,11 @@ def dplr_kernel(Lambda: ArrayLike, P: ArrayLike, B: ArrayLike, C: ArrayLike, ste
     The system must be stable, |A_bar^l| bounded. Any length costs O(L P) and is as exact: nothing is doubled, no power A_bar^L is taken; in float32 the error is below 1e-6
     of the largest entry of the kernel for LegS with P <= 256 and dt in [1e-4, 10]. Source: arXiv:2111.00396; `_cauchy.py` says what is done otherwise.
 
+    >>> import numpy as np
     >>> from effattn_jax.ssm import legs_dplr
     >>> Lambda, P, B, V = legs_dplr(4)
     >>> C = [1.0, 0.0, 0.0, 0.0] @ V                       # reads the first coefficient, the mean of LegS: x' = -x + u
-    >>> print(dplr_kernel(Lambda, P, B, C, 0.5, 3).round(4))
+    >>> print(np.round(dplr_kernel(Lambda, P, B, C, 0.5, 3), 4))
     [0.4  0.24 0.144]
     """
     if not isinstance(length, int) or length < 1:
@@ -216,12 +217,12 @@ def dplr_ssm(
 
     Cost O(T P D) in both modes (convolution: O(L P) for the kernel, O(T log T) a row), state P a feature. Source: Gu et al., arXiv:2111.00396.
 
-    >>> import jax.numpy as jnp
+    >>> import numpy as np
     >>> from effattn_jax.ssm import legs_dplr
     >>> Lambda, P, B, V = (x[None] for x in legs_dplr(4))
     >>> C = [1.0, 0.0, 0.0, 0.0] @ V
-    >>> y, state = dplr_ssm(jnp.ones((1, 3, 1)), Lambda, P, B, C, None, 0.5, mode="recurrence", return_state=True)
-    >>> print(y[0, :, 0].round(4), state.shape)
+    >>> y, state = dplr_ssm(np.ones((1, 3, 1)), Lambda, P, B, C, None, 0.5, mode="recurrence", return_state=True)
+    >>> print(np.round(y[0, :, 0], 4), state.shape)
     [0.4   0.64  0.784] (1, 1, 2)
     """
     choose("mode", mode, (None, "convolution", "recurrence"))
