@@ -65,12 +65,14 @@ class Recurrence(NamedTuple):
       forms: keyword sets whose results must agree.
       sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1.
       runs_on: as for `Mixer`.
+      weights: `weights(rng)` -> float32 or complex64 inputs without a time axis, by argument name; None where there are none.
     """
 
     function: Callable
     forms: tuple[dict[str, Any], ...]
     sample: Callable
     runs_on: str = ""
+    weights: Callable | None = None
 
 
 class TokenMixer(NamedTuple):

@@ -36,6 +36,10 @@ class ModelConfig:
     """How many tokens to the left softmax layers see, besides the token itself. None: all."""
     chunk_size: int | None = None
     """Chunk length of the chunked forms. None: the kernel's own choice."""
+    state_size: int | None = None
+    """Numbers of state of state-space mixers, a channel (s4, s4d, mamba), a head (mamba2) or a layer (s5, lru). None: the mixer's own choice."""
+    rate: float = 1.0
+    """Sampling step of the input over that of training: state-space mixers multiply their steps by it."""
     conv_width: int = 0
     """Tokens seen by the short convolution before each mixer, the token itself included. 0: no convolution."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -107,6 +111,8 @@ class ModelConfig:
             "rotary_base": self.rotary_base if self.positions == "rotary" else None,
             "chunk_size": self.chunk_size,
             "max_length": self.max_length,
+            "state_size": self.state_size,
+            "rate": self.rate,
             "output_scale": self.output_scale,
             "use_bias": self.use_bias,
             "dtype": self.dtype,
@@ -133,6 +139,8 @@ class ModelConfig:
         _require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of the width {self.width}")
         _require(self.heads % self.num_kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of the heads {self.heads}")
         _require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
+        _require(self.state_size is None or self.state_size >= 2, "state_size", self.state_size, "at least 2")
+        _require(self.rate > 0, "rate", self.rate, "positive")
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "at least 0")
         _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "positive")
         _require(self.rotary_base > 0, "rotary_base", self.rotary_base, "positive")

@@ -30,6 +30,8 @@ class SequenceMixer(nn.Module):
       window: how many tokens to the left are seen besides the token itself; None for all.
       chunk_size: of the chunked form; None is the kernel's own choice.
       max_length: the longest sequence, for mixers whose weights have a place for each step; the others ignore it.
+      state_size: P, numbers of state a channel, head or layer, of state-space mixers; None is the mixer's own choice.
+      rate: sampling step of the input over that of training; state-space mixers multiply their steps by it.
       output_scale: factor on the initial weights of the projection that writes into the residual stream.
       use_bias: whether projections have biases.
       dtype: of activations; states and gates accumulate in float32.
@@ -44,6 +46,8 @@ class SequenceMixer(nn.Module):
     window: int | None = None
     chunk_size: int | None = None
     max_length: int | None = None
+    state_size: int | None = None
+    rate: float = 1.0
     output_scale: float = 1.0
     use_bias: bool = False
     dtype: Any = jnp.float32

@@ -13,7 +13,9 @@ from .subjects import CAUSAL, MIXER_SUBJECTS, by_kind, by_table_form, param, tim
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 1000, 4097)
 CROSSWISE = tuple(s for s in MIXER_SUBJECTS if s.crosswise)
 LONG = tuple(s for s in CAUSAL if not (s.is_mixer and "length" in s.entry.exempt))
-LEADING = tuple(s for s in CAUSAL if "query" in s.parameters or s.is_token_mixer)  # those with any number of batch axes
+LEADING = tuple(
+    s for s in CAUSAL if "query" in s.parameters or s.is_token_mixer or s.is_weighted_recurrence
+)  # those with any number of batch axes
 
 
 def lengths_of(subject) -> tuple[int, ...]:
