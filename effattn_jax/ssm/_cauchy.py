@@ -10,29 +10,28 @@ What else would lose digits, and what is done about it:
 - Woodbury's difference S_CB - S_CP (1 + S_PP)^-1 S_PB, of terms P times larger than it: B = beta P + rest, whose first part gives beta S_CP / (1 + S_PP).
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from effattn_jax.recurrence.fft import smooth
-from effattn_jax.ssm._pairs import product_error
+from effattn_jax.ssm._pairs import Pair, product_error
 
 __all__: list[str] = []
 
 _OVERSAMPLING = 8
+_BLOCK = 2**24  # entries of the temporaries of a feature
 
 
-def _resolvent(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """F, G (M', 2P) real with sum_n v_n / (s - dt Lambda_n) + its conjugate pole's = (F + i G) @ [Re v, Im v]."""
-    dtype = step.dtype
-    real, imag = jnp.real(Lambda), jnp.imag(Lambda)
+def _resolvent(real: Pair, imag: Pair, step: jax.Array, Lambda: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """F, G (M', 2P) real with sum_n v_n / (s - dt Lambda_n) + its conjugate pole's = (F + i G) @ [Re v, Im v], for nodes s (M',)."""
     parts = []
-    for s, x, sign in ((nodes.real, real, -1), (nodes.imag, imag, -1), (nodes.imag, imag, 1)):
-        high = s.astype(dtype)
-        low = (s - high.astype(np.float64)).astype(dtype)
+    for (high, low), x, sign in (
+        (real, jnp.real(Lambda), -1),
+        (imag, jnp.imag(Lambda), -1),
+        (imag, jnp.imag(Lambda), 1),
+    ):
         product = step * x
         error = product_error(jnp.broadcast_to(step, x.shape), x, product)
         parts.append((high[:, None] + sign * product[None, :]) + (low[:, None] + sign * error[None, :]))
@@ -42,6 +41,27 @@ def _resolvent(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array) -> tuple[j
     F = jnp.concatenate([x * (q + q_conjugate), u - v], axis=1)
     G = jnp.concatenate([-(u + v), x * (q - q_conjugate)], axis=1)
     return F, G
+
+
+def _sums(nodes: np.ndarray, step: jax.Array, Lambda: jax.Array, weights: jax.Array) -> jax.Array:
+    """sum_n v_n / (s - dt Lambda_n) over both halves, (M', columns) complex, for columns v (columns, P); nodes s in blocks."""
+    block = min(nodes.size, max(1, _BLOCK // (4 * Lambda.size)))
+    count = -(-nodes.size // block)
+    nodes = np.pad(nodes, (0, count * block - nodes.size), mode="edge").reshape(count, block)
+    pairs = []
+    for part in (nodes.real, nodes.imag):
+        high = part.astype(step.dtype)
+        pairs.append((jnp.asarray(high), jnp.asarray((part - high).astype(step.dtype))))
+    columns = jnp.concatenate([weights.real, weights.imag], axis=1).T
+
+    @jax.checkpoint
+    def of_block(pairs):
+        F, G = (jnp.matmul(m, columns, precision="highest") for m in _resolvent(*pairs, step, Lambda))
+        return lax.complex(F, G)
+
+    if count == 1:
+        return of_block(jax.tree.map(lambda a: a[0], pairs))
+    return lax.map(of_block, pairs).reshape(count * block, -1)
 
 
 def _along(P: jax.Array, B: jax.Array) -> jax.Array:
@@ -66,7 +86,6 @@ def solve_small(matrix: jax.Array, right: jax.Array) -> jax.Array:
     return solution / (a * d - b * c)[..., None, :]
 
 
-@partial(jax.checkpoint, static_argnums=(5,))
 def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
     """Kernels (J, L) of one feature: Lambda, C (P,), P (R, P), B (J, P), step ()."""
     size = smooth(_OVERSAMPLING * length)
@@ -79,11 +98,7 @@ def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: j
     left = jnp.concatenate([C[None], P.conj()])
     right = jnp.concatenate([P, rest])
     weights = (left[:, None] * right[None]).reshape(-1, Lambda.shape[0])
-    F, G = _resolvent(2 * (1 - w) / (1 + w), step, Lambda)
-    weights = jnp.concatenate([weights.real, weights.imag], axis=1).T
-    multiply = partial(jnp.matmul, precision="highest")
-    sums = lax.complex(multiply(F, weights), multiply(G, weights))
-    sums = sums.reshape(-1, 1 + rank, rank + columns)
+    sums = _sums(2 * (1 - w) / (1 + w), step, Lambda, weights)[: w.size].reshape(-1, 1 + rank, rank + columns)
     inner = jnp.eye(rank, dtype=sums.dtype)[None] + step * sums[:, 1:, :rank]
     through = solve_small(inner, beta.T[None] - step * sums[:, 1:, rank:])
     spectrum = sums[:, 0, rank:] + jnp.sum(sums[:, 0, :rank, None] * through, axis=1)
@@ -94,7 +109,7 @@ def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: j
 
 def kernels(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
     """Kernels (D, J, L) from Lambda, C (D, P), P (R, D, P), B (D, J, P), step (D,); features in groups, so that temporaries stay bounded."""
-    group = max(1, 2**25 // (4 * _OVERSAMPLING * length * Lambda.shape[1]))
+    group = max(1, 2 * _BLOCK // (4 * _OVERSAMPLING * length * Lambda.shape[1]))
     inputs = (Lambda, jnp.moveaxis(P, 0, 1), B, C, step)
 
     def run(x):
