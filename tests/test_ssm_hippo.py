@@ -258,17 +258,17 @@ def test_the_final_state_of_a_long_signal():
 
 
 def test_reconstruction_of_a_band_limited_signal():
-    """The error of exact LegS is that of the best projection, where bilinear rules have 40 times as much."""
+    """T = 1000, P = 64: exact LegS errs by what holding the samples costs, 1.4e-4; the bilinear rule by 30 times as much."""
     length, size = 1000, 64
     s = (np.arange(length) + 0.5) / length
-    u = np.float32(
-        np.sin(2 * np.pi * 7 * s) + 0.5 * np.cos(2 * np.pi * 11 * s + 1) + 0.2 * np.sin(2 * np.pi * 13.3 * s)
-    )
+    rng = np.random.default_rng(0)
+    frequencies, phases = rng.uniform(0, 5, 8), rng.uniform(0, 2 * np.pi, 8)
+    u = np.sin(2 * np.pi * s[:, None] * frequencies + phases).sum(1).astype(np.float32)
     errors = {}
     for method in ("exact", "bilinear"):
         x = hippo_project(u, "legs", size, method=method, final_only=True)
         errors[method] = float(np.sqrt(np.mean((hippo_reconstruct(x, "legs", s) - u) ** 2) / np.mean(u**2)))
-    assert errors["bilinear"] > 5 * errors["exact"]
+    assert errors["exact"] <= 1.4e-4 and errors["bilinear"] > 30 * errors["exact"], errors
 
 
 def naive_scaled(u, A, B, alpha, first):

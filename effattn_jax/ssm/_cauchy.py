@@ -1,6 +1,6 @@
 """The kernel of a diagonal plus low-rank system by its generating function, with nothing raised to a power and in plain float32.
 
-    sum_l K_l w^l = C (I - A_bar w)^-1 B_bar = 2 dt / (1 + w) * C (s - dt A)^-1 B,          s = 2 (1 - w) / (1 + w)
+    sum_l K_l w^l = C (I - A_bar w)^-1 (I - dt/2 A)^-1 B = 2 / (1 + w) * C (s - dt A)^-1 B,          s = 2 (1 - w) / (1 + w)
 
 at the M = 8 L points w = rho exp(-2 pi i k / M), rho^M = exp(-17) (-30 in double precision): K_l + rho^M K_(l + M) + ... comes back by an FFT, so no
 C (I - A_bar^L) is needed, whose power costs O(P^3 log L) and most of the digits; and w = -1, where s is infinite, is not among the points.
@@ -87,7 +87,7 @@ def solve_small(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
-    """Kernels (J, L) of one feature: Lambda, C (P,), P (R, P), B (J, P), step ()."""
+    """Kernels C A_bar^l (I - dt/2 A)^-1 B, (J, L), of one feature: Lambda, C (P,), P (R, P), B (J, P), step ()."""
     size = smooth(_OVERSAMPLING * length)
     size += size % 2
     decay = (17.0 if step.dtype == jnp.float32 else 30.0) / size
@@ -102,13 +102,13 @@ def _kernel(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: j
     inner = jnp.eye(rank, dtype=sums.dtype)[None] + step * sums[:, 1:, :rank]
     through = solve_small(inner, beta.T[None] - step * sums[:, 1:, rank:])
     spectrum = sums[:, 0, rank:] + jnp.sum(sums[:, 0, :rank, None] * through, axis=1)
-    spectrum = (spectrum * (2 / (1 + w)).astype(spectrum.dtype)[:, None]) * step
+    spectrum = spectrum * (2 / (1 + w)).astype(spectrum.dtype)[:, None]
     kernel = jnp.fft.irfft(spectrum.T, size, axis=-1)[:, :length]
     return kernel * np.exp(decay * np.arange(length))[None].astype(kernel.dtype)
 
 
 def kernels(Lambda: jax.Array, P: jax.Array, B: jax.Array, C: jax.Array, step: jax.Array, length: int) -> jax.Array:
-    """Kernels (D, J, L) from Lambda, C (D, P), P (R, D, P), B (D, J, P), step (D,); features in groups, so that temporaries stay bounded."""
+    """The same (D, J, L) from Lambda, C (D, P), P (R, D, P), B (D, J, P), step (D,); features in groups, so that temporaries stay bounded."""
     group = max(1, 2 * _BLOCK // (4 * _OVERSAMPLING * length * Lambda.shape[1]))
     inputs = (Lambda, jnp.moveaxis(P, 0, 1), B, C, step)
 
