@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from effattn_jax import ssm
 from effattn_jax.recurrence import fft_convolution
@@ -188,9 +189,7 @@ def test_both_modes_lower(platform):
     x = layer("legs", 8, 12)
     for mode in ("recurrence", "convolution"):
         run = lambda x, mode=mode: dplr_ssm(**x, mode=mode, return_state=True)  # noqa: E731
-        exported = jax.export.export(jax.jit(lambda x, run=run: checks.value_and_grads(run, x)), platforms=[platform])(
-            x
-        )
+        exported = export.export(jax.jit(lambda x, run=run: checks.value_and_grads(run, x)), platforms=[platform])(x)
         text = exported.mlir_module()
         assert "complex<f64>" not in text and "tensor<f64>" not in text
 

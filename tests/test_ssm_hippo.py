@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from effattn_jax import ssm
 from effattn_jax.ssm import _bases as bases
@@ -400,4 +401,4 @@ def test_every_projection_lowers(platform):
     u = jax.ShapeDtypeStruct((9, 2), jnp.float32)
     for measure, method in (("legs", "exact"), ("legs", "bilinear"), ("cosine_scaled", "exact"), ("legt", "bilinear")):
         run = jax.jit(functools.partial(hippo_project, measure=measure, size=4, method=method))
-        jax.export.export(run, platforms=[platform])(u)
+        export.export(run, platforms=[platform])(u)
