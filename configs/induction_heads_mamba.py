@@ -1,7 +1,7 @@
 """Induction heads by Mamba: after the special token, repeat what followed it before; trained at 256 tokens, right at any length.
 
 Reproduces: the task and the model of Mamba's appendix E.1 (Gu and Dao 2023, arXiv 2312.00752): two layers of width 64, 256 tokens, a vocabulary of 16. Longer
-rows: python -m benchmarks.extrapolation runs/induction-heads-mamba
+rows: python -m benchmarks.longer_rows runs/induction-heads-mamba
 Expected: validation accuracy of at least 0.99.
 Hardware: 2 x86 cores, some minutes.
 Command: python train.py induction-heads-mamba

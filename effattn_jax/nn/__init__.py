@@ -14,6 +14,7 @@ from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
+from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.recurrent import MinGRU
 from effattn_jax.nn.selective import RGLRU, Mamba, Mamba2
 from effattn_jax.nn.state_space import LRU, S4, S4D, S5
@@ -102,6 +103,7 @@ __all__ = [
     "Mamba2",
     "MinGRU",
     "MultiHeadAttention",
+    "Placing",
     "SequenceMixer",
     "ShortConvolution",
     "make_norm",

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.products import dense_product
 
 
@@ -27,6 +28,7 @@ class SequenceMixer(nn.Module):
       causal: False is the bidirectional form, which has no state.
       rotary_base: turns queries and keys by their positions with this base; None does not. Mixers without queries
         ignore it.
+      placing: further options of positions, see `nn.Placing`; None for none.
       window: how many tokens to the left are seen besides the token itself; None for all.
       chunk_size: of the chunked form; None is the kernel's own choice.
       max_length: the longest sequence, for mixers whose weights have a place for each step; the others ignore it.
@@ -52,6 +54,13 @@ class SequenceMixer(nn.Module):
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    placing: Placing | None = None
+
+    @nn.nowrap
+    def refuses_placing(self) -> str:
+        """Why this mixer cannot have its `placing`; empty where it can."""
+        ignored = self.placing is None or self.placing.kind == "rotary"  # as rotary_base is
+        return "" if ignored else "it has no queries and keys that positions could act on"
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:

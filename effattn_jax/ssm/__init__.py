@@ -21,6 +21,7 @@ from effattn_jax.ssm.selective import selective_scan
 __all__ = [
     "HippoState",
     "MIXERS",
+    "HippoState",
     "TrapezoidState",
     "diagonal_init",
     "diagonal_kernel",

@@ -17,7 +17,7 @@ class OptimConfig:
     """The optimizer, its schedule and the clipping before it."""
 
     name: str = "adamw"
-    """Optimizer: adamw, lion, sgd."""
+    """Optimizer: adamw, amos, lamb, lars, lion, sgd, tiger."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -27,15 +27,26 @@ class OptimConfig:
     warmup_steps: int = 100
     """Steps of linear warm-up from 0; at most half of the run."""
     beta1: float = 0.9
-    """Decay of the first moment (sgd: the momentum)."""
+    """Decay of the first moment (sgd, lars, tiger: the momentum; amos: that of the update, 0 for none)."""
     beta2: float = 0.99
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings, times the learning rate; biases and norms are left out."""
+    """Decay of matrices and embeddings, times the learning rate; biases and norms are left out (amos has its own)."""
+    extra_l2: float = 0.0
+    """Amos: further decay of all parameters, not times the learning rate."""
     clip_norm: float | None = 1.0
     """Longest global gradient norm; None turns clipping off."""
+    clip: Literal["hard", "soft"] = "hard"
+    """Form of the clipping: g min(1, c / |g|), or g c / (|g| + c)."""
+    lookahead_period: int = 0
+    """Updates after which Lookahead pulls the weights back to slow ones; 0 is without it."""
+    lookahead_step: float = 0.5
+    """Share of the way that the slow weights go each time."""
+    groups: tuple[str, ...] = ()
+    """Rules "REGEX: option=value, ..." of parameter groups, first match in the '/'-joined path; they replace weight-decay
+    and its exclusions (adamw, amos, lamb, lion, sgd)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +140,10 @@ class Config:
             raise ValueError(f"optim.clip_norm must be positive or None, got {self.optim.clip_norm}.")
         if not self.optim.learning_rate > 0:
             raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}.")
+        if self.optim.lookahead_period < 0:
+            raise ValueError(f"optim.lookahead_period must not be negative, got {self.optim.lookahead_period}.")
+        if not 0 < self.optim.lookahead_step <= 1:
+            raise ValueError(f"optim.lookahead_step must be in (0, 1], got {self.optim.lookahead_step}.")
         if self.optim.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps must not be negative, got {self.optim.warmup_steps}.")
         profile_window(self.train.profile_steps)
@@ -202,11 +217,13 @@ def from_dict(values: Mapping[str, Any], kind: type = Config) -> Any:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}.")
-    arguments = {
-        name: from_dict(value, hints[name]) if dataclasses.is_dataclass(hints[name]) else value
-        for name, value in values.items()
-    }
-    return kind(**arguments)
+
+    def field(hint: Any, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return from_dict(value, hint)
+        return tuple(value) if typing.get_origin(hint) is tuple else value  # JSON knows lists only
+
+    return kind(**{name: field(hints[name], value) for name, value in values.items()})
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -13,6 +13,7 @@ from effattn_jax.training.errors import Interrupted, UserError, one_line, user_e
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.hardware import device_summary
 from effattn_jax.training.interrupt import StopSignals
+from effattn_jax.training.optimizer import describe_groups
 from effattn_jax.training.profiler import Profiler
 from effattn_jax.training.progress import Screen
 from effattn_jax.training.reports import Reporter
@@ -56,6 +57,9 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, screen: Screen) -> tupl
     """The newest whole checkpoint, or the initial state."""
     params = setup.abstract_state.params
     screen.table(params, jax.tree.map(lambda x: x.sharding, params))
+    groups = describe_groups(setup.config.optim, params)
+    if groups:
+        screen.say(groups)
     restored = checkpoints.restore(setup.abstract_state)
     if restored is None:
         return setup.init(np.uint32(setup.config.train.seed)), 0

@@ -17,6 +17,8 @@ COLUMNS = (
     "step",
     "train/loss",
     "train/grad_norm",
+    "train/update_norm",
+    "train/param_norm",
     "train/learning_rate",
     "val/loss",
     "val/bits_per_byte",

@@ -1,21 +1,57 @@
-"""The optimizer of a run: clipping, a rule by name, the learning rate of each step.
+"""The optimizer of a run: clipping, a rule by name, parameter groups, Lookahead, the learning rate of each step.
 
-To add a rule, add one line to `OPTIMIZERS`.
+To add a rule, add one line to `OPTIMIZERS`, and one to `DIRECTIONS` where groups can have it.
 """
 
+import ast
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 
-from effattn_jax.optim import clip_by_global_norm
+from effattn_jax.nn.layers import EMBEDDING_STD
+from effattn_jax.optim import (
+    amos,
+    clip_by_global_norm,
+    group_table,
+    lamb,
+    lars,
+    lookahead,
+    parameter_groups,
+    soft_clip_by_global_norm,
+    tiger,
+)
 from effattn_jax.training.config import OptimConfig
+
+Direction = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
 
 def _adamw(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     options = {"weight_decay": config.weight_decay, "mask": decayed}
     return optax.adamw(schedule, config.beta1, config.beta2, config.epsilon, **options)
+
+
+def _amos(
+    config: OptimConfig, schedule: optax.Schedule, scale_fn: Any = lambda path, shape: None, shape_fn: Any = None
+) -> optax.GradientTransformation:
+    def scale(path: tuple[str, ...], shape: tuple[int, ...]) -> float | None:
+        given = scale_fn(path, shape)
+        return EMBEDDING_STD if given is None and path[-1] == "embedding" else given
+
+    options = {"beta": config.beta2, "momentum": config.beta1 or None, "extra_l2": config.extra_l2}
+    return amos(schedule, scale_fn=scale, shape_fn=shape_fn, **options)
+
+
+def _lamb(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    masks = {"weight_decay_mask": decayed, "trust_ratio_mask": decayed}
+    return lamb(schedule, config.beta1, config.beta2, config.epsilon, config.weight_decay, **masks)
+
+
+def _lars(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    masks = {"weight_decay_mask": decayed, "trust_ratio_mask": decayed}
+    return lars(schedule, config.weight_decay, config.beta1, **masks)
 
 
 def _lion(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -27,10 +63,31 @@ def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(decay, optax.sgd(schedule, momentum=config.beta1 or None))
 
 
+def _tiger(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return tiger(schedule, config.beta1, config.weight_decay)
+
+
 OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "amos": _amos,
+    "lamb": _lamb,
+    "lars": _lars,
     "lion": _lion,
     "sgd": _sgd,
+    "tiger": _tiger,
+}
+
+
+def _adam_direction(config: OptimConfig) -> Direction:
+    return optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+
+
+# What a table of groups decays, adapts and scales; a rule of it turns trust_ratio on, which makes adamw and lamb one.
+DIRECTIONS: dict[str, Callable[[OptimConfig], Direction]] = {
+    "adamw": _adam_direction,
+    "lamb": _adam_direction,
+    "lion": lambda config: optax.scale_by_lion(config.beta1, config.beta2),
+    "sgd": lambda config: optax.trace(config.beta1) if config.beta1 else optax.identity(),
 }
 
 
@@ -41,7 +98,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
       (transformation, schedule); clipping stands before the rule, after any averaging over micro-batches.
 
     Raises:
-      ValueError: for a name that is not in `OPTIMIZERS`.
+      ValueError: for a name that is not in `OPTIMIZERS`, or a rule of groups that cannot be read; the transformation's
+        `init` raises it for leaves that no rule matches, and for rules that match none.
 
     Example:
       >>> _, schedule = make_optimizer(OptimConfig(learning_rate=1.0, final_learning_rate=0.0, warmup_steps=10), 110)
@@ -51,8 +109,58 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     if config.name not in OPTIMIZERS:
         raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {config.name!r}.")
     schedule = make_schedule(config, steps)
-    rule = OPTIMIZERS[config.name](config, schedule)
-    return (optax.chain(clip_by_global_norm(config.clip_norm), rule) if config.clip_norm else rule), schedule
+    rule = _grouped(config, schedule) if config.groups else OPTIMIZERS[config.name](config, schedule)
+    if config.clip_norm:
+        clip = {"hard": clip_by_global_norm, "soft": soft_clip_by_global_norm}[config.clip]
+        rule = optax.chain(clip(config.clip_norm), rule)
+    if config.lookahead_period:
+        rule = lookahead(rule, config.lookahead_period, config.lookahead_step)
+    # Amos' schedule sees the number of the update, from 1; the others' the number of updates done.
+    return rule, (lambda step: schedule(step + 1)) if config.name == "amos" else schedule
+
+
+def _grouped(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    table = dict(parse_rule(text) for text in config.groups)
+    if config.name == "amos":
+        return parameter_groups(table, learning_rate=None, inner=partial(_amos, config, schedule))
+    if config.name not in DIRECTIONS:
+        known = ", ".join(sorted([*DIRECTIONS, "amos"]))
+        raise ValueError(f"optim.groups needs optim.name to be one of {known}, got {config.name!r}.")
+    return parameter_groups(table, learning_rate=schedule, inner=DIRECTIONS[config.name](config))
+
+
+def describe_groups(config: OptimConfig, params: Any) -> str:
+    """The table of the parameter groups with what matched, "" without groups.
+
+    Example:
+      >>> describe_groups(OptimConfig(), {})
+      ''
+    """
+    return group_table(dict(parse_rule(text) for text in config.groups), params) if config.groups else ""
+
+
+def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
+    """A rule of `optim.groups` as (regular expression, options); values are numbers, True, False, None or words.
+
+    Raises:
+      ValueError: text without a colon, or an option without a value.
+
+    Example:
+      >>> parse_rule("embedding$: weight_decay=0.1, lazy=frozen")
+      ('embedding$', {'weight_decay': 0.1, 'lazy': 'frozen'})
+    """
+    pattern, colon, rest = text.rpartition(":")
+    pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
+    if not colon or not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
+        raise ValueError(f'optim.groups must hold rules "REGEX: option=value, ...", got {text!r}.')
+    return pattern.strip(), {name.strip(): _literal(value.strip()) for name, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

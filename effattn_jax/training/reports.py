@@ -55,7 +55,7 @@ class Reporter:
     def step(self, step: int, numbers: dict[str, Any]) -> None:
         """Take in one step's numbers."""
         self._clock.tick(step)
-        self._row = {f"train/{name}": float(numbers[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        self._row = {f"train/{name}": float(value) for name, value in numbers.items() if name != "good"}
         seconds = self._clock.seconds_per_step
         if seconds:
             items = self._setup.dataset.batch_size * self._setup.task.items_per_row

@@ -44,8 +44,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """The function (state, batch, step) -> (state, metrics), to be compiled with the state donated.
 
-    Metrics: `loss` and `grad_norm` of the step (before clipping), its `learning_rate`, and `good`, whether the update
-    was taken.
+    Metrics: `loss` of the step; `grad_norm` before clipping, `update_norm` of what is added to the parameters and
+    `param_norm` of them before; the `learning_rate`; and `good`, whether the update was taken.
     """
     gradients_of = accumulate_gradients(task.loss, num_microbatches)
 
@@ -55,11 +55,18 @@ def make_train_step(
         loss, gradients = gradients_of(state.params, batch, key)
         norm = global_norm(gradients)
         # The optimizer sees float32 throughout, whatever the type of the parameters.
-        updates, opt_state = optimizer.update(gradients, state.opt_state, jax.tree.map(_wide, state.params))
+        params = jax.tree.map(_wide, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         new = TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), opt_state)
+        numbers = {
+            "loss": loss,
+            "grad_norm": norm,
+            "update_norm": global_norm(updates),
+            "param_norm": global_norm(params),
+        }
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
         state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
-        return state, {"loss": loss, "grad_norm": norm, "learning_rate": jnp.asarray(schedule(step)), "good": good}
+        return state, numbers | {"learning_rate": jnp.asarray(schedule(step)), "good": good}
 
     return train_step
 

@@ -189,13 +189,13 @@ def test_each_input_is_checked(subject, mode):
 def test_a_state_of_other_sizes(subject, mode):
     """A state made for another batch is refused, naming initial_state."""
     small = subject.inputs(length=T, batch=1)
-    _, state = subject.call(small, return_state=True)
+    _, state = jax.jit(functools.partial(subject.call, return_state=True))(small)
     check(subject, subject.inputs(length=T, batch=3), {"initial_state": state}, ["initial_state"], mode)
 
 
 @pytest.mark.parametrize("subject", [s for s in MASKED if s.causal], ids=repr)
 def test_a_state_needs_causality(subject):
-    _, state = subject.call(subject.inputs(length=T), return_state=True)
+    _, state = jax.jit(functools.partial(subject.call, return_state=True))(subject.inputs(length=T))
     check(
         subject,
         subject.inputs(length=T),

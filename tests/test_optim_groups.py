@@ -1,0 +1,137 @@
+"""Parameter groups: one table against optimizers put together by hand, its mistakes, and its text."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effattn_jax.optim import amos, exclude, group_table, lamb, lazy_updates, parameter_groups
+from effattn_jax.optim.groups import Groups
+
+PARAMS = {
+    "embed": {"embedding": jnp.arange(6.0).reshape(3, 2) / 6},
+    "block_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "block_1": {"kernel": 2 * jnp.ones((2, 2)), "bias": jnp.ones(2)},
+}
+
+
+def after(optimizer, params=PARAMS, steps=3, dtype=None):
+    """Parameters and state after some steps with the same random gradients."""
+    params = jax.tree.map(lambda p: p.astype(dtype or p.dtype), params)
+
+    @jax.jit
+    def run(params):
+        def step(carry, key):
+            params, state = carry
+            keys = jax.random.split(key, len(jax.tree.leaves(params)))
+            draws = [jax.random.normal(k, p.shape, p.dtype) for k, p in zip(keys, jax.tree.leaves(params))]
+            g = jax.tree.unflatten(jax.tree.structure(params), draws)
+            g["embed"]["embedding"] = g["embed"]["embedding"].at[1].set(0)
+            updates, state = optimizer.update(g, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(0), steps))[0]
+
+    return run(params)
+
+
+def assert_close(a, b, rtol=1e-12):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol), a, b)
+
+
+def test_lamb_with_exclusions_is_a_table(x64):
+    table = {"bias": {}, "": {"weight_decay": 0.1, "trust_ratio": True}}
+    grouped, state = after(parameter_groups(table, learning_rate=0.1, inner=optax.scale_by_adam(eps=1e-6)))
+    mask = exclude("bias")
+    assert_close(grouped, after(lamb(0.1, weight_decay=0.1, weight_decay_mask=mask, trust_ratio_mask=mask))[0])
+    counts = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state) if "count" in str(path[-1])]
+    assert len(counts) == 1, "one counter for all groups"
+
+
+def test_multipliers_decays_and_clip_groups(x64):
+    """Against optax.partition with an optimizer a group; two rules share one norm."""
+    table = {
+        "bias": {"lr_multiplier": 0.5, "clip_group": "body", "clip_norm": 0.5},
+        "kernel": {"weight_decay": 0.1, "clip_group": "body", "clip_norm": 0.5},
+        "embedding": {"clip_norm": 0.1, "lr_multiplier": lambda path: 0.1 * len(path)},
+    }
+    grouped, _ = after(parameter_groups(table, learning_rate=0.1))
+    labels = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, PARAMS)
+    body = jax.tree.map(lambda label: label != "embedding", labels)
+    parts = {
+        "bias": optax.adam(0.05),
+        "kernel": optax.adamw(0.1, weight_decay=0.1),
+        "embedding": optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.1 * 0.2)),
+    }
+    by_hand = optax.chain(optax.masked(optax.clip_by_global_norm(0.5), body), optax.partition(parts, labels))
+    assert_close(grouped, after(by_hand)[0])
+
+
+def test_lazy_rows_and_slot_dtypes():
+    table = {"embedding": {"lazy": "frozen"}, "kernel": {"state_dtype": jnp.bfloat16}, "": {}}
+    grouped, state = after(parameter_groups(table, learning_rate=0.1))
+    np.testing.assert_array_equal(grouped["embed"]["embedding"][1], PARAMS["embed"]["embedding"][1])
+    assert_close(grouped["embed"], after(lazy_updates(optax.adam(0.1), select="embed"))[0]["embed"], rtol=1e-6)
+    slots = [(path[-1].key, x) for path, x in jax.tree_util.tree_leaves_with_path(state) if hasattr(path[-1], "key")]
+    dtypes = {name: x.dtype for name, x in slots}
+    assert dtypes["kernel"] == jnp.bfloat16 and dtypes["bias"] == jnp.float32 and dtypes["embedding"] == jnp.float32
+    expected = after(optax.adam(0.1))[0]
+    assert_close(grouped["block_0"]["kernel"], expected["block_0"]["kernel"], rtol=0.02)
+    # bfloat16 parameters have float32 slots unless the table says otherwise.
+    _, state = after(parameter_groups({"": {}}), dtype=jnp.bfloat16, steps=1)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state) if x.ndim)
+
+
+def test_amos_takes_its_scales_and_slots_from_the_table():
+    table = {"kernel": {"scale": lambda shape: 1 / shape[0], "slot_shape": (2, 1)}, "bias": {"scale": 0.25}, "": {}}
+    grouped, state = after(parameter_groups(table, learning_rate=None, inner=functools.partial(amos, 0.1)))
+    scales, slots = {"kernel": 0.5, "bias": 0.25, "embedding": 1.0}, {"kernel": (2, 1), "bias": (), "embedding": (3, 1)}
+    expected, other = after(amos(0.1, scale_fn=scales, shape_fn=slots))
+    assert_close(grouped, expected, rtol=1e-6)
+
+
+def test_the_table_is_printed_with_what_matched():
+    text = group_table({"bias": {}, "kernel|embed": {"weight_decay": 0.1, "trust_ratio": True}}, PARAMS)
+    first, bias, rest = text.splitlines()
+    assert first.split()[:3] == ["rule", "leaves", "parameters"]
+    assert bias.split() == ["bias", "2", "4", "defaults", "block_0/bias"]
+    assert rest.split() == ["kernel|embed", "3", "14", "weight_decay=0.1,", "trust_ratio=True", "block_0/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ({}, {}, "table must have a rule"),
+        (
+            {"bias": {}},
+            {},
+            r"no rule matches 3 of 5 leaves: block_0/kernel, block_1/kernel, embed/embedding; rules: 'bias'",
+        ),
+        ({"": {}, "bias": {}}, {}, "rule 'bias' is idle: it is the first match of no leaf; leaves: block_0/bias"),
+        ({"": {}, "norm": {}}, {}, "rule 'norm' is idle"),
+        ({"": {"weight_decy": 0.1}}, {}, "option 'weight_decy' of rule '' is unknown; did you mean 'weight_decay'"),
+        ({"": {"weight_decay": -0.1}}, {}, "weight_decay of rule '' must be at least 0"),
+        ({"": {"lazy": "yes"}}, {}, "lazy of rule '' must be None, 'frozen' or 'decay'"),
+        ({"": {"clip_norm": 0.0}}, {}, "clip_norm of rule '' must be positive"),
+        ({"": {"clip_group": "a"}}, {}, "clip_group 'a' needs a clip_norm"),
+        (
+            {"bias": {"clip_group": "a", "clip_norm": 1.0}, "": {"clip_group": "a", "clip_norm": 2.0}},
+            {},
+            "clip_group 'a' must have one clip_norm",
+        ),
+        ({"": {"scale": 1.0}}, {}, "scale and slot_shape need an inner that takes them"),
+        ({"": {"weight_decay": 0.1}}, {"learning_rate": None}, "weight_decay and trust_ratio need a learning_rate"),
+    ],
+)
+def test_mistakes(table, options, message):
+    with pytest.raises(ValueError, match=message):
+        parameter_groups(table, **options).init(PARAMS)
+
+
+def test_the_first_rule_counts():
+    groups = Groups({"block_0": {"weight_decay": 1.0}, "bias": {"weight_decay": 2.0}, "": {}})
+    found = [groups.of(path).weight_decay for path in (("block_0", "bias"), ("block_1", "bias"), ("x",))]
+    assert found == [1.0, 2.0, 0.0]

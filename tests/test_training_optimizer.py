@@ -1,0 +1,76 @@
+"""The optimizer of a run from its configuration: every rule by name, Lookahead, soft clipping, parameter groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from effattn_jax.optim import LookaheadState
+from effattn_jax.training import OptimConfig, UserError, train
+from effattn_jax.training.optimizer import OPTIMIZERS, make_optimizer, parse_rule
+from tests.training_runs import rows, tiny
+
+PARAMS = {"embed": {"embedding": jnp.full((4, 3), 0.5)}, "out": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
+GROUPS = ("bias$:", "embedding$: lazy=frozen, lr_multiplier=0.5", ".*: weight_decay=0.1")
+
+
+def descent(config, steps=30):
+    """Losses of a quadratic, and the last state."""
+    optimizer, _ = make_optimizer(config, steps)
+
+    def loss(params):
+        return sum(jnp.sum((x - 0.1) ** 2) for x in jax.tree.leaves(params))
+
+    def step(carry, _):
+        params, state = carry
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    (_, state), values = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=steps))(PARAMS)
+    return values, state
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_rule_descends(name):
+    rate = {"lars": 3.0, "sgd": 0.03, "amos": 0.3}.get(name, 0.03)
+    values, _ = descent(OptimConfig(name=name, learning_rate=rate, warmup_steps=5))
+    assert values[-1] < 0.5 * values[0] and np.isfinite(values).all()
+
+
+def test_options_reach_the_chain():
+    config = OptimConfig(name="lion", learning_rate=0.1, clip="soft", clip_norm=2.0, lookahead_period=5, groups=GROUPS)
+    values, state = descent(config)
+    assert values[-1] < 0.5 * values[0]
+    assert isinstance(state, LookaheadState) and state.count == 30
+    clip = state.inner[0]
+    np.testing.assert_allclose(clip.factor, 2 / (2 + clip.norm), rtol=1e-6)
+    assert make_optimizer(OptimConfig(name="amos", warmup_steps=10), 100)[1](0) > 0
+
+
+def test_a_run_with_groups_prints_them_and_logs_norms(tmp_path, capsys):
+    rules = ("embedding$: scale=0.02", "scale$:", ".*: lr_multiplier=0.5")
+    optim = {"name": "amos", "lookahead_period": 2, "clip": "soft", "groups": rules}
+    config = tiny(tmp_path / "run", optim=optim, steps=4, checkpoint_every=2)
+    train(config)
+    out = capsys.readouterr().out
+    assert "rule" in out and "embedding$" in out and "scale=0.02" in out
+    for row in rows(tmp_path / "run"):
+        assert float(row["train/update_norm"]) > 0 and float(row["train/param_norm"]) > 0
+    with pytest.raises(UserError, match="rule 'bias' is idle"):
+        train(tiny(tmp_path / "idle", optim={"groups": ("bias:", ".*:")}))
+
+
+def test_rules_as_text():
+    assert parse_rule("(?:bias|scale)$: clip_norm=1.5, trust_ratio=True,lazy=decay") == (
+        "(?:bias|scale)$",
+        {"clip_norm": 1.5, "trust_ratio": True, "lazy": "decay"},
+    )
+    for text in ("no colon", "a: weight_decay", "a: =1", "a: weight_decay="):
+        with pytest.raises(ValueError, match="optim.groups must hold rules"):
+            make_optimizer(OptimConfig(groups=(text,)), 10)
+    with pytest.raises(
+        ValueError, match="optim.groups needs optim.name to be one of adamw, amos, lamb, lion, sgd, got 'lars'"
+    ):
+        make_optimizer(OptimConfig(name="lars", groups=(":",)), 10)
