@@ -33,7 +33,7 @@ class Settings:
     """Samples of the signal that is reconstructed."""
     sizes: tuple[int, ...] = (8, 32, 64)
     """State sizes P of the reconstructions."""
-    frequency: float = 12.0
+    frequency: float = 5.0
     """Highest frequency of the signal, in periods over all of it."""
     samples: int = 1_000_000
     """Samples of the signal whose last state is timed."""
@@ -49,7 +49,7 @@ def signal(settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     """(middles of the cells in [0, 1], the samples there), float64."""
     s = (np.arange(settings.length) + 0.5) / settings.length
     rng = np.random.default_rng(0)
-    frequencies, phases = rng.uniform(0, settings.frequency, 12), rng.uniform(0, 2 * np.pi, 12)
+    frequencies, phases = rng.uniform(0, settings.frequency, 8), rng.uniform(0, 2 * np.pi, 8)
     return s, np.sin(2 * np.pi * s[:, None] * frequencies + phases).sum(1)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from effattn_jax import ssm
 from effattn_jax.recurrence import fft_convolution
@@ -99,7 +100,7 @@ def layer(measure, size, length, width=3, batch=2):
         "u": rng.normal(size=(batch, length, width)).astype(np.float32),
         "Lambda": Lambda, "P": P, "B": B, "C": C,
         "D": rng.normal(size=width).astype(np.float32),
-        "step": np.float32([0.01, 0.1, 0.3])[:width],
+        "step": np.float32([0.05, 0.1, 0.3])[:width],
         "initial_state": state.astype(np.complex64),
     }  # fmt: skip
 
@@ -113,7 +114,7 @@ def test_both_modes_are_the_dense_recurrence(measure, size, length):
         run = lambda x, mode=mode: dplr_ssm(**x, mode=mode, return_state=True)  # noqa: E731
         out, grads = checks.value_and_grads(run, x)
         checks.assert_close(out, expected[0], 5e-6, mode)
-        checks.assert_close(grads, expected[1], 1e-5, f"gradient of {mode}")
+        checks.assert_close(grads, expected[1], 2e-5 if mode == "recurrence" else 5e-6, f"gradient of {mode}")
         with checks.x64():
             wide = checks.value_and_grads(run, jax.tree.map(jnp.asarray, checks.widened(x)))
             checks.assert_close(wide, expected, 1e-12, f"{mode} in float64")
@@ -188,9 +189,7 @@ def test_both_modes_lower(platform):
     x = layer("legs", 8, 12)
     for mode in ("recurrence", "convolution"):
         run = lambda x, mode=mode: dplr_ssm(**x, mode=mode, return_state=True)  # noqa: E731
-        exported = jax.export.export(jax.jit(lambda x, run=run: checks.value_and_grads(run, x)), platforms=[platform])(
-            x
-        )
+        exported = export.export(jax.jit(lambda x, run=run: checks.value_and_grads(run, x)), platforms=[platform])(x)
         text = exported.mlir_module()
         assert "complex<f64>" not in text and "tensor<f64>" not in text
 

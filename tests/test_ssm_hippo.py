@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from effattn_jax import ssm
 from effattn_jax.ssm import _bases as bases
@@ -181,7 +182,8 @@ def test_discretize():
         (lambda: discretize(np.eye(3), np.ones(2), 0.1), r"got A \(3, 3\) and B \(2,\)"),
         (lambda: discretize(np.eye(3), np.ones(3), 0.1, "tustin"), "method='tustin' is unknown"),
         (lambda: discretize(np.eye(3), np.ones(3), 0.1, "generalized", 2.0), r"alpha must lie in \[0, 1\]"),
-        (lambda: hippo_project(jnp.ones(3), "legs", 4, step=0.1), "step has no meaning"),
+        (lambda: hippo_project(jnp.ones(3), "legt", 4, step=0.1, timestamps=np.arange(4)), "step has no meaning"),
+        (lambda: hippo_project(jnp.ones(3), "legs", 4, method="exakt"), "did you mean 'exact'"),
         (lambda: hippo_project(jnp.ones(3), "legs", 4, timestamps=np.arange(3)), r"T \+ 1 edges"),
         (lambda: hippo_project(jnp.ones(3, int), "legs", 4), "signal must be real floating"),
         (lambda: hippo_project(jnp.ones(3), "legs", 4, initial_state=jnp.ones(4)), "must be a HippoState"),
@@ -258,17 +260,17 @@ def test_the_final_state_of_a_long_signal():
 
 
 def test_reconstruction_of_a_band_limited_signal():
-    """The error of exact LegS is that of the best projection, where bilinear rules have 40 times as much."""
+    """T = 1000, P = 64: exact LegS errs by what holding the samples costs, 1.4e-4; the bilinear rule by 30 times as much."""
     length, size = 1000, 64
     s = (np.arange(length) + 0.5) / length
-    u = np.float32(
-        np.sin(2 * np.pi * 7 * s) + 0.5 * np.cos(2 * np.pi * 11 * s + 1) + 0.2 * np.sin(2 * np.pi * 13.3 * s)
-    )
+    rng = np.random.default_rng(0)
+    frequencies, phases = rng.uniform(0, 5, 8), rng.uniform(0, 2 * np.pi, 8)
+    u = np.sin(2 * np.pi * s[:, None] * frequencies + phases).sum(1).astype(np.float32)
     errors = {}
     for method in ("exact", "bilinear"):
         x = hippo_project(u, "legs", size, method=method, final_only=True)
         errors[method] = float(np.sqrt(np.mean((hippo_reconstruct(x, "legs", s) - u) ** 2) / np.mean(u**2)))
-    assert errors["bilinear"] > 5 * errors["exact"]
+    assert errors["exact"] <= 1.4e-4 and errors["bilinear"] > 30 * errors["exact"], errors
 
 
 def naive_scaled(u, A, B, alpha, first):
@@ -379,7 +381,7 @@ def test_resume_and_transformations(measure, method):
     run = jax.jit(functools.partial(hippo_project, measure=measure, size=6, method=method, **step))
     whole = run(u)
     go = functools.partial(hippo_project, measure=measure, size=6, method=method, return_state=True, **step)
-    for cut in (0, 1, 20, 41):
+    for cut in (0, 20):
         first, state = go(u[:cut])
         second, state = go(u[cut:], initial_state=state)
         np.testing.assert_allclose(jnp.concatenate([first, second]), whole, atol=5e-6)
@@ -399,4 +401,4 @@ def test_every_projection_lowers(platform):
     u = jax.ShapeDtypeStruct((9, 2), jnp.float32)
     for measure, method in (("legs", "exact"), ("legs", "bilinear"), ("cosine_scaled", "exact"), ("legt", "bilinear")):
         run = jax.jit(functools.partial(hippo_project, measure=measure, size=4, method=method))
-        jax.export.export(run, platforms=[platform])(u)
+        export.export(run, platforms=[platform])(u)

@@ -27,7 +27,7 @@ __all__: list[str] = []
 
 
 class Points(NamedTuple):
-    """Weighted points seen from J times: distances y (J, K) to the nearer end in two floats, whether that is the older end, amounts (J, K), values (K, R)."""
+    """Weighted points seen from J times: distances y (J, K) to the nearer end in two floats, whether that is the older end, amounts (J, K), values (K, R) or (G, K / G, R)."""
 
     y: Pair
     is_old: jax.Array
@@ -60,6 +60,14 @@ def cells(newer: jax.Array, older: jax.Array, width: jax.Array, total: jax.Array
     return Cells(y, y_b, is_old, width / total, values)
 
 
+def _weighted(kernel: jax.Array, values: jax.Array) -> jax.Array:
+    """kernel (J, K) @ values (K, R); values (G, K / G, R) are summed group by group first, so that a long sum keeps its digits."""
+    if values.ndim == 2:
+        return jnp.matmul(kernel, values, precision="highest")
+    groups = jnp.einsum("jgk,gkr->gjr", kernel.reshape(-1, *values.shape[:2]), values, precision="highest")
+    return jnp.sum(groups, axis=0)
+
+
 def project(size: int, parts: tuple[Points | Cells, ...]) -> jax.Array:
     """(J, R, P): the sum over all parts of amount * P_n * values, in orthonormal coordinates."""
 
@@ -84,7 +92,7 @@ def project(size: int, parts: tuple[Points | Cells, ...]) -> jax.Array:
         for part, carry in zip(parts, carries, strict=True):
             kernel, carry = advance(part, carry, n)
             kernel = jnp.where(part.is_old, sign * kernel, kernel) * part.amount
-            total = total + jnp.matmul(kernel, part.values, precision="highest")
+            total = total + _weighted(kernel, part.values)
             following.append(carry)
         return tuple(following), total * jnp.sqrt(2 * n + 1)
 
@@ -167,7 +175,9 @@ class Grid(NamedTuple):
 def grid(edges: Any, size: int, dtype: Any) -> Grid:
     """The grid of edges (T + 1,) that begin at 0; the last chunk is filled up with cells of no width."""
     length = edges.shape[0] - 1
-    chunk = min(length, max(16, min(size, 128), int(length**0.6) // 2))
+    chunk = min(
+        length, max(16, round((length * size) ** (1 / 3)))
+    )  # as many operations inside chunks as for their starts
     count = -(-length // chunk)
     xp = jnp if isinstance(edges, jax.Array) else np
     full = xp.concatenate([edges, xp.broadcast_to(edges[-1:], (count * chunk - length,))])
@@ -182,7 +192,6 @@ def _chunk_starts(x: jax.Array, start: jax.Array, cut: Grid, blocks: jax.Array) 
     """States (count, R, P) at the beginning of every chunk from the points (count, P, R) of all chunks before it, so that no rounding is handed on."""
     size, count = x.shape[-1], blocks.shape[0]
     ahead, behind = (_split(n, x.dtype) for n in (_nodes(size)[0], 1 - _nodes(size)[0]))
-    values = blocks.reshape(count * size, -1)
 
     def flat(pair):
         return tuple(a.reshape(1, -1) for a in pair)
@@ -194,7 +203,7 @@ def _chunk_starts(x: jax.Array, start: jax.Array, cut: Grid, blocks: jax.Array) 
         total = _safe(start + begin).reshape(1, 1)
         newer = flat(add_product(gap[:, None], cut.length[:, None], behind))
         is_past = jnp.repeat(jnp.arange(count) < index, size)[None]
-        past = points(newer, older, total, jnp.where(is_past, 1 / total, 0), values)
+        past = points(newer, older, total, jnp.where(is_past, 1 / total, 0), blocks)
         past = past._replace(y=tuple(jnp.where(is_past, y, 0) for y in past.y))
         return project(size, (past, _of_state(x, start, begin[None])))[0]
 
@@ -252,7 +261,7 @@ def last_regular(x: jax.Array, start: jax.Array, u: jax.Array) -> jax.Array:
     if whole:
         K = _compression(size, chunk).astype(dtype)
         rows = u[: whole * chunk].reshape(whole, chunk, -1)
-        values = jnp.einsum("wcr,cq->wqr", rows, K, precision="highest").reshape(whole * size, -1)
+        values = jnp.einsum("wcr,cq->wqr", rows, K, precision="highest")
         before = (chunk * (np.arange(whole)[:, None] + _nodes(size)[0])).ravel()
         since, before = (tuple(map(jnp.asarray, _split(a, dtype))) for a in (length - before, before))
         high, low = two_sum(jnp.broadcast_to(start, before[0].shape), before[0])

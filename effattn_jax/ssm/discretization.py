@@ -17,14 +17,20 @@ from effattn_jax._contract import ArrayLike, choose
 
 __all__ = ["discretize"]
 
-_ALPHA = {"forward": 0.0, "backward": 1.0, "bilinear": 0.5, "generalized": None, "zoh": None}
+METHODS = {
+    "forward": 0.0,
+    "backward": 1.0,
+    "bilinear": 0.5,
+    "generalized": None,
+    "zoh": None,
+}  # the weight of the new state
 
 
 def alpha_of(method: str, alpha: float) -> float | None:
     """The weight of the new state in a method; None for the zero-order hold."""
-    choose("method", method, _ALPHA)
+    choose("method", method, METHODS)
     if method != "generalized":
-        return _ALPHA[method]
+        return METHODS[method]
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1], 1 weighing the new state alone; got {alpha!r}")
     return float(alpha)

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, accumulator
+from effattn_jax._contract import ArrayLike, accumulator, choose
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.ssm import _legs_exact, _legs_steps
 from effattn_jax.ssm._measures import change_of, find
-from effattn_jax.ssm.discretization import alpha_of, dense, discretize
+from effattn_jax.ssm.discretization import METHODS, alpha_of, dense, discretize
 from effattn_jax.ssm.hippo import hippo_matrices
 
 __all__ = ["HippoState", "hippo_project"]
@@ -242,7 +242,7 @@ def hippo_project(
       method: "forward", "backward", "bilinear", "generalized" (with alpha, the weight of the new state), or "exact" = "zoh": no approximation of the held signal.
         The scaled measures (legs, cosine_scaled, fourier_scaled, chebyshev with window=None) start from u_1 e_0, then take A / t and B / t on both sides with t = 1 for the
         second sample, or width / time of its first edge.
-      step: width of a sample for the other measures, in the unit of their window; None is 1 / T.
+      step: width of a sample in the unit of the window; None is 1 / T. The scaled measures do not depend on it.
       timestamps: (T + 1,) ascending edges, in the same unit; sample i is held on [t_i, t_(i+1)). Not with `step`. Scaled measures count from the first edge.
       initial_state: the `HippoState` to go on from; timestamps go on from their own first edge.
       return_state: also return the last `HippoState`.
@@ -265,10 +265,10 @@ def hippo_project(
     """
     found, options = find(measure, size, options)
     is_scaled = found.is_scaled(**options)
+    choose("method", method, (*METHODS, "exact"))
     alpha = alpha_of("zoh" if method == "exact" else method, alpha)
-    if step is not None and (is_scaled or timestamps is not None):
-        what = f"measure={measure!r}, which is scaled" if is_scaled else "timestamps"
-        raise ValueError(f"step has no meaning with {what}; got step={step!r}")
+    if step is not None and timestamps is not None:
+        raise ValueError(f"step has no meaning with timestamps, which say every width; got step={step!r}")
     u, x = _check_signal(signal, initial_state, size, measure == "fourier_scaled")
     rest, length = jnp.shape(signal)[1:], u.shape[0]
     start, edges, time = _clock(timestamps, length, initial_state, u.dtype)
