@@ -19,7 +19,6 @@ from effattn_jax.ssm.projection import HippoState, hippo_project
 from effattn_jax.ssm.selective import selective_scan
 
 __all__ = [
-    "HippoState",
     "MIXERS",
     "HippoState",
     "TrapezoidState",
