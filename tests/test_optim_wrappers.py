@@ -258,7 +258,7 @@ def _cosines(direction, top):
 
 
 def test_virtual_adversarial_direction_in_float32():
-    """|cos| with the Hessian's top vector rises .14, .83, .92, 1.00 over 0, 1, 2, 10 iterations; differences of 1e-6 lose it."""
+    """|cos| with the Hessian's top vector rises .14, .83, .92, 1.00, over 0, 1, 2, 10 iterations."""
     rng = np.random.default_rng(0)
     w1, w2 = rng.normal(size=(32, 64)) / 32**0.5, 3 * rng.normal(size=(64, 4)) / 8
     w1, w2 = w1.astype(np.float32), w2.astype(np.float32)
@@ -279,16 +279,6 @@ def test_virtual_adversarial_direction_in_float32():
         virtual_adversarial(logits, epsilon=1.0, num_iterations=count)(x, jax.random.key(1))
         found.append(_cosines(np.asarray(seen[-1]) - x, top))
     np.testing.assert_allclose(found, [0.14, 0.83, 0.92, 1.0], atol=0.025)
-
-    def divergence(d):
-        log_p, log_q = jax.nn.log_softmax(logits(x)), jax.nn.log_softmax(logits(x + d))
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q))
-
-    d = rng.normal(size=x.shape).astype(np.float32)
-    difference = jax.jit(jax.grad(divergence))
-    for _ in range(10):
-        d = difference(1e-6 * d / np.maximum(np.linalg.norm(d, axis=1, keepdims=True), 1e-30))
-    assert _cosines(np.asarray(d), top) < 0.93 < found[3]
 
 
 def test_virtual_adversarial_loss():
