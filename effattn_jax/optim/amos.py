@@ -184,13 +184,17 @@ def _step(
     dtype, g, p = g.dtype, g.astype(v.dtype), p.astype(v.dtype)
     xi, eta = jnp.asarray(rate, v.dtype), jnp.asarray(scale, v.dtype)
     if o.clip_value is not None:
-        g = jnp.clip(g, -o.clip_value, o.clip_value)
+        # Comparisons vectorise where jnp.clip's minimum and maximum, which look for NaN, do not; NaN passes all the same.
+        g = jnp.where(g > o.clip_value, o.clip_value, jnp.where(g < -o.clip_value, -o.clip_value, g))
     s = mean_square(g)
     v = o.beta * v + (1 - o.beta) * s
     r = _debias(o.beta, count, v.dtype) / jnp.maximum(v, TINY)
-    c, d = (1 + o.c_coef * jnp.sqrt(xi) * b) ** -0.5, 1 / (1 + o.d_coef * jnp.sqrt(xi * eta) * b)
+    c, d = jax.lax.rsqrt(1 + o.c_coef * jnp.sqrt(xi) * b), 1 / (1 + o.d_coef * jnp.sqrt(xi * eta) * b)
     gamma = c * xi**2 * r * s
-    step = -d * (xi * eta * jnp.sqrt(r) * g + (gamma / 2 + o.extra_l2) * p)
+    of_g, of_p = d * xi * eta * jnp.sqrt(r), d * (gamma / 2 + o.extra_l2)
+    if v.size < g.size:  # once a slot; the compiler would take these roots again at each entry
+        of_g, of_p = jax.lax.optimization_barrier((of_g, of_p))
+    step = -(of_g * g + of_p * p)
     if m is not None:
         m = step = o.momentum * m + (1 - o.momentum) * step
     return step.astype(dtype), v, b + gamma * (1 + b), m
