@@ -36,7 +36,8 @@ def _factor(poles: jax.Array) -> int:
 def kernel(weights: jax.Array, step: jax.Array, poles: jax.Array, method: str, length: int) -> jax.Array:
     """2 Re sum_n weights_n a_n^l for l < length, (..., D, length); weights (..., D, P), step (D,), poles (D, P)."""
     far, near = long_table(length)
-    left = weights[..., None] * powers(step[:, None], poles, method, far, near)
+    high = powers(step[:, None], poles, method, far, near)
+    left = weights[..., None] * high.reshape((1,) * (weights.ndim - 2) + high.shape)
     right = powers(step[:, None], poles, method, near)
     table = _einsum("...dpi,dpj->...dij", _parts(left, -2, -1), _parts(right, -2))
     return _factor(poles) * table.reshape(*table.shape[:-2], far * near)[..., :length]
