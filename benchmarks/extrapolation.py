@@ -163,19 +163,20 @@ def accuracy(config, params, dataset, settings: Settings, ratio: int) -> dict[st
 
 
 def plot(record: dict, path: pathlib.Path) -> None:
-    """Accuracy against length, a line a method, a panel a kind of text."""
+    """Accuracy against length, a line a method, a panel a kind of text; the legend in the order of the longest real text."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), layout="constrained", sharex=True)
     colours, n = plt.get_cmap("tab20"), record["settings"]["context"]
     for axes, kind in zip(panels, ("real", "repeated")):
-        for index, row in enumerate(record["methods"]):
+        for index, row in enumerate(sorted(record["methods"], key=lambda row: -row["real"][-1])):
             style = {"color": colours(index % 20), "marker": "os^Dv<>"[index // 4 % 7], "markersize": 4, "linewidth": 1}
             axes.plot([r * n for r in RATIOS], [100 * x for x in row[kind]], label=row["method"], **style)
         axes.set(
             xscale="log", xlabel="tokens", ylabel="next-token accuracy of the last N tokens, %", title=f"{kind} text"
         )
         axes.set_xticks([r * n for r in RATIOS], [f"{r * n}" for r in RATIOS])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=110)
