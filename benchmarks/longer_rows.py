@@ -2,7 +2,7 @@
 
     python -m benchmarks.longer_rows RUN [--lengths 256 1024 4096 16384] [--rows 64]
 
-RUN is the folder of a run on a procedural language task, such as runs/induction-heads-mamba. Each length is the task's own with a longer context: fresh rows
+RUN is the folder of a run on a procedural language task, such as runs/selective-copying. Each length is the task's own with a longer context: fresh rows
 of the validation side, a few at a time. A mixer with weights for each place, or learned positions, has no longer rows.
 """
 

@@ -2,8 +2,8 @@
 
 Reproduces: the sequential image tasks of S4D (Gu et al. 2022, arXiv 2206.11893) on scikit-learn's 1,797 images of 8 x 8 pixels, a tenth of them for validation.
 No positions: the recurrence tells the places apart.
-Expected: validation accuracy of at least 0.97.
-Hardware: 2 x86 cores, some minutes.
+Expected: validation accuracy of at least 0.9; measured 0.933, below the 0.983 of softmax attention in the preset digits.
+Hardware: 2 x86 cores, about a minute; measured 75 s on one of them beside other work (2026-11-26).
 Command: python train.py digits-s4d
 """
 

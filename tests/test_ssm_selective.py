@@ -111,7 +111,7 @@ def test_equal_to_transformers(name):
         torch.nn.init.normal_(theirs.dt_bias)
         layer = nn.Mamba2(width, heads=4, groups=2, state_size=size)
         params["step_bias"] = theirs.dt_bias.detach().numpy()
-        params["norm"] = {"scale": theirs.norm.weight.detach().numpy()}
+        params["norm_scale"] = theirs.norm.weight.detach().numpy()
     dense(params, "in", theirs.in_proj)
     dense(params, "out", theirs.out_proj)
     convolution(params, theirs.conv1d)

@@ -133,7 +133,8 @@ class Mamba(Selective):
 
 
 class Mamba2(Selective):
-    """Mamba-2's block, (B, T, D) -> (B, T, D): state-space duality with one decay a head, RMS norm and gate, all projections of the input.
+    """Mamba-2's block, (B, T, D) -> (B, T, D): state-space duality with one decay a head, gate and RMS norm of each
+    group, all projections of the input.
 
     Attributes:
       expand: E / D, the inner width; heads divide it.
@@ -178,8 +179,11 @@ class Mamba2(Selective):
         else:
             y, hidden = ssm.state_space_duality(u, delta, A, B, C, D, **options)
         y = y.reshape(*y.shape[:2], inner) * nn.silu(z)
-        norm = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype, name=prefix + "norm")
-        return self._dense(self.width, prefix + "out", self.output_scale)(norm(y)), (convolution, hidden)
+        y = y.reshape(*y.shape[:2], self.groups, inner // self.groups)
+        y = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, use_scale=False, name=prefix + "norm")(y)
+        scale = self.param(prefix + "norm_scale", nn.initializers.ones, (inner,), self.param_dtype)
+        y = y.reshape(*y.shape[:2], inner) * scale.astype(y.dtype)[None, None]
+        return self._dense(self.width, prefix + "out", self.output_scale)(y), (convolution, hidden)
 
     @property
     def _inner(self) -> int:
