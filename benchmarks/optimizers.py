@@ -219,6 +219,7 @@ def updaters() -> dict[str, optax.GradientTransformation]:
 
 def run_update(update: Update) -> None:
     """Measures, prints and writes."""
+    keep_freed_memory()  # as train.py does: fresh pages for temporaries would be timed with the arithmetic
     gradients = jax.tree.map(lambda p: p * 0.1, ten_million())
     runs = {name: stepper(optimizer, gradients) for name, optimizer in updaters().items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
