@@ -1,7 +1,6 @@
 """Diagonal state spaces: exact angles, kernels, and one set of parameters in every mode; S5 and LRU at other sampling rates."""
 
 import functools
-import re
 
 import jax
 import jax.export
@@ -192,7 +191,7 @@ def test_a_convolution_refuses_what_it_cannot_do():
 def test_convolutions_lower_for_accelerators():
     arrays = system(9)
     exported = jax.export.export(jax.jit(lambda a: run(a, mode="convolution")), platforms=("tpu", "cuda"))(arrays)
-    assert not re.search(r"\bx?f64\b|complex<f64>", exported.mlir_module())
+    assert "f64>" not in exported.mlir_module()
 
 
 def test_the_softmax_form():
