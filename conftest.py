@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from importlib.metadata import version
 
 ROOT = pathlib.Path(__file__).parent
 
@@ -12,10 +13,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("QUICK", "1")  # the short form of the notebooks
 FLAGS = ["--xla_force_host_platform_device_count=8"]
-if (
-    os.environ.get("LAWS") != "all"
-):  # nearly all time goes into compiling small programs: LLVM's cheap passes take a third less of it
+if os.environ.get("LAWS") != "all":  # nearly all time goes into compiling small programs: cheap passes take half of it
     FLAGS += ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+    FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones do not know the flag, and stop at it
+        FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 GIVEN = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([GIVEN, *(flag for flag in FLAGS if flag.split("=")[0] not in GIVEN)]).strip()
 

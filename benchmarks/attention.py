@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import inspect
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -112,7 +113,10 @@ def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, 
     )
 
 
-def _timed(function: Callable[[], Any]) -> float:
+def _timed(function: Callable[[], Any] | None) -> float:
+    """Seconds of one call, NaN for a pass that a contender does not have."""
+    if function is None:
+        return math.nan
     started = time.perf_counter()
     function()
     return time.perf_counter() - started
@@ -139,7 +143,7 @@ def measure(
                 f"  {group}, {name}: left out at T={length}, {max(contender.memory) / 2**30:.1f} GiB of temporaries"
             )
             continue
-        contender.forward(), contender.both()
+        _timed(contender.forward), _timed(contender.both)
         ready[name] = contender
     times = {name: ([], []) for name in ready}
     for _ in range(settings.rounds):
@@ -148,11 +152,12 @@ def measure(
             times[name][1].append(_timed(contender.both))
     rows = []
     for name, (forward, both) in times.items():
-        last[group, name] = (length, statistics.median(both))
         contender = ready[name]
+        forward, both = (1e3 * statistics.median(times) for times in (forward, both))
+        last[group, name] = (length, (forward if contender.both is None else both) / 1e3)
         rows.append({
             "group": group, "name": name, "length": length,
-            "forward_ms": 1e3 * statistics.median(forward), "both_ms": 1e3 * statistics.median(both),
+            "forward_ms": forward, "both_ms": None if contender.both is None else both,
             "forward_mb": contender.memory and contender.memory[0] / 1e6, "both_mb": contender.memory and contender.memory[1] / 1e6,
             "compile_s": contender.compile_seconds,
         })  # fmt: skip
@@ -188,7 +193,7 @@ def show(rows: list[dict], title: str, console: Console) -> None:
         table.add_row(
             row["group"], f"{row['length']:,}", row["name"],
             number(row["forward_ms"]), number(row["forward_ms"] / base["forward_ms"], 2),
-            number(row["both_ms"]), number(row["both_ms"] / base["both_ms"], 2),
+            number(row["both_ms"]), number(row["both_ms"] and row["both_ms"] / base["both_ms"], 2),
             number(row["forward_mb"]), number(row["both_mb"]), number(row["compile_s"]),
         )  # fmt: skip
     console.print(table)

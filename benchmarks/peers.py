@@ -4,6 +4,7 @@ A builder takes (length, heads, dim) and returns a `Contender`. Peers in PyTorch
 reported, since only XLA says what a compiled program needs.
 """
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,13 +32,13 @@ class Contender(NamedTuple):
 
     Attributes:
       forward: runs the forward pass and waits for it.
-      both: runs forward and backward and waits.
+      both: runs forward and backward and waits; None where there is no backward pass.
       memory: temporaries in bytes of the compiled (forward, forward + backward), None where unknown.
       compile_seconds: of both programs together, None where nothing is compiled.
     """
 
     forward: Callable[[], Any]
-    both: Callable[[], Any]
+    both: Callable[[], Any] | None
     memory: tuple[int, int] | None
     compile_seconds: float | None
 
@@ -166,9 +167,25 @@ def torch_window(length: int, heads: int, dim: int) -> Contender:
     return _torch_contender(layer, length, heads, dim)
 
 
+def torch_flex(length: int, heads: int, dim: int) -> Contender:
+    """torch's flex_attention over a causal window, compiled; on a CPU it has no backward pass."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def near(batch, head, i, j):
+        return (i >= j) & (i - j <= WINDOW)
+
+    started = time.perf_counter()
+    mask = create_block_mask(near, None, None, length, length, device="cpu")
+    compiled = torch.compile(flex_attention)
+    contender = _torch_contender(lambda q, k, v: compiled(q, k, v, block_mask=mask), length, heads, dim)
+    contender.forward()
+    return contender._replace(both=None, compile_seconds=time.perf_counter() - started)
+
+
 TORCH_PEERS: dict[str, dict[str, Callable[[int, int, int], Contender]]] = {
     "softmax": {"torch SDPA": torch_sdpa},
-    "window 256": {"local-attention": torch_window},
+    "window 256": {"local-attention": torch_window, "flex_attention, compiled": torch_flex},
     "linear": {"linear-attention-transformer": torch_linear},
 }
 JAX_PEERS: dict[str, dict[str, Callable]] = {

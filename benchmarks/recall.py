@@ -4,7 +4,8 @@
 
 Each run is the `mqar` preset (two layers, one head, a convolution of width 3 before each mixer) with another mixer, width and number of pairs; each
 learning rate of `--rates` is tried and the best counts, since recurrences learn this task in a narrow band. The state is what decoding carries of one
-layer's mixer after a whole context. Guessing one of the values in the context gives 1 / pairs. Writes benchmarks/results/NAME.json and its plot.
+layer's mixer after a whole context. Guessing one of the values in the context gives 1 / pairs. Writes benchmarks/results/NAME.json after each
+run, from which the same command goes on where it was stopped, and its plot at the end.
 """
 
 import concurrent.futures
@@ -81,7 +82,18 @@ def attempt(task: tuple) -> dict:
     try:
         return run(*task)
     except Exception as error:  # noqa: BLE001 - a mixer that cannot run here is named and left out
-        return {"mixer": task[0], "width": task[1], "error": f"{type(error).__name__}: {str(error)[:300]}"}
+        return {
+            "mixer": task[0], "width": task[1], "learning_rate": task[2], "error": f"{type(error).__name__}: {str(error)[:300]}",
+        }  # fmt: skip
+
+
+def finished(path: pathlib.Path, record: dict) -> list[dict]:
+    """The rows of an earlier start of the same measurement, so that it may be stopped and go on."""
+    if not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    same = all(earlier.get(name) == value for name, value in record.items() if name != "date")
+    return [row for row in earlier.get("rows", ()) if "error" not in row] if same else []
 
 
 def best(rows: list[dict]) -> list[dict]:
@@ -105,9 +117,9 @@ def plot(record: dict, path: pathlib.Path) -> None:
         rows = sorted((r for r in record["best"] if r["mixer"] == name), key=lambda r: r["state"])
         style = {"color": colours(index % 20), "marker": "os^Dv"[index % 5], "label": name}
         axes.plot([r["state"] for r in rows], [r["accuracy"] for r in rows], linewidth=0.8, **style)
-    axes.axhline(1 / record["settings"]["pairs"], color="grey", linestyle=":", linewidth=1)
+    axes.axhline(1 / record["task"]["pairs"], color="grey", linestyle=":", linewidth=1)
     axes.set(xscale="log", xlabel="state of a layer, numbers", ylabel="accuracy", ylim=(0, 1.03))
-    axes.set_title(f"Recall of {record['settings']['pairs']} pairs in {record['settings']['context']} tokens")
+    axes.set_title(f"Recall of {record['task']['pairs']} pairs in {record['task']['context']} tokens")
     axes.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -121,20 +133,25 @@ def main(settings: Settings) -> None:
     from effattn_jax.nn import MIXERS
 
     names = settings.mixers or tuple(name for name in MIXERS if name not in LEFT_OUT)
-    tasks = [(m, w, rate, settings) for m in names for w in settings.widths for rate in settings.rates]
-    if settings.jobs == 1:
-        rows = [attempt(task) for task in tasks]
-    else:
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
-            rows = list(pool.map(attempt, tasks))
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__,
-        "settings": dataclasses.asdict(settings), "best": best(rows), "rows": rows,
+        "task": {name: getattr(settings, name) for name in ("pairs", "context", "window", "steps")},
     }  # fmt: skip
+    path = RESULTS / f"{settings.name}.json"
+    rows = finished(path, record)
+    done = {(row["mixer"], row["width"], row["learning_rate"]) for row in rows}
+    tasks = [
+        (m, w, r, settings) for m in names for w in settings.widths for r in settings.rates if (m, w, r) not in done
+    ]
+    record |= {"best": best(rows), "rows": rows}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{settings.name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(record, RESULTS / f"{settings.name}.png")
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
+        for row in pool.map(attempt, tasks):
+            rows.append(row)
+            record["best"] = best(rows)
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    plot(record, path.with_suffix(".png"))
     for row in record["best"]:
         print(f"{row['mixer']:32} width {row['width']:4}  state {row['state']:8,}  accuracy {row['accuracy']:.3f}")
     for row in rows:

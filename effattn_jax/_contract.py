@@ -65,12 +65,14 @@ class Recurrence(NamedTuple):
       forms: keyword sets whose results must agree.
       sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1.
       runs_on: as for `Mixer`.
+      weights: `weights(rng)` -> float32 or complex64 inputs without a time axis, by argument name; None where there are none.
     """
 
     function: Callable
     forms: tuple[dict[str, Any], ...]
     sample: Callable
     runs_on: str = ""
+    weights: Callable | None = None
 
 
 class TokenMixer(NamedTuple):
@@ -101,8 +103,8 @@ class Call(NamedTuple):
     query: jax.Array  # (B, T, N, H)
     key: jax.Array  # (B, S, K, H)
     value: jax.Array  # (B, S, K, V)
-    bias: jax.Array | None  # (B | 1, N | 1, T | 1, S' | 1)
-    mask: jax.Array | None  # same, boolean
+    bias: Any  # (B | 1, N | 1, T | 1, S | 1) as broadcast or full, or a bias by position, or None
+    mask: jax.Array | None  # the same of booleans
     query_segments: jax.Array | None  # (B, T)
     key_segments: jax.Array | None  # (B, S)
     batch: tuple[int, ...]
@@ -177,6 +179,22 @@ def _pair_shape(
     return jnp.broadcast_to(array, (*batch, *tail)).reshape(prod(batch), *tail)
 
 
+def _position_bias(bias: Any, heads: int) -> Any:
+    """A bias by position, with its leaves as arrays, or the ValueError that says what it should have been."""
+    rule = "bias must be an array or a pytree of floating arrays, callable as bias(query_positions, key_positions) -> (N, T, S)"
+    leaves, tree = jax.tree.flatten(bias)
+    opaque = len(leaves) == 1 and leaves[0] is bias
+    wrong = [x for x in leaves if opaque or not jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    _require(not wrong, f"{rule}; got {bias!r}")
+    bias = tree.unflatten([jnp.asarray(x) for x in leaves])
+    places = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shape = jax.eval_shape(bias, places, places).shape
+    _require(
+        shape in ((heads, 1, 1), (1, 1, 1)), f"{rule} with N={heads}; {type(bias).__name__} gives {shape} for T = S = 1"
+    )
+    return bias
+
+
 def _segments(
     segment_ids: Any, batch: tuple[int, ...], length: int, keys: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
@@ -249,7 +267,9 @@ def check_call(
         is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only"
     )
     pair = (heads, length, keys)
-    if bias is not None:
+    if callable(bias):
+        bias = _position_bias(bias, heads)
+    elif bias is not None:
         bias = _pair_shape("bias", floating(bias=bias)[0], batch, pair, totals)
     if mask is not None:
         mask = jnp.asarray(mask)
@@ -263,6 +283,10 @@ def check_call(
     return Call(*flat, bias, mask, q_ids, k_ids, batch)
 
 
+def _described(bias: Any) -> str:
+    return f"by position ({type(bias).__name__})" if callable(bias) else f"of shape {getattr(bias, 'shape', ())}"
+
+
 def key_mask(call: Call, name: str, bias: ArrayLike, mask: ArrayLike) -> jax.Array | None:
     """The mask of a linear-time mixer, (B, S) over keys; a mask over pairs, or a bias, is refused with what to pass instead.
 
@@ -270,7 +294,7 @@ def key_mask(call: Call, name: str, bias: ArrayLike, mask: ArrayLike) -> jax.Arr
     """
     _require(
         call.bias is None,
-        f"{name} has no pairwise scores to add a bias to; got bias of shape {None if bias is None else jnp.shape(bias)}. "
+        f"{name} has no pairwise scores to add a bias to; got bias {_described(bias)}. "
         "Use dot_product_attention, or put the bias into query and key",
     )
     if call.mask is None:

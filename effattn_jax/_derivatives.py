@@ -44,9 +44,12 @@ def _add_zero(tree: Any, zero: jax.Array) -> Any:
 def _plus(array: jax.Array, zero: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         return array ^ (zero.real > 0)
-    if jnp.iscomplexobj(zero) and not jnp.iscomplexobj(array):
-        zero = zero.real
-    return array + zero.astype(array.dtype)
+    return array + _like(zero, array)
+
+
+def _like(zero: jax.Array, array: jax.Array) -> jax.Array:
+    """The zero in the dtype of an array, real where that is."""
+    return (zero if jnp.iscomplexobj(array) else zero.real).astype(array.dtype)
 
 
 def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Callable:
@@ -79,7 +82,7 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
         zero = linear_zero(*jax.tree.leaves(arrays))
 
         def matvec(x):
-            t, y = jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype) * leaf, x)
+            t, y = jax.tree.map(lambda leaf: leaf + _like(zero, leaf) * leaf, x)
             return t, jax.tree.map(jnp.subtract, y, tangent_map(x[0]))
 
         def solve(_, b):

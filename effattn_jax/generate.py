@@ -4,7 +4,9 @@ The run folder is all that is needed: its config, its codec and one of its check
 """
 
 import argparse
+import ast
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             top_p=options.top_p,
             seed=options.seed,
             step=options.step,
+            settings=_settings(options.set),
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -58,6 +61,7 @@ def sample(
     top_p: float | None = None,
     seed: int = 0,
     step: str = "best",
+    settings: Mapping[str, object] | None = None,
 ) -> str:
     """Text that a trained language model writes after a prompt.
 
@@ -68,6 +72,8 @@ def sample(
       temperature, top_k, top_p: as in `decoding.generate`; temperature 0 is greedy.
       seed: equal seeds give equal texts.
       step: "best" by validation loss, "last", or a number.
+      settings: of the model at inference alone, `ModelConfig.at_inference`: windows, scaled frequencies and so on; `context` is how many
+        tokens it then sees, the trained context by default.
 
     Returns:
       The new text, without the prompt.
@@ -84,10 +90,13 @@ def sample(
     use_compile_cache(config.train.compile_cache)
     with user_errors():
         codec = codecs.from_spec(dataset["codec"])
-        task = make_task(config.model, SimpleNamespace(**dataset))
+        settings = dict(settings or {})
+        context = int(settings.pop("context", dataset["context"]))
+        model = config.model.at_inference(**settings) if settings else config.model
+        task = make_task(model, SimpleNamespace(**dataset))
         params = _restore(folder, config, task, step).params
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": jax.random.key(seed)}
-        return sample_text(task.model, params, codec, prompt, tokens, dataset["context"], **options)
+        return sample_text(task.model, params, codec, prompt, tokens, context, **options)
 
 
 def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -> TrainState:
@@ -129,7 +138,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, help="sample among the most probable tokens that hold this probability")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: %(default)s)")
     parser.add_argument("--step", default="best", help="best, last or a number (default: %(default)s)")
+    note = "a setting of the model at inference, such as rotary_scaling=ntk_mixed, rotary_factor=8 or context=1024; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=note)
     return parser
+
+
+def _settings(given: list[str]) -> dict[str, object]:
+    """NAME=VALUE as numbers, None or booleans where they read so."""
+    settings = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set takes NAME=VALUE, got {text}.")
+        try:
+            settings[name.replace("-", "_")] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            settings[name.replace("-", "_")] = value
+    return settings
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def test_readme_examples_run():
 def tables() -> dict[str, list[str]]:
     """The rows of the README's table, by the code they stand for: the functions of the kernels' rooms, and the tables by name."""
     rows = {}
-    for room in ("recurrence", "attention", "mixing", "position", "objectives", "decoding", "optim"):
+    for room in ("recurrence", "attention", "ssm", "mixing", "position", "objectives", "decoding", "optim"):
         names = importlib.import_module(f"effattn_jax.{room}").__all__
         rows[f"effattn_jax.{room}"] = [name for name in names if name.islower()]
     models = importlib.import_module("effattn_jax.models")

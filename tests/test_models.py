@@ -84,29 +84,32 @@ def test_packed_rows_padding_and_causality(mixer):
     documents = random_tokens((1, 5)), random_tokens((1, 7), seed=6)
     tokens = jnp.concatenate(documents, axis=1)
     segment_ids = jnp.array([[4] * 5 + [2] * 7])
-    padding = jnp.full((1, 3), 999)  # out of range: not even the embedding of padding may matter
-    real = jnp.arange(10)[None] >= 3
+    padding = jnp.full((1, 5), 999)  # out of range: not even the embedding of padding may matter
+    real = jnp.arange(12)[None] >= 5
+    changed = tokens.at[0, 8].set((tokens[0, 8] + 1) % VOCAB)
+    left, right = (jnp.concatenate(pair, axis=1) for pair in ((padding, documents[1]), (documents[1], padding)))
+    everything = jnp.ones_like(real)
 
     @jax.jit
     def run(params):
-        def apply(tokens, **inputs):
-            return model.apply({"params": params}, tokens, **inputs)
-
-        packed = apply(tokens, segment_ids=segment_ids)
+        logits = model.apply(
+            {"params": params},
+            jnp.concatenate([tokens, changed, left, right]),
+            segment_ids=jnp.concatenate([segment_ids, segment_ids, *[jnp.ones_like(segment_ids)] * 2]),
+            mask=jnp.concatenate([everything, everything, real, real[:, ::-1]]),
+        )
         stepped, _ = by_parts(model, params, tokens, prefill=3, segment_ids=segment_ids)
-        alone = jnp.concatenate([apply(document) for document in documents], axis=1)
-        left = apply(jnp.concatenate([padding, documents[1]], axis=1), mask=real)[:, 3:]
-        right = apply(jnp.concatenate([documents[1], padding], axis=1), mask=real[:, ::-1])[:, :7]
-        changed = apply(tokens.at[0, 8].set((tokens[0, 8] + 1) % VOCAB), segment_ids=segment_ids)
-        return packed, stepped, alone, left, right, changed
+        alone = jnp.concatenate([model.apply({"params": params}, document) for document in documents], axis=1)
+        return logits, stepped, alone
 
-    packed, stepped, alone, left, right, changed = run(params)
+    (packed, changed, left, right), stepped, alone = run(params)
+    alone, stepped = alone[0], stepped[0]
     np.testing.assert_allclose(packed, alone, atol=1e-5)
     np.testing.assert_allclose(stepped, alone, atol=1e-5)
-    np.testing.assert_allclose(left, alone[:, 5:], atol=1e-5)
-    np.testing.assert_allclose(right, alone[:, 5:], atol=1e-5)
-    np.testing.assert_allclose(changed[:, :8], packed[:, :8], atol=1e-6)
-    assert float(jnp.abs(changed - packed)[:, 8:].max()) > 1e-3
+    np.testing.assert_allclose(left[5:], alone[5:], atol=1e-5)
+    np.testing.assert_allclose(right[:7], alone[5:], atol=1e-5)
+    np.testing.assert_allclose(changed[:8], packed[:8], atol=1e-6)
+    assert float(jnp.abs(changed - packed)[8:].max()) > 1e-3
 
 
 @pytest.mark.parametrize("mixer", KINDS)

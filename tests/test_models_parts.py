@@ -92,13 +92,13 @@ def test_classifier_reads_both_ways_and_no_padding(mixer):
     @jax.jit
     def run(params):
         plain = model.apply({"params": params}, tokens)
-        padded = jnp.concatenate([jnp.full((2, 2), 77), tokens], axis=1)
-        real = jnp.arange(9)[None] >= jnp.array([[2], [2]])
-        left = model.apply({"params": params}, padded, mask=real)
-        right = model.apply({"params": params}, jnp.roll(padded, -2, axis=1), mask=jnp.roll(real, -2, axis=1))
-        empty = model.apply({"params": params}, padded, mask=jnp.zeros_like(real))
+        left = jnp.concatenate([jnp.full((2, 2), 77), tokens], axis=1)
+        real = jnp.broadcast_to(jnp.arange(9)[None] >= 2, (2, 9))
+        rows = jnp.concatenate([left, jnp.roll(left, -2, axis=1), left])
+        masks = jnp.concatenate([real, jnp.roll(real, -2, axis=1), jnp.zeros_like(real)])
+        left, right, empty = model.apply({"params": params}, rows, mask=masks).reshape(3, 2, 3)
         x = jax.random.normal(jax.random.key(3), (1, 7, 16))
-        influence = jax.jacobian(lambda x: mixing.apply(weights, x)[0, 3].sum())(x)[0]
+        influence = jax.grad(lambda x: mixing.apply(weights, x)[0, 3].sum())(x)[0]
         return plain, left, right, empty, jnp.abs(influence).max(-1)
 
     plain, left, right, empty, influence = run(params)

@@ -9,7 +9,7 @@ Blocks that every row of theirs sees whole skip all masking. Sources: Milakov an
 arXiv:2112.05682; Dao et al., arXiv:2205.14135.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,13 +20,16 @@ from effattn_jax._derivatives import tie, with_backward
 from effattn_jax.attention._pairs import (
     Arrays,
     Marks,
+    More,
     Spec,
+    bias_of,
     block_of,
     heads_first,
     poisoned,
     rows_of,
     unrows,
     whole_rows,
+    widened,
 )
 
 __all__: list[str] = []
@@ -48,10 +51,10 @@ def _span(spec: Spec, marks: Marks, row: Any, keys: int) -> tuple[Any, Any, Any]
     return low, high, inner // spec.columns
 
 
-def _over_columns(spec: Spec, marks: Marks, row: Any, keys: int, has_bias: bool, block: Any, state: Any) -> Any:
+def _over_columns(spec: Spec, marks: Marks, row: Any, keys: int, bias: Any, block: Any, state: Any) -> Any:
     """Folds `block(state, column, begin, masked)` over the blocks of keys that the rows see; the last one is moved back to end with the keys."""
     low, high, clean = _span(spec, marks, row, keys)
-    clean = 0 if has_bias else clean
+    clean = clean if bias is None or callable(bias) else 0  # an array may hold -inf
 
     def step(masked):
         def run(j, state):
@@ -73,7 +76,7 @@ def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:
 def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     query, key, value, bias = arrays
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    k, v = heads_first(key, spec.dtype), heads_first(value, spec.dtype)
+    k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
     out = _zeros(query, value).astype(value.dtype)
 
     def row_block(i, buffers):
@@ -94,7 +97,7 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
         acc = jnp.zeros_like(jnp.einsum("bkgih,bkv->bkgiv", q, v[:, :, 0]))
         zero = jnp.zeros_like(acc[..., 0])
         state = (zero - jnp.inf, zero, acc, zero > 0)
-        top, total, acc, spoiled = _over_columns(spec, marks, row, keys, bias is not None, block, state)
+        top, total, acc, spoiled = _over_columns(spec, marks, row, keys, bias, block, state)
         empty = total == 0
         done = acc / jnp.where(empty, 1, total)[..., None]
         done = jnp.where(spoiled[..., None], jnp.nan, done)
@@ -117,6 +120,17 @@ def _add_pairs(total: jax.Array, part: jax.Array, row: Any, column: Any) -> jax.
     return lax.dynamic_update_slice(total, lax.dynamic_slice(total, start, part.shape) + part, start)
 
 
+def _add_parameters(spec: Spec, marks: Marks, bias: Any, total: Any, part: jax.Array, row: Any, column: Any) -> Any:
+    """Adds to the gradient of a bias by position what a block (B, K, G, R, C) of gradients of scores makes of its parameters."""
+
+    def scores(bias):
+        return bias_of(bias, marks, row, spec.rows, column, spec.columns, part.shape[1]).astype(part.dtype)
+
+    here, pull = jax.vjp(scores, bias)
+    axes = tuple(a for a in range(5) if here.shape[a] == 1 and part.shape[a] != 1)
+    return jax.tree.map(jnp.add, total, pull(part.sum(axes, keepdims=True))[0])
+
+
 def _add(total: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
     here = lax.dynamic_slice_in_dim(total, start, part.shape[axis], axis)
     return lax.dynamic_update_slice_in_dim(total, here + part.astype(total.dtype), start, axis)
@@ -126,7 +140,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     query, key, value, bias = arrays
     (out, lse), (d_out, d_lse) = results, cotangents
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    k, v = heads_first(key, spec.dtype), heads_first(value, spec.dtype)
+    k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
 
     def row_block(i, grads):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
@@ -137,39 +151,41 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
 
         q, do = here(query) * spec.scale, jnp.where(fresh[:, None], here(d_out), 0)
         lse_rows = here(lse)
-        lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[..., None]
+        lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[:, :, None]
         delta = jnp.where(fresh, here(d_lse), 0) - jnp.sum(do * here(out), axis=-1)
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
-            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked)
+            # Columns first: two of the three products then read p and ds as they lie, instead of one.
+            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked, turned=True)
             p = jnp.exp(b.scores - lse_rows)
-            ds = p * (jnp.einsum("bkgiv,bkjv->bkgij", do, b.value) + delta[..., None]) * b.slope
+            ds = p * (jnp.einsum("bkjv,bkgiv->bkjgi", b.value, do) + delta[:, :, None]) * b.slope
             ds = jnp.where(b.see, ds, 0) if masked else ds
-            dq = dq + jnp.einsum("bkgij,bkjh->bkgih", ds, b.key)
-            dk = _add(dk, jnp.einsum("bkgij,bkgih->bkjh", ds, q), column, 2)
-            dv = _add(dv, jnp.einsum("bkgij,bkgiv->bkjv", p, do), column, 2)
-            return dq, dk, dv, None if db is None else _add_pairs(db, ds, row, column)
+            dq = dq + jnp.einsum("bkjgi,bkjh->bkgih", ds, b.key)
+            dk = _add(dk, jnp.einsum("bkjgi,bkgih->bkjh", ds, q), column, 2)
+            dv = _add(dv, jnp.einsum("bkjgi,bkgiv->bkjv", p, do), column, 2)
+            return dq, dk, dv, None if db is None else add_bias(db, jnp.moveaxis(ds, 2, -1), row, column)
 
         dq, dk, dv, db = grads
         state = (jnp.zeros_like(q), dk, dv, db)
-        dq_rows, dk, dv, db = _over_columns(spec, marks, row, keys, bias is not None, block, state)
+        dq_rows, dk, dv, db = _over_columns(spec, marks, row, keys, bias, block, state)
         return _add(dq, unrows(dq_rows) * spec.scale, row, 1), dk, dv, db
 
+    add_bias = partial(_add_parameters, spec, marks, bias) if callable(bias) else _add_pairs
     # -0 is a zero that XLA does not take for the other zeros of the same shape, of which it would make one and copy it for each.
     zeros = (
         jnp.full_like(query, -0.0),
         jnp.zeros_like(k),
         jnp.full_like(v, -0.0),
-        None if bias is None else jnp.zeros_like(bias, spec.dtype),
+        jax.tree.map(lambda x: jnp.zeros_like(x, spec.dtype), bias),
     )
     dq, dk, dv, db = lax.fori_loop(0, _row_blocks(length, spec.rows), row_block, zeros)
     dk, dv = (jnp.moveaxis(x, 1, 2).astype(like.dtype) for x, like in ((dk, key), (dv, value)))
-    return Arrays(dq, dk, dv, None if bias is None else db.astype(bias.dtype))
+    return Arrays(dq, dk, dv, jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias))
 
 
-def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: Callable | None = None) -> tuple[jax.Array, jax.Array]:
-    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once; `more(row, count)` adds scores to those of the rows.
+def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, V) and lse (B, T, N) by blocks of rows, each against all keys at once.
 
     Any derivative; O(T) memory in each, since a block is computed again where it is differentiated.
     """

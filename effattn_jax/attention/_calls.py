@@ -92,6 +92,20 @@ def _split_mask(call: Call, state: caches.Cache | None) -> tuple[jax.Array | Non
     return None, jax.lax.dynamic_update_slice_in_dim(everything, mask, begin, axis=3)
 
 
+def with_positions(marks: Marks, length: int, keys: int) -> Marks:
+    """Marks with the positions that a bias reads: of keys, how many that the key mask shows stand before; of a query, that of its own key."""
+    count = jnp.arange(keys)[None]
+    if marks.key_mask is not None:
+        real = marks.key_mask.astype(jnp.int32)
+        count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
+    missing = max(length - keys, 0)
+    front = jnp.broadcast_to(jnp.arange(-missing, 0)[None], (count.shape[0], missing))
+    query = jax.lax.dynamic_slice_in_dim(
+        jnp.concatenate([front, count], axis=1) if missing else count, marks.offset + missing, length, axis=1
+    )
+    return marks._replace(query_positions=query, key_positions=count)
+
+
 def number_scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     """The scale as a number, 1 / sqrt(H) for None; an array goes into the query."""
     if scale is not None and not isinstance(scale, int | float):
@@ -151,7 +165,7 @@ def prepare(
     state = None if initial_state is None else caches.flat(initial_state, call)
     valid, pair_mask = _split_mask(call, state)
     full, marks, after = _with_state(call, state, valid, last_keys, return_state)
-    if call.bias is not None and call.bias.shape[3] not in (1, full.key.shape[1]):
+    if call.bias is not None and not callable(call.bias) and call.bias.shape[3] not in (1, full.key.shape[1]):
         raise ValueError(
             f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}"
         )
@@ -160,4 +174,7 @@ def prepare(
     spec = Spec(None, 0 if is_causal else None, None, scale, length, keys, accumulator(query, full.key, full.value))
     offset = keys - length if state is None or state.length is None else None
     arrays = Arrays(query, full.key, full.value, call.bias)
-    return Prepared(call, arrays, marks._replace(mask=pair_mask), offset, after, spec)
+    marks = marks._replace(mask=pair_mask)
+    if callable(call.bias) and marks.key_mask is not None:
+        marks = with_positions(marks, length, keys)
+    return Prepared(call, arrays, marks, offset, after, spec)

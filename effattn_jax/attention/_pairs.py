@@ -45,10 +45,12 @@ class Marks(NamedTuple):
     query_mask: jax.Array | None = None  # (B, T)
     query_groups: jax.Array | None = None  # (B, T): a query sees no key of its own group
     key_groups: jax.Array | None = None  # (B, S)
+    query_positions: jax.Array | None = None  # (B | 1, T): what a bias by position reads; None: rows and columns count
+    key_positions: jax.Array | None = None  # (B | 1, S)
 
     @property
     def only_window(self) -> bool:
-        return all(mark is None for mark in self[1:])
+        return all(mark is None for mark in self[1:-2])
 
 
 class Arrays(NamedTuple):
@@ -57,7 +59,7 @@ class Arrays(NamedTuple):
     query: jax.Array  # (B, T, N, H); grouped by key head inside a block: outside it would copy the whole array
     key: jax.Array  # (B, S, K, H)
     value: jax.Array  # (B, S, K, V)
-    bias: jax.Array | None  # (B | 1, N | 1, T | 1, S | 1)
+    bias: Any  # (B | 1, N | 1, T | 1, S | 1), or a bias by position, or None
 
 
 def pairs_of(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_heads: int) -> jax.Array:
@@ -66,6 +68,43 @@ def pairs_of(x: jax.Array, row: Any, rows: int, column: Any, columns: int, kv_he
     x = x if x.shape[3] == 1 else lax.dynamic_slice_in_dim(x, column, columns, 3)
     heads = (1, 1) if x.shape[1] == 1 else (kv_heads, x.shape[1] // kv_heads)
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
+
+
+def bias_of(bias: Any, marks: Marks, row: Any, rows: int, column: Any, columns: int, kv_heads: int) -> jax.Array:
+    """The block of a bias as (B | 1, K | 1, G | 1, R | 1, C | 1), whether it is an array or goes by position."""
+    if not callable(bias):
+        return pairs_of(bias, row, rows, column, columns, kv_heads)
+    if marks.query_positions is None:
+        return pairs_of(_by_count(bias, marks.offset + row, rows, column, columns)[None], 0, rows, 0, columns, kv_heads)
+    query = lax.dynamic_slice_in_dim(marks.query_positions, row, rows, 1)
+    key = lax.dynamic_slice_in_dim(marks.key_positions, column, columns, 1)
+    axes = (None if query.shape[0] == 1 else 0, None if key.shape[0] == 1 else 0)
+    if axes == (None, None):
+        scores = bias(query[0], key[0])[None]
+    else:
+        query, key = (x[0] if axis is None else x for x, axis in zip((query, key), axes, strict=True))
+        scores = jax.vmap(bias, in_axes=axes)(query, key)
+    return pairs_of(scores, 0, rows, 0, columns, kv_heads)
+
+
+def _by_count(bias: Any, first: Any, rows: int, column: Any, columns: int) -> jax.Array:
+    """(N, R, C) for rows that stand at first, first + 1, ... and columns at column, column + 1, ...
+
+    A bias by distance is evaluated once for each of the R + C - 1 distances. With M = R + C, entry (r, c) of a block is entry (c - r) mod M of
+    its distances, and R copies of them end to end, cut into rows of M - 1, are in that order.
+    """
+    if not hasattr(bias, "at_distance"):
+        return bias(first + jnp.arange(rows), column + jnp.arange(columns))
+    size = rows + columns
+    step = jnp.arange(size)
+    values = bias.at_distance(column - first + jnp.where(step < columns, step, step - size))
+    copies = jnp.broadcast_to(values[:, None], (values.shape[0], rows, size)).reshape(values.shape[0], rows * size)
+    return copies[:, : rows * (size - 1)].reshape(values.shape[0], rows, size - 1)[..., :columns]
+
+
+def widened(bias: Any, dtype: Any) -> Any:
+    """A bias by position in the dtype of scores; an array as it is, for it may be large."""
+    return jax.tree.map(lambda x: x.astype(dtype), bias) if callable(bias) else bias
 
 
 def _by_distance(spec: Spec, position: jax.Array, key: jax.Array) -> jax.Array | bool:
@@ -112,9 +151,14 @@ def allowed(
     return see
 
 
-def logits(spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled."""
-    s = jnp.einsum("bkgih,bkjh->bkgij", query, key)
+def logits(
+    spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None, turned: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled.
+
+    Scores, and a bias, are (B, K, G, R, C), or turned (B, K, C, G, R).
+    """
+    s = jnp.einsum("bkjh,bkgih->bkjgi", key, query) if turned else jnp.einsum("bkgih,bkjh->bkgij", query, key)
     s = s if bias is None else s + bias
     if spec.cap is None:
         return s, jnp.ones((), s.dtype)
@@ -173,13 +217,17 @@ def largest(x: jax.Array, count: int) -> jax.Array:
     return (order >= lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))) | jnp.isnan(x)
 
 
-def whole_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: Callable | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative.
+class More(NamedTuple):
+    """What rows have beside products of queries and keys, and beside sums of values."""
 
-    `more(row, rows)`, (B | 1, N | 1, R, S), are finite scores to add to the products.
-    """
+    scores: Callable | None  # (row, R) -> (B | 1, N | 1, R, S), finite scores to add to the products
+    values: Callable | None = None  # (row, R, weights (B, N, R, S)) -> (B, N, R, V), to add to the output
+
+
+def whole_rows(
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: More | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
@@ -188,10 +236,10 @@ def whole_rows(
     v, bad_value = finite_or_zero(heads_first(value, spec.dtype))
     see = allowed(spec, marks, kv_heads, row, rows, 0, keys)
     if bias is not None:
-        bias = pairs_of(bias.astype(spec.dtype), row, rows, 0, keys, kv_heads)
+        bias = bias_of(widened(bias, spec.dtype), marks, row, rows, 0, keys, kv_heads).astype(spec.dtype)
         see, bias = see & (bias != -jnp.inf), jnp.where(bias == -jnp.inf, 0, bias)
-    if more is not None:
-        extra = more(row, rows).astype(spec.dtype)
+    if more is not None and more.scores is not None:
+        extra = more.scores(row, rows).astype(spec.dtype)
         extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
         bias = extra if bias is None else bias + extra
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
@@ -204,6 +252,9 @@ def whole_rows(
     empty = total == 0
     weights = p / jnp.where(empty, 1, total)
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
+    if more is not None and more.values is not None:
+        flat = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+        out = out + more.values(row, rows, flat).astype(spec.dtype).reshape(out.shape)
     out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))[..., 0]
     return unrows(out).astype(value.dtype), unrows(lse), weights
@@ -214,25 +265,32 @@ class Block(NamedTuple):
 
     key: jax.Array  # (B, K, C, H)
     value: jax.Array  # (B, K, C, V)
-    scores: jax.Array  # (B, K, G, R, C), -inf where not seen
-    slope: jax.Array  # derivative of the soft cap
-    see: jax.Array | None  # None where every row sees every key
+    scores: jax.Array  # (B, K, G, R, C), or turned (B, K, C, G, R); -inf where not seen
+    slope: jax.Array  # derivative of the soft cap, likewise
+    see: jax.Array | None  # likewise; None where every row sees every key
     bad_value: jax.Array | None  # (B, K, C): values that are not finite, here set to 0
 
 
 def block_of(
-    spec: Spec, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None,
-    row: Any, column: Any, begin: Any, masked: bool,
+    spec: Spec, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, bias: Any,
+    row: Any, column: Any, begin: Any, masked: bool, turned: bool = False,
 ) -> Block:  # fmt: skip
-    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...)."""
+    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...).
+
+    `turned` puts the axis of columns before those of groups and rows in all that has both.
+    """
     kv_heads = key.shape[1]
+
+    def turn(x):
+        return jnp.moveaxis(x, -1, 2) if turned else x
+
     key, value = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (key, value))
     if bias is not None:
-        bias = pairs_of(bias.astype(spec.dtype), row, spec.rows, column, spec.columns, kv_heads)
-    scores, slope = logits(spec, query, key, bias)
+        bias = turn(bias_of(bias, marks, row, spec.rows, column, spec.columns, kv_heads).astype(spec.dtype))
+    scores, slope = logits(spec, query, key, bias, turned)
     if not masked:
         return Block(key, value, scores, slope, None, None)
-    see = allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin)
+    see = turn(allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin))
     see = see if bias is None else see & (bias != -jnp.inf)
     value, bad_value = finite_or_zero(value)
     return Block(finite_or_zero(key)[0], value, jnp.where(see, scores, -jnp.inf), slope, see, bad_value)

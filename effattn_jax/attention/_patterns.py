@@ -16,7 +16,7 @@ from jax import lax
 
 from effattn_jax._contract import choose, positive
 from effattn_jax.attention._blocks import by_blocks
-from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare
+from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare, with_positions
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
 
 __all__: list[str] = []
@@ -63,11 +63,13 @@ class View(NamedTuple):
 
         q, k, v, bias = self.arrays
         m = self.marks
+        bias = bias if callable(bias) else pairs(bias)
         arrays = Arrays(
-            *(lax.slice_in_dim(x, *where, axis=1) for x, where in ((q, rows), (k, columns), (v, columns))), pairs(bias)
+            *(lax.slice_in_dim(x, *where, axis=1) for x, where in ((q, rows), (k, columns), (v, columns))), bias
         )
         marks = Marks(
-            m.offset + rows[0] - columns[0], pairs(m.mask), of(m.key_mask, columns, 1), of(m.query_segments, rows, 1), of(m.key_segments, columns, 1)
+            m.offset + rows[0] - columns[0], pairs(m.mask), of(m.key_mask, columns, 1), of(m.query_segments, rows, 1), of(m.key_segments, columns, 1),
+            query_positions=of(m.query_positions, rows, 1), key_positions=of(m.key_positions, columns, 1),
         )  # fmt: skip
         return self._replace(arrays=arrays, marks=marks)
 
@@ -96,6 +98,10 @@ def run(
         return ready.results(ready.nothing(), return_state)
     view = View(ready.spec, ready.arrays, ready.marks, ready.offset, chunk_size)
     length, keys = view.lengths
+    if (
+        callable(ready.arrays.bias) and ready.marks.key_positions is None
+    ):  # parts of a pattern no longer count one by one
+        view = view._replace(marks=with_positions(view.marks, length, keys))
     small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
     out = (pattern.dense if small or implementation == "dense" else pattern.chunked)(view)
     return ready.results(out.astype(ready.arrays.value.dtype), return_state)
@@ -197,22 +203,22 @@ def by_class(view: View, period: int, **changes: Any) -> Part:
     padded = offset is None or shift or (not view.is_causal and count * period != keys)
     if padded and key_mask is None:
         key_mask = jnp.ones((view.arrays.query.shape[0], keys), bool)
+    query, key, value, bias = view.arrays
+    by_position = callable(bias)
     arrays = Arrays(
-        *(
-            f(x)
-            for f, x in zip((classes.rows, classes.columns, classes.columns, classes.pairs), view.arrays, strict=True)
-        )
+        classes.rows(query), classes.columns(key), classes.columns(value), bias if by_position else classes.pairs(bias)
     )
     marks = {
         "mask": classes.pairs(marks.mask), "key_mask": classes.columns(key_mask),
         "query_segments": classes.rows(marks.query_segments), "key_segments": classes.columns(marks.key_segments),
+        "query_positions": classes.rows(marks.query_positions), "key_positions": classes.columns(marks.key_positions),
     }  # fmt: skip
     first = jnp.asarray((view.marks.offset + shift) // period, jnp.int32)
 
     def one(arrays, marks):
         return part(view._replace(arrays=arrays, marks=Marks(first, **marks)), copies=period, **changes)
 
-    parts = jax.vmap(one)(arrays, marks)
+    parts = jax.vmap(one, in_axes=(Arrays(0, 0, 0, None if by_position else 0), 0))(arrays, marks)
     return jax.tree.map(partial(classes.together, length=length), parts)
 
 

@@ -134,8 +134,10 @@ class Fixed(NamedTuple):
         marks = marks._replace(
             mask=pick.pairs(marks.mask), key_mask=exists, key_segments=None if marks.key_segments is None else pick(marks.key_segments),
             query_groups=query_blocks, key_groups=pick(key_blocks),
+            key_positions=None if marks.key_positions is None else pick(jnp.broadcast_to(marks.key_positions, (len(key_blocks), ends.shape[1]))),
         )  # fmt: skip
-        arrays = Arrays(arrays.query, pick(arrays.key), pick(arrays.value), pick.pairs(arrays.bias))
+        bias = arrays.bias if callable(arrays.bias) else pick.pairs(arrays.bias)
+        arrays = Arrays(arrays.query, pick(arrays.key), pick(arrays.value), bias)
         # A column that stands in a stretch may be seen from the stretch's second key on; the groups take the own block out.
         return part(
             view._replace(arrays=arrays, marks=marks), right=-1 if view.is_causal else None, places=(self.summary, self.block)

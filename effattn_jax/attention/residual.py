@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
-from effattn_jax.attention._pairs import Marks, finite_or_zero
+from effattn_jax.attention._pairs import Marks, bias_of, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores, run
 
@@ -67,7 +67,6 @@ def residual_attention(
         raise ValueError(f"implementation={implementation!r} is unknown to residual_attention; known: None, dense")
 
     def rescore(call: Call, marks: Marks) -> Scores:
-        del marks
         (batch, length, heads, dim), (keys, kv_heads) = call.query.shape, call.key.shape[1:3]
         dtype = accumulator(call.query, call.key, call.value)
         key, bad = finite_or_zero(call.key.astype(dtype))
@@ -80,7 +79,7 @@ def residual_attention(
             query=jnp.zeros_like(call.query[..., :1], dtype),
             key=jnp.where(bad, jnp.nan, jnp.zeros((), dtype))[..., None],  # rows that see such a key become NaN
             value=call.value,
-            bias=scores if call.bias is None else scores + call.bias,
+            bias=scores if call.bias is None else scores + _whole(call.bias, marks, scores.shape, kv_heads),
             side=call.restore(scores),
         )
 
@@ -89,6 +88,14 @@ def residual_attention(
         return_state=return_state, implementation="dense", rescore=rescore,
     )  # fmt: skip
     return (out, state, scores) if return_state else (out, scores)
+
+
+def _whole(bias: Any, marks: Marks, shape: tuple[int, ...], kv_heads: int) -> jax.Array:
+    """The bias as an array, which here is as large as what is returned."""
+    if not callable(bias):
+        return bias
+    scores = bias_of(bias, marks, 0, shape[2], 0, shape[3], kv_heads)
+    return scores.reshape(scores.shape[0], scores.shape[1] * scores.shape[2], *scores.shape[3:])
 
 
 def _previous(scores: ArrayLike, call: Call, shape: tuple[int, ...]) -> jax.Array:

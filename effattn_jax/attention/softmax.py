@@ -18,7 +18,7 @@ from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
 from effattn_jax.attention._cudnn import by_cudnn
-from effattn_jax.attention._pairs import Arrays, Spec, whole_rows
+from effattn_jax.attention._pairs import Arrays, More, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
 
@@ -45,7 +45,8 @@ def dot_product_attention(
 
     Args:
       query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N: each key head serves N / K query heads.
-      bias: float, broadcastable to (*B, N, T, S), added to the scaled scores; -inf masks. Gradients have its own shape.
+      bias: float, broadcastable to (*B, N, T, S), added to the scaled scores; -inf masks. Gradients have its own shape. Or a bias by position,
+        `position.Alibi` and its like, which is evaluated by blocks and is never a T x S array; its parameters have gradients.
       mask: boolean, broadcastable to (*B, N, T, S); True = attend. A row with nothing to attend gives 0 and no gradient.
       scale: factor on the scores; None is 1 / sqrt(H).
       is_causal: query i sees keys up to its own, ends aligned: with T < S the last query sees every key.
@@ -99,8 +100,9 @@ class Scores(NamedTuple):
     Attributes:
       query, key: (B, T, N, M) and (B, S, K, M), S all slots of the state: features whose products are scores, or part of them.
       value: (B, S, K, V), one head for each of key's.
-      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or None.
+      bias: further scores, (B | 1, N | 1, T | 1, S | 1), or a bias by position, or None.
       rows: `rows(row, count) -> (B | 1, N | 1, count, S)`: the scores of some rows, to be added; None for none. No T x S array then exists.
+      values: `values(row, count, weights (B, N, count, S)) -> (B, N, count, V)`: what is added to the output of some rows; None for nothing.
       scale: factor on the products.
       side: whatever the caller wants handed back.
     """
@@ -108,8 +110,9 @@ class Scores(NamedTuple):
     query: jax.Array
     key: jax.Array
     value: jax.Array
-    bias: jax.Array | None = None
+    bias: Any = None
     rows: Callable | None = None
+    values: Callable | None = None
     scale: float = 1.0
     side: Any = None
 
@@ -134,20 +137,22 @@ def run(
         return_state=return_state, last_keys=left if is_causal else None, reads_key=reads_key,
     )  # fmt: skip
     spec = ready.spec._replace(left=left, right=right, cap=cap)
-    rows, side = None, None
+    more, side = None, None
     if rescore is not None:
         scores = rescore(ready.whole(), ready.marks)
-        rows, side = scores.rows, scores.side
+        side = scores.side
+        if scores.rows is not None or scores.values is not None:
+            more = More(scores.rows, scores.values)
         query, scale = number_scale(scores.query, scores.scale)
         ready = ready._replace(arrays=Arrays(query, scores.key, scores.value, scores.bias))
         spec = spec._replace(scale=scale)
-    out, weights = _attend(ready, spec, chunk_size, implementation, return_weights, rows)
+    out, weights = _attend(ready, spec, chunk_size, implementation, return_weights, more)
     after = caches.restored(ready.after, ready.call) if return_state else None
     return ready.restore(out), after, ready.call.restore(weights) if return_weights else None, side
 
 
 def _attend(
-    ready: Prepared, spec: Spec, chunk_size: int | None, implementation: str | None, want_weights: bool, more: Callable | None,
+    ready: Prepared, spec: Spec, chunk_size: int | None, implementation: str | None, want_weights: bool, more: More | None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     arrays, marks = ready.arrays, ready.marks

@@ -48,7 +48,7 @@ def generate(
       prompt_mask: (B, T) bool, True where the prompt is real.
 
     Returns:
-      (B, num_tokens) int32, without the prompt.
+      (B, num_tokens) int32, without the prompt; a step that joins rows (`NaiveBayesStep`) returns as many as it leaves.
 
     Raises:
       ValueError: an empty prompt, a wrong rank or mask shape, a prompt whose last token is padding (where that can be
@@ -98,7 +98,7 @@ def _generate(step, params, state, prompt, num_tokens, key, sampling, top_k, sto
 
     masked = {} if prompt_mask is None else {"mask": prompt_mask}
     logits, state = step(params, prompt, state, **masked)
-    first, done = sample(logits, 0, jnp.zeros_like(prompt[:, 0], dtype=bool))
+    first, done = sample(logits, 0, jnp.zeros_like(logits[:, -1, 0], dtype=bool))
     _, rest = jax.lax.scan(advance, (first, done, state), jnp.arange(1, num_tokens))
     return jnp.concatenate([first[:, None], rest.T], axis=1)
 

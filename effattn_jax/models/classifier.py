@@ -52,7 +52,7 @@ class SequenceClassifier(nn.Module):
         check_inputs(x_BxTxD, c.width, mask, None)
         check_length(c, x_BxTxD.shape[1])
         positions = count_positions(x_BxTxD.shape[:2], mask)
-        x_BxTxD = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
+        x_BxTxD, positions = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
         x_BxTxD, _ = Stack(c, causal=False, name="stack")(
             x_BxTxD,
             mask=mask,

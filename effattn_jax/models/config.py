@@ -36,6 +36,10 @@ class ModelConfig:
     """How many tokens to the left softmax layers see, besides the token itself. None: all."""
     chunk_size: int | None = None
     """Chunk length of the chunked forms. None: the kernel's own choice."""
+    state_size: int | None = None
+    """Numbers of state of state-space mixers, a channel (s4, s4d, mamba), a head (mamba2) or a layer (s5, lru). None: the mixer's own choice."""
+    rate: float = 1.0
+    """Sampling step of the input over that of training: state-space mixers multiply their steps by it."""
     conv_width: int = 0
     """Tokens seen by the short convolution before each mixer, the token itself included. 0: no convolution."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -48,10 +52,34 @@ class ModelConfig:
     """Feed-forward layer: gelu, or gated by silu (SwiGLU)."""
     mlp_ratio: float = 4.0
     """Inner width of the feed-forward layer over the width; a gated one takes two thirds, for equal parameters."""
-    positions: Literal["none", "learned", "sinusoidal", "rotary"] = "rotary"
-    """How a token's place is told; rotary turns the queries and keys of attention layers, recurrent ones need none."""
+    positions: Literal[
+        "none", "learned", "sinusoidal", "rotary", "xpos", "alibi", "kerple_log", "kerple_power", "sandwich", "t5"
+    ] = "rotary"
+    """How a token's place is told; rotary and xpos turn the queries and keys of attention layers, the last five are biases on scores."""
     rotary_base: float = 10000.0
     """Longest wavelength of rotary positions over 2 pi."""
+    rotary_scaling: Literal["none", "linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn"] = "none"
+    """How rotary frequencies are stretched for sequences rotary_factor times as long as those of training."""
+    rotary_factor: float = 1.0
+    """Evaluated length over trained length."""
+    train_length: int | None = None
+    """The length of training, which log_scale and yarn are relative to."""
+    log_scale: Literal["none", "train", "inference"] = "none"
+    """Factor on attention scores by the keys n a token sees: log n / log train_length in training and after, or at least 1 at inference alone."""
+    rerope_window: int | None = None
+    """Distance at which rotary positions stop growing (ReRoPE), in layers without a window. None: nowhere."""
+    rerope_leak: float = 0.0
+    """How fast they grow beyond it: 1/k of Leaky ReRoPE, above 1 in the training of InvLeaky."""
+    sinks: int = 0
+    """First tokens that stay visible beside the window."""
+    full_layers: int | None = None
+    """How many last layers see all tokens although there is a window (hybrid window-full attention). None: none do."""
+    full_rotary: bool = True
+    """Whether those layers have rotary positions."""
+    random_positions: int = 0
+    """Below which number training draws sorted positions, in place of counting. 0: it counts."""
+    hierarchical_alpha: float = 0.0
+    """Weight of the coarse digit where learned positions are stretched to max_length squared, such as 0.4. 0: they are not."""
     max_length: int = 1024
     """The longest sequence that learned positions, and mixers with weights for each place, allow."""
     tie_embeddings: bool = True
@@ -94,9 +122,35 @@ class ModelConfig:
         mixer = nn.MIXERS[name](**options, parent=None)
         if causal and not mixer.accepts_causal():
             raise ValueError(f"mixer must have a causal form in a language model; {name!r} reads all tokens at once")
-        if self.window is not None and mixer.accepts_window():
+        if self.window is not None and mixer.accepts_window() and not self._is_full(layer):
             options["window"] = self.window
+        options["placing"] = self._placing(layer, options.get("window"))
+        if self._is_full(layer) and not self.full_rotary:
+            options["rotary_base"] = None
         return nn.MIXERS[name](**options, **module_options)
+
+    def _is_full(self, layer: int) -> bool:
+        return self.full_layers is not None and layer >= self.layers - self.full_layers
+
+    def _placing(self, layer: int, window: int | None) -> nn.Placing | None:
+        kind = "rotary" if self.positions in ("none", "learned", "sinusoidal") else self.positions
+        free = window is None and not (self._is_full(layer) and not self.full_rotary)
+        placing = nn.Placing(
+            kind=kind, scaling=self.rotary_scaling, factor=self.rotary_factor, train_length=self.train_length,
+            log_scale=self.log_scale if self.full_layers is None or self._is_full(layer) else "none", rerope_window=self.rerope_window if free else None, rerope_leak=self.rerope_leak,
+            sinks=self.sinks if window is not None else 0,
+        )  # fmt: skip
+        return None if placing == nn.Placing(train_length=self.train_length, rerope_leak=self.rerope_leak) else placing
+
+    def at_inference(self, **changes) -> "ModelConfig":
+        """The same model, its parameters unchanged, with other settings of length; what they are is `INFERENCE_FIELDS`.
+
+        >>> ModelConfig(window=64).at_inference(window=None, rotary_scaling="ntk_mixed", rotary_factor=8.0).rotary_factor
+        8.0
+        """
+        for name in changes:
+            _check_name("a setting of inference", name, INFERENCE_FIELDS)
+        return dataclasses.replace(self, **{"random_positions": 0, **changes}).validate()
 
     def _mixer_options(self, causal: bool) -> dict:
         return {
@@ -104,9 +158,11 @@ class ModelConfig:
             "heads": self.heads,
             "kv_heads": self.num_kv_heads,
             "causal": causal,
-            "rotary_base": self.rotary_base if self.positions == "rotary" else None,
+            "rotary_base": self.rotary_base if self.positions in ("rotary", "xpos") else None,
             "chunk_size": self.chunk_size,
             "max_length": self.max_length,
+            "state_size": self.state_size,
+            "rate": self.rate,
             "output_scale": self.output_scale,
             "use_bias": self.use_bias,
             "dtype": self.dtype,
@@ -121,6 +177,13 @@ class ModelConfig:
         return self.positions == "learned" or any(fixed)
 
     @property
+    def longest(self) -> int:
+        """How long a sequence may be where something fixes it."""
+        options = self._mixer_options(False)
+        tables = any(nn.MIXERS[name](**options, parent=None).fixes_length() for name in self.layer_mixers())
+        return self.max_length**2 if self.hierarchical_alpha and not tables else self.max_length
+
+    @property
     def output_scale(self) -> float:
         """Factor on the initial weights that write into the stream: 1 / sqrt(2 L) keeps its variance, as in GPT-2."""
         return (2 * self.layers) ** -0.5 if self.residual == "pre" else 1.0
@@ -133,17 +196,20 @@ class ModelConfig:
         _require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of the width {self.width}")
         _require(self.heads % self.num_kv_heads == 0, "kv_heads", self.kv_heads, f"a divisor of the heads {self.heads}")
         _require(self.chunk_size is None or self.chunk_size >= 1, "chunk_size", self.chunk_size, "at least 1")
+        _require(self.state_size is None or self.state_size >= 2, "state_size", self.state_size, "at least 2")
+        _require(self.rate > 0, "rate", self.rate, "positive")
         _require(self.conv_width >= 0, "conv_width", self.conv_width, "at least 0")
         _require(self.mlp_ratio > 0, "mlp_ratio", self.mlp_ratio, "positive")
         _require(self.rotary_base > 0, "rotary_base", self.rotary_base, "positive")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         self._validate_mixers()
-        if self.positions == "rotary":
+        self._validate_lengths()
+        if self.positions in ("rotary", "xpos"):
             size = self.width // self.heads
             _require(
                 size % 2 == 0,
                 "positions",
-                "rotary",
+                self.positions,
                 f"another option, since the head dimension width / heads = {size} is odd",
             )
         if self.positions == "sinusoidal":
@@ -156,6 +222,52 @@ class ModelConfig:
             choices = get_args(hints[field.name])
             if choices and all(isinstance(choice, str) for choice in choices):
                 _check_name(field.name, getattr(self, field.name), choices)
+
+    def _validate_lengths(self) -> None:
+        _require(self.rotary_factor >= 1, "rotary_factor", self.rotary_factor, "at least 1")
+        relative = self.log_scale != "none" or self.rotary_scaling == "yarn"
+        known = self.train_length is not None and self.train_length > 1
+        _require(known or not relative, "train_length", self.train_length, "above 1 with log_scale or yarn")
+        turned = self.positions == "rotary"
+        _require(turned or self.rotary_scaling == "none", "rotary_scaling", self.rotary_scaling, "none without rotary")
+        window = self.rerope_window
+        _require(
+            window is None or (turned and window >= 1), "rerope_window", window, "None without rotary, else at least 1"
+        )
+        _require(self.rerope_leak >= 0, "rerope_leak", self.rerope_leak, "at least 0")
+        _require(
+            self.sinks >= 0 and (not self.sinks or self.window is not None), "sinks", self.sinks, "0 without a window"
+        )
+        full = self.full_layers
+        _require(
+            full is None or (0 <= full <= self.layers and self.window is not None),
+            "full_layers",
+            full,
+            "None without a window",
+        )
+        _require(full in (None, 0, self.layers) or not self.scan_layers, "scan_layers", True, "False with full_layers")
+        alpha = self.hierarchical_alpha
+        stretched = self.positions == "learned" and 0 < alpha < 1 and alpha != 0.5
+        _require(
+            alpha == 0 or stretched,
+            "hierarchical_alpha",
+            alpha,
+            "0 without learned positions, else in (0, 1) but not 0.5",
+        )
+        drawn = self.random_positions
+        counted = self.positions not in ("none", "learned", "sinusoidal", "rotary") or window is not None or self.sinks
+        _require(
+            drawn == 0 or (drawn > 0 and not counted and self.log_scale == "none"),
+            "random_positions",
+            drawn,
+            "0 where kernels count positions themselves (biases, xpos, rerope, sinks) or with log_scale",
+        )
+        _require(
+            self.positions != "learned" or drawn <= self.max_length, "random_positions", drawn, "at most max_length"
+        )
+        for layer in range(self.layers):
+            reason = self.make_mixer(layer, causal=False, parent=None).refuses_placing()
+            _require(not reason, "positions", self.positions, f"of another kind, or its options others: {reason}")
 
     def _validate_mixers(self) -> None:
         names = self.layer_mixers()
@@ -184,6 +296,12 @@ class ModelConfig:
                 self.window,
                 f"None, since no layer can limit itself to a window: {', '.join(names)}",
             )
+
+
+INFERENCE_FIELDS = (
+    "window", "sinks", "full_layers", "rotary_base", "rotary_scaling", "rotary_factor", "train_length", "log_scale", "rerope_window",
+    "rerope_leak", "hierarchical_alpha", "chunk_size",
+)  # fmt: skip
 
 
 def _require(condition: bool, field: str, given: object, rule: str) -> None:

@@ -89,12 +89,12 @@ class LanguageModel(nn.Module):
         check_inputs(x_BxTxD, c.width, mask, segment_ids)
         if positions is None:
             positions = count_positions(tokens_BxT.shape, mask, segment_ids, *(state[:2] if state is not None else ()))
-        x_BxTxD = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
+        x_BxTxD, placed = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
         x_BxTxD, blocks = Stack(c, name="stack")(
             x_BxTxD,
             mask=mask,
             segment_ids=segment_ids,
-            positions=positions,
+            positions=placed,
             state=None if state is None else state.blocks,
             deterministic=deterministic,
             return_state=return_state,

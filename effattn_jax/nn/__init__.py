@@ -14,7 +14,10 @@ from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
+from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.recurrent import MinGRU
+from effattn_jax.nn.selective import RGLRU, Mamba, Mamba2
+from effattn_jax.nn.state_space import LRU, S4, S4D, S5
 
 MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "softmax": partial(MultiHeadAttention, kernel="softmax"),
@@ -59,6 +62,14 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         frozen=("projection",),
     ),
     "min_gru": MinGRU,
+    "s4": S4,
+    "s4d": S4D,
+    "s5": S5,
+    "lru": LRU,
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "mamba3": partial(Mamba2, trapezoid=True),
+    "rg_lru": RGLRU,
     "mlp_mixer": partial(AttentionFree, kernel="mlp_mixer"),
     "ffn_stack": partial(AttentionFree, kernel="ffn_stack"),
     "res_mlp": partial(AttentionFree, kernel="res_mlp"),
@@ -78,13 +89,21 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
 }
 
 __all__ = [
+    "LRU",
     "MIXERS",
+    "RGLRU",
+    "S4",
+    "S4D",
+    "S5",
     "AttentionFree",
     "Embedding",
     "ExternalAttention",
     "FeedForward",
+    "Mamba",
+    "Mamba2",
     "MinGRU",
     "MultiHeadAttention",
+    "Placing",
     "SequenceMixer",
     "ShortConvolution",
     "make_norm",

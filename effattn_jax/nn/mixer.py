@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.products import dense_product
 
 
@@ -27,9 +28,12 @@ class SequenceMixer(nn.Module):
       causal: False is the bidirectional form, which has no state.
       rotary_base: turns queries and keys by their positions with this base; None does not. Mixers without queries
         ignore it.
+      placing: further options of positions, see `nn.Placing`; None for none.
       window: how many tokens to the left are seen besides the token itself; None for all.
       chunk_size: of the chunked form; None is the kernel's own choice.
       max_length: the longest sequence, for mixers whose weights have a place for each step; the others ignore it.
+      state_size: P, numbers of state a channel, head or layer, of state-space mixers; None is the mixer's own choice.
+      rate: sampling step of the input over that of training; state-space mixers multiply their steps by it.
       output_scale: factor on the initial weights of the projection that writes into the residual stream.
       use_bias: whether projections have biases.
       dtype: of activations; states and gates accumulate in float32.
@@ -44,10 +48,19 @@ class SequenceMixer(nn.Module):
     window: int | None = None
     chunk_size: int | None = None
     max_length: int | None = None
+    state_size: int | None = None
+    rate: float = 1.0
     output_scale: float = 1.0
     use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    placing: Placing | None = None
+
+    @nn.nowrap
+    def refuses_placing(self) -> str:
+        """Why this mixer cannot have its `placing`; empty where it can."""
+        ignored = self.placing is None or self.placing.kind == "rotary"  # as rotary_base is
+        return "" if ignored else "it has no queries and keys that positions could act on"
 
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:

@@ -16,7 +16,8 @@ import numpy as np
 
 from effattn_jax import attention
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
-from effattn_jax.position import rotary
+from effattn_jax.nn.placing import Placing
+from effattn_jax.position import rotary, xpos_decay
 
 DECAY_RANK = 16
 DECAY_TEMPERATURE = 16.0
@@ -78,14 +79,13 @@ class MultiHeadAttention(SequenceMixer):
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
         inputs = {"query": self._heads(x_BxTxD, "query", self.heads), "key": self._heads(x_BxTxD, "key", self.kv_heads)}
-        if self.rotary_base is not None and not _line(self.kernel).unread:
-            positions = self._positions(x_BxTxD, positions, state)
-            inputs = {name: rotary(value, positions, base=self.rotary_base) for name, value in inputs.items()}
+        inputs = self._placed(x_BxTxD, inputs, positions, state)
         if self.unit_keys:
             inputs = {name: _unit(value) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
         inputs.update(self._weights())
+        self._add_bias(inputs, mask)
         out = self._kernel(
             inputs, mask, segment_ids, previous_scores, initial_state=state, return_state=return_state
         )  # fmt: skip
@@ -98,6 +98,34 @@ class MultiHeadAttention(SequenceMixer):
         if name in _line(self.kernel).unread:
             return jnp.zeros(shape, self.dtype)
         return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(shape)
+
+    def _placed(self, x_BxTxD, inputs, positions, state):
+        placing = self.placing or Placing()
+        turns = self.rotary_base is not None and not _line(self.kernel).unread
+        turns = turns and (not placing.in_kernel or self.kernel != "softmax")
+        if turns or placing.log_scale != "none":
+            positions = self._positions(x_BxTxD, positions, state)
+        if turns:
+            frequencies = placing.frequencies(self._head_dim, self.rotary_base)
+            inputs = {name: rotary(value, positions, frequencies=frequencies) for name, value in inputs.items()}
+        factor = placing.query_factor(positions, self.window)
+        if not (isinstance(factor, float) and factor == 1):
+            inputs["query"] = (_wide(inputs["query"]) * factor).astype(inputs["query"].dtype)
+        return inputs
+
+    def _add_bias(self, inputs, mask):
+        if self.placing is None:
+            return
+        refusal = self.refuses_placing()
+        if refusal:
+            raise ValueError(f"placing cannot be honoured: {refusal}; got {self.placing}")
+        bias = self.placing.bias(self.heads, self.causal, self.param)
+        if bias is not None:
+            inputs["bias"] = bias
+        if self.placing.kind == "xpos" and "log_decay" in inputs:
+            fading = jnp.tile(jnp.asarray(xpos_decay(self._head_dim), jnp.float32), 2)
+            fading = fading[None, None, None]  # padding is no distance
+            inputs["log_decay"] += fading if mask is None else jnp.where(mask[..., None, None], fading, 0)
 
     def _positions(self, x_BxTxD, positions, state):
         if positions is None and state is not None:
@@ -153,6 +181,11 @@ class MultiHeadAttention(SequenceMixer):
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
         key_mask = None if mask is None else mask[:, None, None, :]
         kernel = _line(self.kernel).function
+        placed = self.placing and self.placing.kernel(self.window, self._head_dim, self.rotary_base)
+        if placed and self.kernel == "softmax":
+            kernel, chosen = placed
+            options.pop("window", None)
+            options |= chosen
         if previous_scores is not None:
             if not self.accepts_scores():
                 raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
@@ -219,6 +252,15 @@ class MultiHeadAttention(SequenceMixer):
             seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
         return projections + gates + passes * (6 if "beta" in self.gates else 4) * inner * seen
+
+    @nn.nowrap
+    def refuses_placing(self) -> str:
+        """See `SequenceMixer`."""
+        return (
+            ""
+            if self.placing is None
+            else self.placing.refusal(self.kernel, _line(self.kernel), self.window, self.options or {})
+        )
 
     @nn.nowrap
     def fixes_length(self) -> bool:

@@ -39,14 +39,14 @@ class MinGRU(SequenceMixer):
         """See `SequenceMixer`."""
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
-        initial = None if state is None else self._initial(state, segment_ids)
+        initial = None if state is None else carried_over(state.hidden, state.segment_id, segment_ids)
         hidden, last = self._scan(x_BxTxD, mask, segment_ids, initial, "forward")
         if not self.causal:
             hidden = jnp.concatenate([hidden, self._scan(x_BxTxD, mask, segment_ids, None, "backward")[0]], axis=-1)
         y = self._dense(self.width, "out", self.output_scale)(hidden.astype(self.dtype))
         if not return_state:
             return y
-        return y, RecurrentState(last, _last_segment(x_BxTxD, segment_ids, state))
+        return y, RecurrentState(last, last_segment(x_BxTxD, segment_ids, state))
 
     def _scan(self, x_BxTxD, mask, segment_ids, initial, direction):
         prefix = "" if direction == "forward" else "backward_"
@@ -63,11 +63,6 @@ class MinGRU(SequenceMixer):
             return_state=True,
         )
 
-    def _initial(self, state, segment_ids):
-        if segment_ids is None or segment_ids.shape[1] == 0:
-            return state.hidden
-        return jnp.where((segment_ids[:, 0] == state.segment_id)[:, None], state.hidden, 0)
-
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> RecurrentState:
         """Zeros; `capacity` and `dtype` change nothing, the state is float32."""
@@ -80,7 +75,16 @@ class MinGRU(SequenceMixer):
         return directions * (6 * self.width**2 + 5 * self.width)
 
 
-def _last_segment(x, segment_ids, state):
+def carried_over(hidden, segment_id, segment_ids):
+    """The state (B, ...) that a call starts from: zeros where its first token begins another segment."""
+    if segment_ids is None or segment_ids.shape[1] == 0:
+        return hidden
+    same = segment_ids[:, 0] == segment_id
+    return jax.tree.map(lambda h: jnp.where(same.reshape(-1, *(1,) * (h.ndim - 1)), h, 0), hidden)
+
+
+def last_segment(x, segment_ids, state):
+    """The id of the segment in progress after a call, (B,) int32."""
     if segment_ids is not None and segment_ids.shape[1]:
         return segment_ids[:, -1].astype(jnp.int32)
     return jnp.zeros(x.shape[:1], jnp.int32) if state is None else state.segment_id

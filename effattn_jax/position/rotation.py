@@ -19,6 +19,7 @@ def rotary(
     interleaved: bool = False,
     scaling: float | np.ndarray | jax.Array | None = None,
     dim: int | None = None,
+    frequencies: np.ndarray | jax.Array | None = None,
 ) -> jax.Array:
     """Turns pairs of features of queries or keys by angles proportional to their positions.
 
@@ -32,13 +33,14 @@ def rotary(
       base: sets the lowest frequency, base^(-1 + 2 / dim).
       interleaved: the layout of the pairs.
       scaling: factor on the frequencies, a number or (dim/2,): 1/k is position interpolation by k. None is 1.
+      frequencies: (dim/2,) angles a position, in place of base and scaling: what `rotary_frequencies` returns.
       dim: only the first `dim` features are turned, the others pass unchanged. None is all of H.
 
     Returns:
       Array like x: same shape, same dtype (the rotation itself is computed in float32 at least).
 
     Raises:
-      ValueError: dim odd or larger than H, positions not broadcastable to (*B, T), x of fewer than three axes.
+      ValueError: dim odd or larger than H, frequencies of another shape, positions not broadcastable to (*B, T), x of fewer than three axes.
 
     Cost: O(H) a token and head, no state. Source: RoFormer, arXiv 2104.09864.
 
@@ -58,17 +60,21 @@ def rotary(
     dim = x.shape[-1] if dim is None else dim
     if dim > x.shape[-1]:
         raise ValueError(f"dim must be at most the head dimension {x.shape[-1]}; got {dim}")
-    frequencies = inverse_frequencies(dim, base)
+    if frequencies is None:
+        frequencies = inverse_frequencies(dim, base)
+    elif frequencies.shape != (dim // 2,):
+        raise ValueError(f"frequencies must have shape (dim/2,) = ({dim // 2},); got {frequencies.shape}")
     if scaling is not None:
         frequencies = frequencies * scaling
     if positions.dtype != x.dtype and x.dtype == jnp.float64:
         positions = positions.astype(x.dtype)
     angle = angles(positions.reshape((1,) * (len(lead) - positions.ndim) + positions.shape), frequencies)[..., None, :]
-    turned = _turn(x[..., :dim].astype(jnp.promote_types(x.dtype, jnp.float32)), angle, interleaved).astype(x.dtype)
+    turned = turn(x[..., :dim].astype(jnp.promote_types(x.dtype, jnp.float32)), angle, interleaved).astype(x.dtype)
     return turned if dim == x.shape[-1] else jnp.concatenate([turned, x[..., dim:]], axis=-1)
 
 
-def _turn(x: jax.Array, angle: jax.Array, interleaved: bool) -> jax.Array:
+def turn(x: jax.Array, angle: jax.Array, interleaved: bool) -> jax.Array:
+    """Pairs of features (..., H) turned by angles (..., H/2)."""
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
     pair = first * cos - second * sin, first * sin + second * cos

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import Recurrence
 from effattn_jax.recurrence.diagonal import diagonal_recurrence
+from effattn_jax.recurrence.fft import fft_convolution
 from effattn_jax.recurrence.outer_product import outer_product_recurrence
 
-__all__ = ["RECURRENCES", "diagonal_recurrence", "outer_product_recurrence"]
+__all__ = ["RECURRENCES", "diagonal_recurrence", "fft_convolution", "outer_product_recurrence"]
 
 
 def _diagonal(rng, batch, length, dtype):

@@ -44,72 +44,82 @@ def _over_time(chunks: Any, count: int) -> Any:
     return jax.tree.unflatten(tree, map(widen, range(len(leaves)), leaves))
 
 
-def pull_by_vjp(body: Callable, carry: Any, inputs: Any, aux: Any, _: Any, d_carry: Any, d_out: Any) -> tuple[Any, Any]:
+def _split(size: int, x: jax.Array) -> jax.Array:
+    """(B, T, ...) as chunks in front, (T / size, B, size, ...)."""
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+
+
+def pull_by_vjp(
+    body: Callable, carry: Any, inputs: Any, aux: Any, _: Any, d_carry: Any, d_out: Any, *weights: Any
+) -> tuple[Any, ...]:
     """The backward pass of one chunk by differentiating `body`."""
-    return jax.vjp(lambda c, x: body(c, x, aux), carry, inputs)[1]((d_carry, d_out))
+    return jax.vjp(lambda c, x, *w: body(c, x, aux, *w), carry, inputs, *weights)[1]((d_carry, d_out))
 
 
 def scan_chunks(
-    body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int, pull: Callable | None = None
+    body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int, pull: Callable | None = None, weights: Any = None
 ) -> tuple[Any, Any]:
     """Runs `body(carry, inputs, aux) -> (carry, outputs)` over chunks of `size` steps; time is axis 1 and a multiple of `size`.
 
     `inputs` is a pytree of inexact arrays, `aux` one of integer or boolean arrays. `pull(carry, inputs, aux, outputs, d_carry, d_outputs) ->
-    (d_carry, d_inputs)` is the backward pass of one chunk; None is the vjp of `body`. Returns the last carry and the outputs over all of time.
+    (d_carry, d_inputs)` is the backward pass of one chunk; None is the vjp of `body`. `weights`, inexact arrays without a time axis, are
+    handed to every call of `body` and `pull` as a last argument, and get a last cotangent. Returns the last carry and the outputs over all of time.
     """
     count = jax.tree.leaves(inputs)[0].shape[1] // size
+    shared = () if weights is None else (weights,)
     if count == 1:
-        return body(carry, inputs, aux)
+        return body(carry, inputs, aux, *shared)
 
     def forward(arrays, aux):
-        carry, inputs = arrays
-        _, first = body(carry, _chunk(inputs, 0, size), _chunk(aux, 0, size))
+        carry, inputs, *shared = arrays
+        _, first = body(carry, _chunk(inputs, 0, size), _chunk(aux, 0, size), *shared)
 
         def step(i, state):
             carry, buffers = state
-            carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size))
+            carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)
             return carry, _store(buffers, out, i, size)
 
         return lax.fori_loop(0, count, step, (carry, _over_time(first, count)))
 
     def plain(arrays, aux):
-        carry, inputs = arrays
-
-        def split(x):
-            return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
-
-        def join(x):
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(x.shape[0], count * size, *x.shape[3:])
-
-        step = jax.checkpoint(lambda carry, x: body(carry, *x))
-        carry, out = lax.scan(step, carry, jax.tree.map(split, (inputs, aux)))
-        return carry, jax.tree.map(join, out)
+        carry, inputs, *shared = arrays
+        step = jax.checkpoint(lambda carry, x: body(carry, *x, *shared))
+        carry, out = lax.scan(step, carry, jax.tree.map(partial(_split, size), (inputs, aux)))
+        return carry, jax.tree.map(_join, out)
 
     def backward(arrays, aux, results, cotangents):
-        first, inputs = arrays
+        first, inputs, *shared = arrays
         outputs, (d_carry, d_out) = results[1], cotangents
 
         def keep(i, state):
             carry, kept = state
             kept = jax.tree.map(lambda k, c: lax.dynamic_update_index_in_dim(k, c, i, axis=0), kept, carry)
-            return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size))[0], kept
+            return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)[0], kept
 
         kept = jax.tree.map(lambda c: jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)), first)
         _, kept = lax.fori_loop(0, count, keep, (first, kept))
 
         def step(j, state):
             i = count - 1 - j
-            d_carry, d_inputs = state
+            d_carry, d_inputs, *d_shared = state
             carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
             chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
-            d_carry, d_chunk = (pull or partial(pull_by_vjp, body))(carry, *chunks, d_carry, _chunk(d_out, i, size))
-            return d_carry, _store(d_inputs, d_chunk, i, size)
+            d_out_chunk = _chunk(d_out, i, size)
+            d_carry, d_chunk, *more = (pull or partial(pull_by_vjp, body))(
+                carry, *chunks, d_carry, d_out_chunk, *shared
+            )
+            return d_carry, _store(d_inputs, d_chunk, i, size), *jax.tree.map(jnp.add, d_shared, more)
 
         leaves, tree = jax.tree.flatten(inputs)
         buffers = jax.tree.unflatten(
             tree, [jnp.full_like(x, fill + 100) for fill, x in enumerate(leaves)]
         )  # unlike forward's
-        return lax.fori_loop(0, count, step, (d_carry, buffers))
+        return lax.fori_loop(0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared)))
 
-    return with_backward(forward, plain, backward)((carry, inputs), aux)
+    return with_backward(forward, plain, backward)((carry, inputs, *shared), aux)

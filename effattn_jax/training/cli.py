@@ -78,8 +78,9 @@ def presets(folder: Path) -> dict[str, str]:
 def presets_help(folder: Path) -> str:
     """The text of `train.py --help`."""
     lines = ["usage: python train.py [PRESET] [--model.FIELD VALUE] [--data.FIELD VALUE] [--optim.FIELD VALUE] ...", ""]
-    lines += ["presets:"]
-    lines += [f"  {name:<18} {summary}" for name, summary in presets(folder).items()]
+    known = presets(folder)
+    width = max(map(len, known), default=0)
+    lines += ["presets:", *(f"  {name:<{width}}  {summary}" for name, summary in known.items())]
     lines += ["", f"Without a preset: {DEFAULT_PRESET}. Every field of a preset: python train.py PRESET --help"]
     lines += ["The run folder is runs/PRESET (--train.run-dir); the same command resumes what it finds there."]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checks import widened
+from .state_space_references import STATE_SPACE_REFERENCES
 from .subjects import Subject, stepwise
 from .token_references import TOKEN_REFERENCES
 
@@ -439,6 +440,7 @@ REFERENCES = {
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
     **TOKEN_REFERENCES,
+    **STATE_SPACE_REFERENCES,
 }
 
 

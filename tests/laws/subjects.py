@@ -1,4 +1,4 @@
-"""Every line of the three tables, seen through one interface.
+"""Every line of the four tables, seen through one interface.
 
 A law is written once, against `Subject`; a new line of a table is tested with no new test code. What a member can do beyond the contract is read from its signature (options such as `window`) or found by asking it once
 (`bidirectional`, `crosswise`): a refusal must be a ValueError that names the matter; with anything else the law is tried, and fails.
@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from effattn_jax import mixing
-from effattn_jax._contract import Mixer, TokenMixer
+from effattn_jax import mixing, ssm
+from effattn_jax._contract import Mixer, Recurrence, TokenMixer
 from effattn_jax.attention import MIXERS
 from effattn_jax.recurrence import RECURRENCES
 
@@ -107,7 +107,7 @@ class Subject:
     @functools.cached_property
     def kinds(self) -> tuple[dict, ...]:
         """One form of each implementation, with the longest chunks."""
-        kinds = {form.get("implementation"): form for form in reversed(self.forms)}
+        kinds = {form.get("implementation", form.get("mode")): form for form in reversed(self.forms)}
         return tuple(kinds.values())[::-1]
 
     @functools.cached_property
@@ -140,7 +140,12 @@ class Subject:
     @property
     def independent_channels(self) -> bool:
         """Is the axis after time one of heads or channels that do not meet?"""
-        return not self.is_token_mixer
+        return not self.is_token_mixer and not self.is_weighted_recurrence
+
+    @property
+    def is_weighted_recurrence(self) -> bool:
+        """Is it a recurrence with weights, its channels among their axes?"""
+        return isinstance(self.entry, Recurrence) and self.entry.weights is not None
 
     def inputs(
         self, *, seed=0, batch=2, length=9, keys=None, heads=4, kv_heads=2, head_dim=4, value_dim=3, dtype=np.float32
@@ -169,6 +174,8 @@ class Subject:
         """Its inputs without a time axis, the same numbers for all calls of one shape."""
         if self.is_token_mixer:
             return _token_weights(self, inputs["inputs"].shape[-1])
+        if self.is_weighted_recurrence:
+            return _recurrence_weights(self)
         if not self.is_mixer or self.entry.weights is None:
             return {}
         query, key = inputs["query"], inputs["key"]
@@ -246,6 +253,12 @@ def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length:
 
 
 @functools.cache
+def _recurrence_weights(subject: Subject) -> dict:
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(np.asarray, subject.entry.weights(jax.random.key(0)))
+
+
+@functools.cache
 def _token_weights(subject: Subject, width: int) -> dict:
     """Initial weights with noise, so that none is near 0, or 1, or like another."""
     with jax.ensure_compile_time_eval():
@@ -288,7 +301,7 @@ def slice_key(array, start: int | None, stop: int | None):
 ALL_MIXERS = tuple(Subject(name, entry) for name, entry in MIXERS.items())
 MIXER_SUBJECTS = tuple(subject for subject in ALL_MIXERS if subject.causal)
 UNORDERED = tuple(subject for subject in ALL_MIXERS if not subject.causal)  # see test_without_causality
-RECURRENCE_SUBJECTS = tuple(Subject(name, entry) for name, entry in RECURRENCES.items())
+RECURRENCE_SUBJECTS = tuple(Subject(name, entry) for name, entry in (RECURRENCES | ssm.MIXERS).items())
 TOKEN_SUBJECTS = tuple(Subject(name, entry) for name, entry in mixing.MIXERS.items())
 SUBJECTS = MIXER_SUBJECTS + RECURRENCE_SUBJECTS + TOKEN_SUBJECTS
 CAUSAL = tuple(subject for subject in SUBJECTS if subject.causal)  # those with states

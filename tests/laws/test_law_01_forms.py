@@ -164,7 +164,7 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("subject", MIXER_SUBJECTS, ids=repr)
-@settings(max_examples=4, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(problem=problems())
 def test_random_problems_equal_reference(subject, problem):
     keys = problem["keys"] if subject.crosswise else None

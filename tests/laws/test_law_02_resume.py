@@ -42,7 +42,7 @@ SITUATIONS = {
     "key_mask": {"mask": KEY_MASK},
     "both": {"segment_ids": SEGMENTS, "mask": KEY_MASK},
 }
-EVERY, FEW = range(LENGTH + 1), (0, 3)
+EVERY, BRIEFLY, FEW = range(LENGTH + 1), (0, 3, LENGTH), (0, 3)
 
 
 def check(subject, variant, situation, split, form, gradients=True):
@@ -70,7 +70,7 @@ def test_every_split_with_segments_and_key_masks(subject, form):
     The mask of each call covers that call's keys; masked keys stay masked in every later call.
     """
     if subject.carries_ids:
-        for split in EVERY:
+        for split in BRIEFLY if subject.brief else EVERY:
             check(subject, {}, "both", split, form, gradients=split == 3)
     else:  # its state belongs to the next id, so it is handed on inside segments only
         check_inside(subject, form)

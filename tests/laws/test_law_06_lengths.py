@@ -11,16 +11,20 @@ from . import checks, references
 from .subjects import CAUSAL, MIXER_SUBJECTS, by_kind, by_table_form, param, time_slice
 
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 1000, 4097)
+BRIEF_LENGTHS = (0, 1, 65, 1000)
 CROSSWISE = tuple(s for s in MIXER_SUBJECTS if s.crosswise)
 LONG = tuple(s for s in CAUSAL if not (s.is_mixer and "length" in s.entry.exempt))
-LEADING = tuple(s for s in CAUSAL if "query" in s.parameters or s.is_token_mixer)  # those with any number of batch axes
+LEADING = tuple(
+    s for s in CAUSAL if "query" in s.parameters or s.is_token_mixer or s.is_weighted_recurrence
+)  # those with any number of batch axes
 
 
 def lengths_of(subject) -> tuple[int, ...]:
     """The lengths up to the longest that a member takes, that one included."""
+    lengths = BRIEF_LENGTHS if subject.brief else LENGTHS
     if subject.longest is None:
-        return LENGTHS
-    return (*(length for length in LENGTHS if length < subject.longest), subject.longest)
+        return lengths
+    return (*(length for length in lengths if length < subject.longest), subject.longest)
 
 
 @functools.cache

@@ -15,14 +15,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from . import checks
-from .subjects import Subject, slice_key, time_slice
+from .subjects import EVERYTHING, Subject, slice_key, time_slice
 
 LENGTH, SPLIT = 11, 5
 PATTERNS = ("mask", "segment_ids")
 CHECKS: dict[str, Callable] = {}
-# The checks of a member that runs on another's loops.
-BRIEF = ("one compile", "grad", "Explicit mesh", "export")
+BRIEF = ("one compile", "Explicit mesh", "export")  # the checks of a member that runs on another's loops
 BY_FORM: set[str] = set()  # checks whose outcome may differ between the implementations of a member
+OFTEN = ("vmap", "Explicit mesh", "export")  # those of them that are made of every implementation without LAWS=all too
 
 
 def check(name: str, *, by_form: bool = False):
@@ -54,24 +54,39 @@ def forms_of(subject: Subject, name: str) -> tuple[dict, ...]:
     """
     if name == "shard_map, heads" and not subject.independent_channels:
         return ()
-    return kinds_of(subject) if name in BY_FORM else kinds_of(subject)[-1:]
+    return kinds_of(subject) if name in (BY_FORM if EVERYTHING else OFTEN) else kinds_of(subject)[-1:]
 
 
 @functools.cache
-def plain(subject: Subject, form_index: int, batch: int, copies: int):
-    """Values and gradients on one device, shared by the checks that run the same call in another way."""
-    call, inputs = call_of(subject, kinds_of(subject)[form_index]), sample(subject, batch=batch, copies=copies)
-    return jax.tree.map(np.asarray, checks.value_and_grads(call, inputs))
+def plain_program(subject: Subject, form_index: int):
+    """Values and gradients on one device, one compiled program for all checks that run the same call in another way; and its traces."""
+    call, traces = call_of(subject, kinds_of(subject)[form_index]), []
+
+    def run(inputs):
+        traces.append(None)
+        return checks.value_and_grads(call, inputs)
+
+    return jax.jit(run), traces
 
 
-def expected_of(subject: Subject, form: dict, *, batch=2, copies=1):
-    return plain(subject, kinds_of(subject).index(form), batch, copies)
+def plain(subject: Subject, form: dict, inputs: dict):
+    return jax.tree.map(np.asarray, plain_program(subject, kinds_of(subject).index(form))[0](inputs))
 
 
-def sample(subject: Subject, *, batch=2, dtype=np.float32, copies=1) -> dict:
-    """Inputs, key mask and segment ids of one call; `copies` repeats the axis after time, so that it divides among devices."""
-    inputs = subject.inputs(length=LENGTH, batch=batch, dtype=dtype)
-    copies = copies if subject.independent_channels else 1
+@functools.cache
+def _of_sample(subject: Subject, form_index: int):
+    return plain(subject, kinds_of(subject)[form_index], sample(subject))
+
+
+def expected_of(subject: Subject, form: dict):
+    """Values and gradients of `sample`."""
+    return _of_sample(subject, kinds_of(subject).index(form))
+
+
+def sample(subject: Subject, *, batch=8) -> dict:
+    """Inputs, key mask and segment ids of one call, whose batch and whose axis after time divide among eight devices."""
+    inputs = subject.inputs(length=LENGTH, batch=batch)
+    copies = 2 if subject.independent_channels else 1
     inputs = {name: np.concatenate([array] * copies, axis=2) for name, array in inputs.items()}
     rng = np.random.default_rng(7)
     inputs["segment_ids"] = np.sort(rng.integers(0, 3, (batch, LENGTH)), axis=1).astype(np.int32)
@@ -106,6 +121,11 @@ def assert_same(actual, expected) -> None:
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
 
 
+def rolled(inputs: dict, shift: int = 1) -> dict:
+    """The same rows in another order."""
+    return jax.tree.map(lambda a: np.roll(a, shift, axis=0), inputs)
+
+
 def stacked(trees) -> dict:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
@@ -120,38 +140,60 @@ def jit(subject, form):
 @check("one compile")
 def one_compile(subject, form):
     """one trace and one program for all calls of one shape, whatever the numbers, masks and ids"""
-    traces = []
-
-    def counted(inputs):
-        traces.append(None)
-        return call_of(subject, form)(inputs)
-
-    function, inputs = jax.jit(counted), sample(subject)
+    (function, traces), inputs = plain_program(subject, kinds_of(subject).index(form)), sample(subject)
     for shift in range(3):
-        function({name: np.roll(array, shift, axis=0) for name, array in inputs.items()})
+        function(rolled(inputs, shift))
     assert len(traces) == 1 and function._cache_size() == 1
+
+
+@functools.cache
+def problem(subject: Subject, form_index: int):
+    """In float64: (real and complex inputs, a scalar loss of them, random directions), then compiled: the loss, its gradient."""
+    floats, rebuild = checks.split_floats(checks.widened(sample(subject, batch=2)))
+    call, rng = call_of(subject, kinds_of(subject)[form_index], (0, LENGTH)), np.random.default_rng(3)
+
+    def loss(floats):
+        return checks.probe(jnp.tanh(call(rebuild(floats))))
+
+    tangents = [
+        rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if x.dtype.kind == "c" else 0) for x in floats
+    ]
+    tangents = [jnp.asarray(t, x.dtype) for t, x in zip(tangents, floats)]
+    return [jnp.asarray(x) for x in floats], loss, tangents, jax.jit(loss), jax.jit(jax.grad(loss))
+
+
+def problem_of(subject: Subject, form: dict):
+    return problem(subject, kinds_of(subject).index(form))
+
+
+def difference(function, floats, tangents, step=1e-6):
+    """The central difference of a compiled function along the tangents."""
+    ahead, behind = (function([x + s * step * t for x, t in zip(floats, tangents)]) for s in (1, -1))
+    return jax.tree.map(lambda a, b: np.asarray(a - b) / (2 * step), ahead, behind)
+
+
+def along(slopes, tangents):
+    """The derivative along the tangents, from the slopes."""
+    return sum(jnp.sum(jnp.real(slope * tangent)) for slope, tangent in zip(slopes, tangents))
 
 
 @check("grad")
 def grad(subject, form):
     """compiled gradients equal central differences in float64"""
     with checks.x64():
-        floats, loss, tangents = problem(subject, form)
-        slopes = jax.jit(jax.grad(loss))(floats)
-        along = sum(jnp.sum(jnp.real(slope * tangent)) for slope, tangent in zip(slopes, tangents))
-        np.testing.assert_allclose(along, difference(loss, floats, tangents), rtol=1e-6)
+        floats, _, tangents, loss, gradient = problem_of(subject, form)
+        expected = difference(loss, floats, tangents)
+        np.testing.assert_allclose(along(gradient(floats), tangents), expected, rtol=1e-6)
 
 
 @check("jvp")
 def jvp(subject, form):
     """forward mode equals central differences in float64, and reverse mode to 1e-12"""
     with checks.x64():
-        floats, loss, tangents = problem(subject, form)
-        value, along = jax.jit(lambda x, t: jax.jvp(loss, (x,), (t,)))(floats, tangents)
-        slopes = jax.jit(jax.grad(loss))(floats)
-        backward = sum(jnp.sum(jnp.real(slope * tangent)) for slope, tangent in zip(slopes, tangents))
-        np.testing.assert_allclose(along, backward, rtol=1e-10)
-        np.testing.assert_allclose(along, difference(loss, floats, tangents), rtol=1e-6)
+        floats, plain_loss, tangents, loss, gradient = problem_of(subject, form)
+        value, forward = jax.jit(lambda x, t: jax.jvp(plain_loss, (x,), (t,)))(floats, tangents)
+        np.testing.assert_allclose(forward, along(gradient(floats), tangents), rtol=1e-10)
+        np.testing.assert_allclose(forward, difference(loss, floats, tangents), rtol=1e-6)
         np.testing.assert_allclose(value, loss(floats), rtol=1e-12)
 
 
@@ -159,54 +201,31 @@ def jvp(subject, form):
 def second_order(subject, form):
     """Hessian-vector products, reverse over reverse and forward over reverse, equal differences of the gradient in float64"""
     with checks.x64():
-        floats, loss, tangents = problem(subject, form)
+        floats, plain_loss, tangents, loss, gradient = problem_of(subject, form)
 
         def curved(x):
-            return loss(x) ** 2
+            return plain_loss(x) ** 2
 
         def slope_along(x):
-            return sum(jnp.sum(jnp.real(s * t)) for s, t in zip(jax.grad(curved)(x), tangents))
+            return along(jax.grad(curved)(x), tangents)
 
-        twice_reverse = jax.jit(jax.grad(slope_along))(floats)
+        def curved_gradient(x):
+            return [2 * loss(x) * slope for slope in gradient(x)]
+
         mixed = jax.jit(lambda x, t: jax.jvp(jax.grad(curved), (x,), (t,))[1])(floats, tangents)
-        gradient = jax.jit(jax.grad(curved))
-        step = 1e-5
-        ahead, behind = (gradient([x + s * step * t for x, t in zip(floats, tangents)]) for s in (1, -1))
-        expected = [np.asarray(a - b) / (2 * step) for a, b in zip(ahead, behind)]
+        expected = difference(curved_gradient, floats, tangents, step=1e-5)
         checks.assert_close(mixed, expected, 1e-6)
         if not any(jnp.iscomplexobj(x) for x in floats):
+            twice_reverse = jax.jit(jax.grad(slope_along))(floats)
             checks.assert_close(twice_reverse, expected, 1e-6)
-
-
-def problem(subject, form):
-    """(real and complex inputs, scalar loss of them, random directions) in float64."""
-    floats, rebuild = checks.split_floats(checks.widened(sample(subject)))
-    call, rng = call_of(subject, form, (0, LENGTH)), np.random.default_rng(3)
-
-    def loss(floats):
-        return checks.probe(jnp.tanh(call(rebuild(floats))))
-
-    floats = [jnp.asarray(x) for x in floats]
-    tangents = [
-        rng.normal(size=x.shape) + (1j * rng.normal(size=x.shape) if jnp.iscomplexobj(x) else 0) for x in floats
-    ]
-    return floats, loss, [jnp.asarray(t, x.dtype) for t, x in zip(tangents, floats)]
-
-
-def difference(loss, floats, tangents, step=1e-6):
-    """The central difference of the loss along the tangents."""
-    loss = jax.jit(loss)
-    ahead, behind = (loss([x + s * step * t for x, t in zip(floats, tangents)]) for s in (1, -1))
-    return (ahead - behind) / (2 * step)
 
 
 @check("vmap", by_form=True)
 def vmap(subject, form):
     """an added axis in front, or an inner axis of one input alone, in values and gradients"""
     call = call_of(subject, form)
-    rows = [sample(subject), jax.tree.map(lambda a: np.roll(a, 1, axis=0), sample(subject))]
-    compiled = jax.jit(functools.partial(checks.value_and_grads, call))
-    expected = [compiled(row) for row in rows]
+    rows = [sample(subject), rolled(sample(subject))]
+    expected = [plain(subject, form, row) for row in rows]
     gradients = jax.jit(jax.vmap(lambda row: checks.value_and_grads(call, row)))(stacked(rows))
     assert_same(gradients, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
     name = [name for name in rows[0] if name not in PATTERNS][-1]
@@ -252,11 +271,10 @@ def scan(subject, form):
 def pmap(subject, form):
     """eight devices, gradients inside"""
     call, devices = call_of(subject, form), jax.device_count()
-    inputs = sample(subject, batch=2 * devices)
-    split = jax.tree.map(lambda a: a.reshape(devices, 2, *a.shape[1:]), inputs)
+    inputs = sample(subject, batch=8 * devices)
+    split = jax.tree.map(lambda a: a.reshape(devices, 8, *a.shape[1:]), inputs)
     output, gradients = jax.pmap(lambda x: checks.value_and_grads(call, x))(split)
-    compiled = jax.jit(functools.partial(checks.value_and_grads, call))
-    one = [compiled(jax.tree.map(lambda a, i=i: a[i], split)) for i in (0, devices - 1)]
+    one = [plain(subject, form, jax.tree.map(lambda a, i=i: a[i], split)) for i in (0, devices - 1)]
     for index, expected in zip((0, devices - 1), one):
         assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
 
@@ -267,13 +285,13 @@ def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None) 
     return {name: P(batch) if name in PATTERNS else P(batch, None, heads) for name in inputs}
 
 
-def over_shards(subject, form, shape, batch, heads, copies=1):
+def over_shards(subject, form, shape, batch, heads):
     """The call inside shard_map (check_vma on), differentiated inside and outside of it."""
     mesh = jax.make_mesh(shape, ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
-    inputs, call = sample(subject, batch=8, copies=copies), call_of(subject, form)
+    inputs, call = sample(subject), call_of(subject, form)
     spec = specs(subject, inputs, batch, heads)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec,), out_specs=P(batch, None, heads))
-    expected = expected_of(subject, form, batch=8, copies=copies)
+    expected = expected_of(subject, form)
     assert_same(checks.value_and_grads(sharded, inputs), expected)
 
     def pulled_back(inputs, weights):
@@ -298,20 +316,21 @@ def shard_batch(subject, form):
 @check("shard_map, heads", by_form=True)
 def shard_heads(subject, form):
     """the same over two shards of heads or channels, masks and ids replicated"""
-    over_shards(subject, form, (4, 2), None, "heads", copies=2)
+    over_shards(subject, form, (4, 2), None, "heads")
 
 
 @check("Explicit mesh", by_form=True)
 def explicit_mesh(subject, form):
     """batch and heads sharded in the types (`AxisType.Explicit`), in values and gradients; the output keeps the sharding"""
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
-    inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
-    expected = expected_of(subject, form, batch=8, copies=2)
+    inputs, call = sample(subject), call_of(subject, form)
+    expected = expected_of(subject, form)
     with jax.set_mesh(mesh):
         spec = specs(subject, inputs, "data", "heads")
         placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
-        assert jax.typeof(jax.jit(call)(placed)).sharding.spec[0] == "data"
-        actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
+        actual = checks.value_and_grads(call, placed)
+        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
+        actual = jax.tree.map(np.asarray, actual)
     assert_same(actual, expected)
 
 
@@ -319,14 +338,14 @@ def explicit_mesh(subject, form):
 def sharded_jit(subject, form):
     """`jax.jit` over an Auto mesh with batch and heads sharded: no collective in the forward program, same values and gradients"""
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
-    inputs, call = sample(subject, batch=8, copies=2), call_of(subject, form)
+    inputs, call = sample(subject), call_of(subject, form)
     spec = specs(subject, inputs, "data", "heads")
     placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
     program = jax.jit(call).lower(placed).compile().as_text()
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in program and f"{collective}-start(" not in program, f"{collective} between shards"
     actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
-    assert_same(actual, expected_of(subject, form, batch=8, copies=2))
+    assert_same(actual, expected_of(subject, form))
 
 
 @check("eval_shape")

@@ -1,0 +1,284 @@
+"""Online projection of signals onto HiPPO's bases: every measure, every method, with regular or irregular samples held for a step.
+
+    scaled memories     t x' = A x + B u        LegS exactly (`_legs_exact.py`) or by bilinear rules at O(P) a step (`_legs_steps.py`);
+                                                cosine and Fourier in their eigenbasis, as a diagonal recurrence
+    sliding, fading       x' = A x + B u        x_t = A_bar x_(t-1) + B_bar u_t, several steps to a product of matrices
+
+State: P numbers a channel, and the time. Sources: Gu et al., arXiv:2008.07669; Su, kexue.fm/archives/10137.
+"""
+
+from functools import lru_cache, partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from effattn_jax._contract import ArrayLike, accumulator, choose
+from effattn_jax._derivatives import tie
+from effattn_jax.recurrence import diagonal_recurrence
+from effattn_jax.ssm import _legs_exact, _legs_steps
+from effattn_jax.ssm._measures import change_of, find
+from effattn_jax.ssm.discretization import METHODS, alpha_of, dense, discretize
+from effattn_jax.ssm.hippo import hippo_matrices
+
+__all__ = ["HippoState", "hippo_project"]
+
+
+class HippoState(NamedTuple):
+    """Where a projection stands: coefficients (*rest, P), and the time behind them, a number of samples (int32) or, with timestamps, a duration."""
+
+    coefficients: jax.Array
+    time: jax.Array
+
+
+class _Way(NamedTuple):
+    """How to project: everything that a program is compiled for."""
+
+    measure: str
+    size: int
+    options: tuple[tuple[str, Any], ...]
+    alpha: float | None  # None: exactly
+    step: float | None
+    is_regular: bool
+    final_only: bool
+
+
+class _Run(NamedTuple):
+    """What to project: coefficients x (R, P) after the time `start`, the cells that follow, u (T, R)."""
+
+    x: jax.Array
+    start: jax.Array
+    cut: _legs_exact.Grid | None
+    u: jax.Array
+
+
+def _ratios(run: _Run) -> tuple[jax.Array, jax.Array]:
+    """width / time at the beginning of each cell, and whether that time is 0."""
+    if run.cut is None:
+        time, width = run.start + jnp.arange(run.u.shape[0], dtype=run.start.dtype), 1
+    else:
+        time, width = run.start + run.cut.before, run.cut.width
+    return width / jnp.where(time > 0, time, 1), time <= 0
+
+
+def _legs(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
+    if way.alpha is not None:
+        return _legs_steps.waves(run.x, *_ratios(run), run.u, way.alpha, way.final_only)
+    if not way.final_only:
+        states = _legs_exact.every(run.x, run.start, run.cut, run.u, way.is_regular)
+        return states, states[-1]
+    if way.is_regular:
+        return None, _legs_exact.last_regular(run.x, run.start, run.u)
+    return None, _legs_exact.last(run.x, run.start, run.cut, run.u)
+
+
+@lru_cache(maxsize=32)
+def _eigenbasis(measure: str, size: int) -> tuple[np.ndarray, ...]:
+    """(eigenvalues, V^-1 B, V, V^-1, V^-1 of the state of a constant 1)."""
+    A, B = hippo_matrices(measure, size)
+    values, V = np.linalg.eig(A.astype(complex))
+    back = np.linalg.inv(V)
+    return values, back @ B, V, back, back @ np.linalg.solve(A, -B)
+
+
+def _diagonal_scaled(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
+    kind = jnp.result_type(run.x.dtype, jnp.complex64)
+    values, drive, V, back, constant = (jnp.asarray(a.astype(kind)) for a in _eigenbasis(way.measure, way.size))
+    ratio, is_first = _ratios(run)
+    if way.alpha is None:
+        power = jnp.log1p(ratio)[:, None] * values[None]
+        decay, weight = jnp.exp(power), -jnp.expm1(power) * constant[None]
+    else:
+        z = ratio[:, None] * values[None]
+        inverse = 1 / (1 - way.alpha * z)
+        decay, weight = (1 + (1 - way.alpha) * z) * inverse, ratio[:, None] * inverse * drive[None]
+    decay = jnp.where(is_first[:, None], 0, decay)
+    weight = jnp.where(is_first[:, None], constant[None], weight)
+    state = jnp.matmul(run.x.astype(kind), back.T, precision="highest")
+    inputs = weight[:, None] * run.u[..., None]
+    h, last = diagonal_recurrence(decay[None, :, None], inputs[None], initial_state=state[None], return_state=True)
+
+    def own(h):
+        x = jnp.matmul(h, V.T, precision="highest")
+        return x if jnp.iscomplexobj(run.x) else x.real
+
+    return None if way.final_only else own(h[0]), own(last[0])
+
+
+@lru_cache(maxsize=32)
+def _chunk_matrices(
+    measure: str, size: int, step: float, alpha: float | None, chunk: int, options: tuple
+) -> tuple[np.ndarray, np.ndarray]:
+    """(A_bar^(j + 1) (C, P, P), A_bar^(j - i) B_bar (C, C, P) for i <= j, else 0)."""
+    method = ("zoh",) if alpha is None else ("generalized", alpha)
+    A, B = discretize(*hippo_matrices(measure, size, **dict(options)), step, *method)
+    powers, responses = [A], [B]
+    for _ in range(1, chunk):
+        powers.append(A @ powers[-1])
+        responses.append(A @ responses[-1])
+    i = np.arange(chunk)
+    lag = i[:, None] - i[None]
+    toeplitz = np.where((lag >= 0)[..., None], np.stack(responses)[np.maximum(lag, 0)], 0)
+    return np.stack(powers), toeplitz
+
+
+def _invariant(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
+    """Several steps at a time: within a chunk the states are a matrix times its inputs plus a power of A_bar times its first state."""
+    length = run.u.shape[0]
+    chunk = max(1, min(length, 64, 2**19 // way.size**2))
+    matrices = _chunk_matrices(way.measure, way.size, way.step, way.alpha, chunk, way.options)
+    powers, responses = (m.astype(run.x.dtype) for m in matrices)
+    einsum = partial(jnp.einsum, precision="highest")
+
+    def body(x, u):
+        count = u.shape[0]
+        if way.final_only:
+            response = responses[count - 1, :count]
+            return einsum("pq,rq->rp", powers[count - 1], x) + einsum("ip,ir->rp", response, u), None
+        states = einsum("jpq,rq->jrp", powers[:count], x) + einsum("jip,ir->jrp", responses[:count, :count], u)
+        return states[-1], states
+
+    whole = length // chunk * chunk
+    x, states = lax.scan(body, run.x, run.u[:whole].reshape(-1, chunk, run.u.shape[1]))
+    parts = [] if way.final_only else [states.reshape(whole, *run.x.shape)]
+    if whole < length:
+        x, states = body(x, run.u[whole:])
+        parts.append(states)
+    return (None if way.final_only else jnp.concatenate(parts)), x
+
+
+def _invariant_irregular(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
+    A, B = (jnp.asarray(m.astype(run.x.dtype)) for m in hippo_matrices(way.measure, way.size, **dict(way.options)))
+
+    def step(x, inputs):
+        width, u = inputs
+        A_bar, B_bar = dense(jnp, A, B, width, way.alpha)
+        x = jnp.einsum("pq,rq->rp", A_bar, x, precision="highest") + u[:, None] * B_bar[None]
+        return x, None if way.final_only else x
+
+    x, states = lax.scan(step, run.x, (run.cut.width, run.u))
+    return states, x
+
+
+@partial(jax.jit, static_argnames=("way",))
+def _project(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
+    """(states (T, R, P), None if only the last is asked for; the last state (R, P))."""
+    x, start, u = tie((run.x, run.start, run.u))
+    run = run._replace(x=x, start=start, u=u)
+    if u.shape[0] == 0:
+        return None if way.final_only else jnp.zeros_like(x, shape=(0, *x.shape)), x
+    found, options = find(way.measure, way.size, dict(way.options))
+    if not found.is_scaled(**options):
+        return (_invariant if way.is_regular else _invariant_irregular)(run, way)
+    if way.measure in ("cosine_scaled", "fourier_scaled"):
+        return _diagonal_scaled(run, way)
+    change = change_of(found, way.size, options)
+    if change is None:
+        return _legs(run, way)
+
+    def times(x, matrix):
+        return None if x is None else jnp.matmul(x, matrix.T.astype(x.dtype), precision="highest")
+
+    states, last = _legs(run._replace(x=times(x, np.linalg.inv(change))), way)
+    return times(states, change), times(last, change)
+
+
+def _clock(timestamps: Any, length: int, state: HippoState | None, dtype: Any) -> tuple[jax.Array, Any, jax.Array]:
+    """(start, edges counted from it or None for samples of width 1, time afterwards)."""
+    if timestamps is None:
+        time = jnp.zeros((), jnp.int32) if state is None else jnp.asarray(state.time)
+        return time.astype(dtype), None, time + length
+    edges = timestamps if isinstance(timestamps, jax.Array) else np.asarray(timestamps, np.float64)
+    if edges.shape != (length + 1,):
+        raise ValueError(f"timestamps must be the T + 1 edges of the samples, {(length + 1,)}; got {edges.shape}")
+    if not isinstance(edges, jax.Array) and not np.all(np.diff(edges) >= 0):
+        raise ValueError("timestamps must not decrease")
+    start = jnp.zeros((), dtype) if state is None else jnp.asarray(state.time).astype(dtype)
+    edges = edges - edges[:1]
+    return start, edges, start + jnp.asarray(edges[-1].astype(dtype))
+
+
+def _check_signal(signal: Any, state: Any, size: int, is_complex: bool) -> tuple[jax.Array, jax.Array]:
+    """(u (T, R), coefficients before it (R, P)) in the dtype of states."""
+    signal = jnp.asarray(signal)
+    if signal.ndim < 1 or not jnp.issubdtype(signal.dtype, jnp.floating):
+        raise ValueError(f"signal must be real floating of shape (T, *rest); got {signal.dtype} {signal.shape}")
+    rest = signal.shape[1:]
+    dtype = accumulator(signal)
+    kind = jnp.result_type(dtype, jnp.complex64) if is_complex else dtype
+    u = signal.reshape(signal.shape[0], prod(rest)).astype(dtype)
+    if state is None:
+        return u, jnp.zeros((u.shape[1], size), kind)
+    if not isinstance(state, HippoState) or jnp.shape(state.coefficients) != (*rest, size):
+        shape = jnp.shape(getattr(state, "coefficients", state))
+        raise ValueError(
+            f"initial_state must be a HippoState with coefficients (*rest, P) = {(*rest, size)}; got {type(state).__name__} with {shape}"
+        )
+    return u, jnp.asarray(state.coefficients, kind).reshape(u.shape[1], size)
+
+
+def hippo_project(
+    signal: ArrayLike,
+    measure: str,
+    size: int,
+    *,
+    method: str = "bilinear",
+    alpha: float = 0.5,
+    step: float | None = None,
+    timestamps: ArrayLike | None = None,
+    initial_state: HippoState | None = None,
+    return_state: bool = False,
+    final_only: bool = False,
+    **options: Any,
+) -> Any:
+    """Projects the history of a signal onto a HiPPO basis, at every sample.
+
+    Args:
+      signal: (T, *rest), real; each sample is held until the next.
+      measure, size, options: as for :func:`hippo_matrices`.
+      method: "forward", "backward", "bilinear", "generalized" (with alpha, the weight of the new state), or "exact" = "zoh": no approximation of the held signal.
+        The scaled measures (legs, cosine_scaled, fourier_scaled, chebyshev with window=None) start from u_1 e_0, then take A / t and B / t on both sides with t = 1 for the
+        second sample, or width / time of its first edge.
+      step: width of a sample in the unit of the window; None is 1 / T. The scaled measures do not depend on it.
+      timestamps: (T + 1,) ascending edges, in the same unit; sample i is held on [t_i, t_(i+1)). Not with `step`. Scaled measures count from the first edge.
+      initial_state: the `HippoState` to go on from; timestamps go on from their own first edge.
+      return_state: also return the last `HippoState`.
+      final_only: return the last coefficients only, (*rest, P), in memory independent of T P; "exact" LegS then needs no recurrence.
+
+    Returns:
+      coefficients (T, *rest, P), or (*rest, P), float32 at least (complex for fourier_scaled); with `return_state` the pair (coefficients, state).
+
+    Raises:
+      ValueError: for an unknown name, shapes that do not fit, or step together with timestamps.
+
+    Cost a step: LegS O(P) (exact: O(P^2), of the final state alone O(P)), cosine and Fourier scaled O(P) and a product with V, sliding O(P^2), O(P^3) with irregular timestamps.
+    Source: Gu et al., arXiv:2008.07669; Su, kexue.fm/archives/10137; the exact form is the Legendre projection of the held signal itself.
+
+    >>> import jax.numpy as jnp
+    >>> x = hippo_project(jnp.array([1.0, 3.0]), "legs", 2, method="exact")
+    >>> print(x.round(4))                                    # means 1 and 2, slopes 0 and sqrt 3 / 2
+    [[1.    0.   ]
+     [2.    0.866]]
+    """
+    found, options = find(measure, size, options)
+    is_scaled = found.is_scaled(**options)
+    choose("method", method, (*METHODS, "exact"))
+    alpha = alpha_of("zoh" if method == "exact" else method, alpha)
+    if step is not None and timestamps is not None:
+        raise ValueError(f"step has no meaning with timestamps, which say every width; got step={step!r}")
+    u, x = _check_signal(signal, initial_state, size, measure == "fourier_scaled")
+    rest, length = jnp.shape(signal)[1:], u.shape[0]
+    start, edges, time = _clock(timestamps, length, initial_state, u.dtype)
+    way = _Way(measure, size, tuple(options.items()), alpha, None, edges is None, final_only)
+    if not is_scaled and edges is None and length:
+        way = way._replace(step=1 / length if step is None else float(step))
+    needs_cells = edges is not None or (is_scaled and alpha is None and not final_only)
+    cut = None
+    if needs_cells and length:
+        cut = _legs_exact.grid(np.arange(length + 1.0) if edges is None else edges, size, u.dtype)
+    states, last = _project(_Run(x, start, cut, u), way)
+    out = last.reshape(*rest, size) if final_only else states.reshape(length, *rest, size)
+    return (out, HippoState(last.reshape(*rest, size), time)) if return_state else out

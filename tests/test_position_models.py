@@ -1,0 +1,168 @@
+"""Encodings and extrapolation as options of the language model: steps equal the whole, padding and packing change nothing, settings at inference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.generate import _settings
+from effattn_jax.models import LanguageModel, ModelConfig
+from effattn_jax.nn import MultiHeadAttention, Placing
+from effattn_jax.position import alibi_slopes, rotary, rotary_frequencies, rotary_linear_attention, xpos_decay
+from effattn_jax.training.errors import UserError
+from tests.laws.checks import assert_close
+
+SMALL = {"layers": 1, "width": 16, "heads": 2, "mlp_ratio": 1.0}
+TRAINED = {  # settings that decide parameters or how a model is trained
+    "alibi": {"positions": "alibi"},
+    "kerple_log": {"positions": "kerple_log", "window": 5},
+    "t5": {"positions": "t5", "mixer": "local", "window": 3},
+    "xpos": {"positions": "xpos"},
+    "xpos in linear time": {"positions": "xpos", "mixer": "gated_linear"},
+    "alibi with sinks": {"positions": "alibi", "window": 3, "sinks": 2},
+    "log n": {"log_scale": "train", "train_length": 8},
+    "HWFA": {"layers": 2, "window": 3, "full_layers": 1, "full_rotary": False, "log_scale": "train", "train_length": 8},
+}
+AT_INFERENCE = {  # settings of a model trained with plain rotary positions
+    "window": {"window": 5},
+    "log n at inference": {"log_scale": "inference", "train_length": 4},
+    **{s: {"rotary_scaling": s, "rotary_factor": 8.0, "train_length": 64} for s in ("ntk_mixed", "yarn")},
+    "rerope": {"rerope_window": 4, "log_scale": "inference", "train_length": 4},
+    "leaky": {"rerope_window": 3, "rerope_leak": 0.25, "rotary_scaling": "ntk", "rotary_factor": 2.0},
+    "sinks": {"window": 3, "sinks": 2},
+}  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(1, 20, (2, 12))
+MASK = np.arange(12) >= np.array([[3], [0]])
+
+
+def stepwise(model, params, tokens, mask):
+    """A prompt of six, then a token a call."""
+    logits, state = model.step(params, tokens[:, :6], model.init_state(2, 12), mask=mask[:, :6])
+
+    def step(state, t):
+        one, seen = (jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in (tokens, mask))
+        logits, state = model.step(params, one, state, mask=seen)
+        return state, logits[:, 0]
+
+    rest = jax.lax.scan(step, state, jnp.arange(6, 12))[1]
+    return jnp.concatenate([logits, jnp.moveaxis(rest, 0, 1)], axis=1)
+
+
+@pytest.mark.parametrize("name", [*TRAINED, *AT_INFERENCE])
+def test_steps_equal_the_whole_and_padding_nothing(name):
+    config = ModelConfig(**{**SMALL, **TRAINED.get(name, {})})
+    model = LanguageModel(config, 20)
+
+    @jax.jit
+    def run(tokens, mask):
+        params = model.init(jax.random.key(0), tokens)["params"]
+        used = LanguageModel(config.at_inference(**AT_INFERENCE[name]), 20) if name in AT_INFERENCE else model
+        whole = used.apply({"params": params}, tokens, mask=mask)
+        alone = used.apply({"params": params}, tokens[:1, 3:])
+        return whole, stepwise(used, params, tokens, mask), alone, model.apply({"params": params}, tokens, mask=mask)
+
+    whole, steps, alone, plain = run(jnp.asarray(TOKENS), jnp.asarray(MASK))
+    assert_close(jnp.where(MASK[..., None], steps, 0), jnp.where(MASK[..., None], whole, 0), 5e-6)
+    assert_close(alone[0], whole[0, 3:], 5e-6)
+    if name in AT_INFERENCE:
+        assert float(jnp.abs(whole - plain).max()) > 1e-5  # the setting does something
+
+
+def test_random_and_stretched_positions():
+    """Training draws positions, evaluation counts them; a stretched table begins as it was and goes on."""
+    config = ModelConfig(**SMALL, random_positions=64)
+    model, tokens = LanguageModel(config, 20), jnp.asarray(TOKENS)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    counted = model.apply({"params": params}, tokens)
+    drawn = [
+        model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.key(i)})
+        for i in (1, 2)
+    ]
+    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-4 and float(jnp.abs(drawn[0] - counted).max()) > 1e-4
+    learned = ModelConfig(**SMALL, positions="learned", max_length=8)
+    stretched = LanguageModel(learned.at_inference(hierarchical_alpha=0.4), 20)
+    params = LanguageModel(learned, 20).init(jax.random.key(0), tokens[:, :8])["params"]
+    longer = stretched.apply({"params": params}, tokens)
+    assert_close(longer[:, :8], LanguageModel(learned, 20).apply({"params": params}, tokens[:, :8]), 1e-5)
+    with pytest.raises(ValueError, match="at most 64 long with learned positions; got 65"):
+        stretched.apply({"params": params}, jnp.ones((1, 65), jnp.int32))
+
+
+def test_xpos_in_linear_time_is_the_sum_written_out():
+    """gated_linear with rotary queries and keys and XPOS's factors as decays: unnormalised scores q . R k x^(i - j)."""
+    from effattn_jax.attention import gated_linear_attention
+
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 1, 8)).astype(np.float32)
+    decay = jnp.broadcast_to(jnp.tile(jnp.asarray(xpos_decay(8), jnp.float32), 2), q.shape)
+    turned = [rotary(x, jnp.arange(7)) for x in (q, k)]
+    out = gated_linear_attention(*turned, v, log_decay=decay, is_causal=True)
+    r = np.arange(7)[:, None] - np.arange(7)[None]
+    fading = np.exp(np.tile(xpos_decay(8), 2) * np.maximum(r, 0)[..., None])
+    scores = np.einsum("tnh,snh,tsh->ts", *(np.asarray(x[0]) for x in turned), fading) * (r >= 0)
+    np.testing.assert_allclose(out[0, :, 0], scores @ v[0, :, 0], atol=2e-5)
+
+
+def test_rotary_positions_in_linear_attention():
+    """The quotient written out, for a whole row and a token a call."""
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 2, 4)).astype(np.float32)
+    phi = [np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k)]
+    turned = [np.asarray(rotary(x, jnp.arange(7))) for x in phi]
+    causal = np.tril(np.ones((7, 7)))
+    above = np.einsum("btnh,bsnh,ts,bsnv->btnv", *turned, causal, v)
+    below = np.einsum("btnh,bsnh,ts->btn", *phi, causal)[..., None]
+    options = {"is_causal": True, "return_state": True}
+
+    @jax.jit
+    def run(q, k, v):
+        whole = rotary_linear_attention(q, k, v, query_positions=jnp.arange(7), **options)[0]
+        first, state = rotary_linear_attention(q[:, :4], k[:, :4], v[:, :4], query_positions=jnp.arange(4), **options)
+        later = {"query_positions": 4 + jnp.arange(3), "initial_state": state, **options}
+        return whole, first, rotary_linear_attention(q[:, 4:], k[:, 4:], v[:, 4:], **later)[0]
+
+    whole, first, rest = run(q, k, v)
+    np.testing.assert_allclose(whole, above / below, atol=1e-5)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
+
+
+def test_published_parts():
+    """The module's slopes are ALiBi's and not trained; its frequencies are those of `rotary_frequencies`."""
+    x = jnp.ones((1, 4, 16))
+    params = MultiHeadAttention(16, heads=2, kv_heads=2, placing=Placing("alibi")).init(jax.random.key(0), x)["params"]
+    assert not any("bias" in name for name in params)
+    np.testing.assert_array_equal(Placing("alibi").bias(4, True, None).slopes, alibi_slopes(4))
+    scaled = Placing(scaling="ntk", factor=4.0).frequencies(8, 10000.0)
+    np.testing.assert_array_equal(scaled, rotary_frequencies(8, scaling="ntk", factor=4.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "alibi", "mixer": "linear"}, "linear has no pairwise scores to add a bias to"),
+        ({"positions": "alibi", "mixer": "min_gru"}, "no queries and keys"),
+        ({"positions": "xpos", "mixer": "performer"}, "performer cannot fade with the distance"),
+        ({"positions": "xpos", "window": 3}, "xpos has no window of its own"),
+        ({"rerope_window": 4, "mixer": "topk"}, "rerope and sinks are a form of softmax attention"),
+        ({"log_scale": "train", "train_length": 8, "mixer": "linear_relu"}, "no temperature in linear"),
+        ({"log_scale": "train"}, "train_length must be above 1"),
+        ({"rotary_scaling": "yarn", "rotary_factor": 2.0}, "train_length must be above 1"),
+        ({"rotary_scaling": "ntk", "positions": "none"}, "rotary_scaling must be none without rotary"),
+        ({"rotary_factor": 0.5}, "rotary_factor must be at least 1"),
+        ({"rerope_window": 4, "positions": "learned"}, "rerope_window must be None without rotary"),
+        ({"sinks": 2}, "sinks must be 0 without a window"),
+        ({"full_layers": 1}, "full_layers must be None without a window"),
+        ({"hierarchical_alpha": 0.5, "positions": "learned"}, "hierarchical_alpha must be"),
+        ({"random_positions": 9, "positions": "alibi"}, "random_positions must be 0 where kernels count"),
+    ],
+)
+def test_settings_that_do_not_go_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options).validate()
+
+
+def test_settings_at_inference():
+    with pytest.raises(ValueError, match="a setting of inference is 'windoww'. Perhaps you meant 'window'"):
+        ModelConfig().at_inference(windoww=3)
+    given = _settings(["rotary_scaling=ntk_mixed", "rotary-factor=8", "window=None"])
+    assert given == {"rotary_scaling": "ntk_mixed", "rotary_factor": 8, "window": None}
+    with pytest.raises(UserError, match="NAME=VALUE"):
+        _settings(["window"])

@@ -1,0 +1,356 @@
+"""Attention with relative positions against all scores written out, in both forms, packed, masked, and step by step; embeddings and frequencies."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import attention, position
+from effattn_jax.position import (
+    complex_order_embedding,
+    disentangled_attention,
+    floater_embedding,
+    hierarchical_embedding,
+    log_length_scale,
+    random_positions,
+    rerope_attention,
+    rotary,
+    rotary_frequencies,
+    shaw_attention,
+    tupe_attention,
+    xl_attention,
+    xpos,
+    xpos_attention,
+    yarn_temperature,
+)
+from tests.laws.checks import assert_close, value_and_grads
+
+B, T, N, H, V = 2, 13, 2, 8, 6
+IDS = np.array([[0] * 5 + [1] * 8, [3] * 13])
+MASK = ((np.random.default_rng(3).random((2, 1, 1, T)) > 0.2) | (np.arange(T) == 0)).astype(bool)
+PADDED = np.broadcast_to(np.arange(T) >= np.array([[3], [0]]), (2, T))[:, None, None]  # in front: no pattern moves
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def inputs():
+    return [draw(i, B, T, N, size) for i, size in enumerate((H, H, V))]
+
+
+def turned(x, positions):
+    """R(t) x for halves of features, t of any shape (..., 1 for heads) by complex products."""
+    w = 10000.0 ** (-np.arange(0, H, 2) / H)
+    z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * jnp.exp(1j * (positions[..., None] * w))
+    return jnp.concatenate([z.real, z.imag], axis=-1)
+
+
+def product(query, key):
+    return jnp.einsum("btnh,bsnh->bnts", query, key)
+
+
+def distances(p):
+    """i - j, (B, T, S)."""
+    return p[:, :, None] - p[:, None, :]
+
+
+def shaw(q, k, v, p, w):
+    d = np.clip(-distances(p), -3, 3) + 3
+    scores = product(q, k) + jnp.einsum("btnh,btsnh->bnts", q, w["key_table"][d])
+    return scores / math.sqrt(H), jnp.moveaxis(w["value_table"][d], 3, 1)
+
+
+def disentangled(q, k, v, p, w):
+    d, e = (np.clip(x + 4, 0, 7) for x in (distances(p), -distances(p)))
+    scores = product(q, k) + jnp.einsum("btnh,btsnh->bnts", q, w["key_table"][d])
+    return (scores + jnp.einsum("bsnh,btsnh->bnts", k, w["query_table"][e])) / math.sqrt(3 * H), None
+
+
+def xl(q, k, v, p, w):
+    angle = distances(p)[..., None] * 10000.0 ** (-np.arange(0, 6, 2) / 6)
+    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    relative = jnp.einsum("btsm,mnh->btsnh", waves, w["relative_key"])
+    far = jnp.einsum("btnh,btsnh->bnts", q + w["position_bias"][None, None], relative)
+    return (product(q + w["content_bias"][None, None], k) + far) / math.sqrt(H), None
+
+
+def tupe(q, k, v, p, w):
+    rows, columns = w["position_query"][p], w["position_key"][p]
+    place = product(rows, columns) / math.sqrt(2 * H)
+    first, second = (w["first_token"][:, i][None, :, None, None] for i in (0, 1))
+    row, column = (p == 0)[:, None, :, None], (p == 0)[:, None, None, :]
+    return product(q, k) / math.sqrt(2 * H) + jnp.where(row, first, jnp.where(column, second, place)), None
+
+
+def by_distance(f):
+    """Scores q . R(f(r)) k from a function of distances."""
+
+    def scores(q, k, v, p, w):
+        r = f(distances(p).astype(float))
+        moved = turned(jnp.broadcast_to(k[:, None], (B, T, T, N, H)), -r[..., None])
+        return jnp.einsum("btnh,btsnh->bnts", q, moved) / math.sqrt(H), None
+
+    return scores
+
+
+def leaky(w, leak):
+    return by_distance(lambda r: np.sign(r) * np.where(abs(r) < w, abs(r), w + (abs(r) - w) * leak))
+
+
+def faded(q, k, v, p, w):
+    r = distances(p)
+    x = (2 * np.arange(H // 2) / H + 0.4) / 1.4
+    moved = turned(jnp.broadcast_to(k[:, None], (B, T, T, N, H)), -r.astype(float)[..., None])
+    fading = np.tile(x, 2) ** (r[..., None] / 512)
+    return jnp.einsum("btnh,btsnh,btsh->bnts", q, moved, np.where(r[..., None] < 0, 1, fading)) / math.sqrt(H), None
+
+
+MEMBERS = {
+    "shaw": (shaw_attention, shaw, {"key_table": draw(4, 7, N, H), "value_table": draw(5, 7, N, V)}, {}),
+    "disentangled": (disentangled_attention, disentangled, {"key_table": draw(4, 8, N, H), "query_table": draw(5, 8, N, H)}, {}),
+    "xl": (
+        xl_attention,
+        xl,
+        {"relative_key": draw(4, 6, N, H), "content_bias": draw(5, N, H), "position_bias": draw(6, N, H)},
+        {},
+    ),
+    "tupe": (
+        tupe_attention,
+        tupe,
+        {"position_query": draw(4, T, N, 4), "position_key": draw(5, T, N, 4), "first_token": draw(6, N, 2)},
+        {},
+    ),
+    "rerope": (rerope_attention, leaky(4, 0.0), {}, {"window": 4}),
+    "leaky": (rerope_attention, leaky(3, 0.25), {}, {"window": 3, "leak": 0.25}),
+    "sinks": (rerope_attention, leaky(4, 0.0), {}, {"window": 4, "sinks": 2}),
+    "xpos": (xpos_attention, faded, {}, {}),
+}  # fmt: skip
+
+
+def places(mask, ids):
+    real = np.ones((B, T), int) if mask is None else np.broadcast_to(mask[:, 0, 0], (B, T)).astype(int)
+    before = np.cumsum(real, axis=1) - real
+    if ids is None:
+        return before
+    start = np.array([[before[b, np.argmax(ids[b] == ids[b, t])] for t in range(T)] for b in range(B)])
+    return before - start
+
+
+def reference(name, arrays, weights, *, is_causal, mask=None, segment_ids=None):
+    _, scores, _, options = MEMBERS[name]
+    q, k, v = arrays
+    p = places(mask, segment_ids)
+    s, extra = scores(q, k, v, p, weights)
+    i, j = np.arange(T)[:, None], np.arange(T)[None]
+    see = np.ones((B, 1, T, T), bool) & (~np.array(is_causal) | (j <= i))
+    if mask is not None:
+        see = see & mask
+    if segment_ids is not None:
+        see = see & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    if "sinks" in options:
+        see = see & ((abs(i - j) < options["window"]) | (p < options["sinks"])[:, None, None, :])
+    s = jnp.where(see, s, -1e30)
+    weight = jnp.where(see, jnp.exp(s - jax.lax.stop_gradient(s.max(-1, keepdims=True))), 0)
+    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1e-30)
+    out = jnp.einsum("bnts,bsnv->btnv", weight, v)
+    return out if extra is None else out + jnp.einsum("bnts,bntsv->btnv", weight, extra)
+
+
+CASES = {
+    "by blocks": ({"is_causal": True}, {"chunk_size": 5}),
+    "both ways": ({"is_causal": False}, {"chunk_size": 5}),
+    "packed": ({"is_causal": True, "segment_ids": IDS, "mask": PADDED}, {"chunk_size": 5}),
+    "dense": ({"is_causal": True}, {"implementation": "dense"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scores_written_out(case):
+    """Outputs and the gradients of everything, all members in one program."""
+    seen, form = CASES[case]
+
+    @jax.jit
+    def both(arrays, weights):
+        pairs = {}
+        for name, (function, _, _, options) in MEMBERS.items():
+            if name == "xpos" and not seen["is_causal"]:
+                continue
+            ours = lambda tree, f=function, o=options: f(*tree[0], **tree[1], **o, **seen, **form)  # noqa: E731
+            whole = lambda tree, n=name: reference(n, *tree, **seen)  # noqa: E731
+            pairs[name] = [value_and_grads(call, (arrays, weights[name])) for call in (ours, whole)]
+        return pairs
+
+    pairs = both(inputs(), {name: member[2] for name, member in MEMBERS.items()})
+    for name, (ours, whole) in pairs.items():
+        assert_close(ours, whole, 2e-5, name)
+
+
+def test_steps_with_a_cache_and_a_nan_ahead():
+    """A token a call equals the whole, with keys masked in between; a NaN behind the end of a row changes no bit before it."""
+    counted = [name for name in MEMBERS if name not in ("rerope", "leaky", "sinks")]
+
+    @jax.jit
+    def run(arrays, spoiled, weights):
+        def step(options, function):
+            def one(state, t):
+                now = [jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in arrays]
+                more = {"mask": jax.lax.dynamic_slice_in_dim(jnp.asarray(options["mask"]), t, 1, 3)}
+                out, state = function(*now, initial_state=state, return_state=True, **{**options, **more})
+                return state, out[:, 0]
+
+            return one
+
+        results = {}
+        for name, (function, _, _, options) in MEMBERS.items():
+            mask = MASK if name in counted else PADDED
+            options = {**options, **weights[name], "is_causal": True, "mask": mask}
+            steps = jax.lax.scan(step(options, function), attention.cache(B, T, N, H, V), jnp.arange(T))[1]
+            results[name] = function(*arrays, **options), jnp.moveaxis(steps, 0, 1), function(*spoiled, **options)
+        return results
+
+    arrays = inputs()
+    spoiled = [x.copy() for x in arrays]
+    for x in spoiled[1:]:
+        x[:, -1] = np.nan
+    weights = {name: member[2] for name, member in MEMBERS.items()}
+    for name, (whole, steps, after) in run([jnp.asarray(x) for x in arrays], spoiled, weights).items():
+        assert_close(steps, whole, 5e-6, name)
+        np.testing.assert_array_equal(after[:, :-1], whole[:, :-1], err_msg=name)
+
+
+def test_no_buffer_of_all_pairs():
+    """Both passes at T = 8,192, one head: far less than one T x T array of bytes."""
+    length = 8192
+    arrays = [jax.ShapeDtypeStruct((1, length, 1, H), np.float32)] * 3
+    for name in ("shaw", "xl", "rerope", "xpos"):
+        function, _, weights, options = MEMBERS[name]
+        weights = {
+            n: jnp.asarray(x[..., :1, :H] if n != "value_table" else np.ones((7, 1, H), np.float32))
+            for n, x in weights.items()
+        }
+
+        def loss(arrays, weights, function=function, options=options):
+            return jnp.sum(function(*arrays, **weights, **options, is_causal=True))
+
+        used = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(arrays, weights).compile().memory_analysis()
+        assert used.temp_size_in_bytes < 0.5 * length**2, (name, used)
+
+
+def test_published_distances_of_rerope():
+    """r = 0 .. 9, w = 4: what the scores of one pair say about the distance used."""
+    keys = np.eye(2)[None, [0] * 10, None].astype(np.float32)  # one pair of features, turned by t
+    for leak, expected in ((0.0, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]), (0.5, [0, 1, 2, 3, 4, 4.5, 5, 5.5, 6, 6.5])):
+        options = {"window": 4, "leak": leak, "frequencies": np.array([0.1]), "scale": 1.0, "is_causal": True}
+        values = np.eye(10)[None, :, None].astype(np.float32)
+        weights = rerope_attention(keys, keys, values, **options)[0, -1, 0]
+        scores = np.cos(0.1 * np.array(expected))[::-1]
+        np.testing.assert_allclose(weights, np.exp(scores) / np.exp(scores).sum(), atol=1e-6)
+
+
+def test_frequencies():
+    """The golden values of the article, and that each scaling keeps what it says."""
+    plain = rotary_frequencies(128)
+    ntk = rotary_frequencies(128, scaling="ntk", factor=8)
+    assert abs(ntk[1] ** -64 - 82_684.6) < 0.5 and ntk[0] == 1 and np.isclose(ntk[-1] * 8, plain[-1])
+    mixed = plain / rotary_frequencies(128, scaling="ntk_mixed", factor=8)
+    np.testing.assert_allclose(mixed[[0, 31, 63]], [1.16714, 3.85107, 8], atol=1e-5)
+    fixed = [rotary_frequencies(128, scaling=s, factor=8, exponent=1.0) for s in ("ntk_fixed", "ntk_mixed")]
+    np.testing.assert_allclose(*fixed, rtol=1e-12)
+    linear = [rotary_frequencies(128, scaling=s, factor=8, exponent=0.0) for s in ("linear", "ntk_mixed")]
+    np.testing.assert_allclose(*linear, rtol=1e-12)
+    yarn = rotary_frequencies(128, scaling="yarn", factor=8, train_length=2048)
+    np.testing.assert_allclose([yarn[0], yarn[-1] * 8], [plain[0], plain[-1]])
+    assert yarn_temperature(1) == 1 and np.isclose(yarn_temperature(np.e**10), 2)
+    scale = log_length_scale(jnp.array([16, 64, 512, 1024, 4096]), 512)
+    np.testing.assert_allclose(scale, [0.4444, 0.6667, 1, 1.1111, 1.3333], atol=1e-4)
+    np.testing.assert_allclose(log_length_scale(jnp.array([16, 4096]), 512, at_least_one=True), [1, 4 / 3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1_000, 1_000_000])
+def test_shifts_change_nothing(start):
+    """Rotary positions with every scaling, and XPOS's pair: scores at a start are those at 0."""
+    q, k = draw(0, 1, 6, 2, 16), draw(1, 1, 6, 2, 16)
+
+    def scores(begin, frequencies):
+        at = begin + jnp.arange(6)
+        return product(*(rotary(x, at, frequencies=frequencies) for x in (q, k)))
+
+    for scaling in ("none", "linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn"):
+        w = rotary_frequencies(16, scaling=scaling, factor=8, train_length=64)
+        np.testing.assert_allclose(scores(start, w), scores(0, w), atol=1e-5, err_msg=scaling)
+    shifted = product(*xpos(q, k, start + jnp.arange(6), start + jnp.arange(6), center=start + 2))
+    np.testing.assert_allclose(shifted, product(*xpos(q, k, jnp.arange(6), jnp.arange(6))), atol=1e-5)
+
+
+def test_xpos_at_the_end_of_a_long_row():
+    """Finite, and the last rows those of a row that begins near them, where the absolute form has left the range of float32."""
+    length = 80_000
+    x = draw(0, 1, length, 1, 2)
+    tail = xpos_attention(x[:, -1:], x, x, is_causal=True, scale_base=64.0)
+    near = xpos_attention(x[:, -1:], x[:, -9_000:], x[:, -9_000:], is_causal=True, scale_base=64.0)
+    assert bool(jnp.isfinite(tail).all())
+    np.testing.assert_allclose(near.shape, tail.shape)
+    decayed = np.exp(np.log(0.4 / 1.4) / 64 * 9_000)
+    assert decayed == 0 or decayed < 1e-30  # scores of farther keys are 0 in both
+    scores = np.zeros(length)
+    scores[-9_000:] = np.asarray(_xpos_scores(x[0, :, 0]))[-9_000:]
+    weight = np.exp(scores) / np.exp(scores).sum()
+    np.testing.assert_allclose(tail[0, 0, 0], weight @ x[0, :, 0], atol=1e-5)
+
+
+def _xpos_scores(x):
+    r = np.arange(len(x))[::-1].astype(float)
+    cos, sin = np.cos(r), np.sin(r)
+    q = x[-1].astype(float)
+    turned_ = q[0] * (x[:, 0] * cos + x[:, 1] * sin) + q[1] * (x[:, 1] * cos - x[:, 0] * sin)
+    return turned_ * (0.4 / 1.4) ** (r / 64) / np.sqrt(2)
+
+
+def test_absolute_embeddings():
+    table = draw(0, 6, 4)
+    whole = hierarchical_embedding(table, jnp.arange(36))
+    np.testing.assert_allclose(whole[:6], table, atol=1e-6)
+    np.testing.assert_allclose(whole[6], 2 / 3 * table[1] + 1 / 3 * table[0], atol=1e-6)
+    assert len(np.unique(np.round(whole, 5), axis=0)) == 36
+    assert bool(jnp.isnan(jax.jit(lambda t: hierarchical_embedding(table, t))(jnp.array([36]))).all())
+    for wrong in ({"alpha": 0.5}, {"alpha": 1.2}):
+        with pytest.raises(ValueError, match="alpha must lie between 0 and 1 and not be 1/2"):
+            hierarchical_embedding(table, jnp.array([1]), **wrong)
+    with pytest.raises(ValueError, match=r"positions must lie in \[0, n\^2\) = \[0, 36\)"):
+        hierarchical_embedding(table, jnp.array([36]))
+    turn = floater_embedding(jnp.array([1.0, 0.0]), lambda t, p: jnp.stack([-p[1], p[0]]), 7, step=0.5, substeps=4)
+    np.testing.assert_allclose(turn, np.stack([np.cos(np.arange(7) / 2), np.sin(np.arange(7) / 2)], -1), atol=1e-5)
+    r, w, theta = draw(1, 3, 5, 4), draw(2, 3, 5, 4), draw(3, 3, 5, 4)
+    np.testing.assert_allclose(
+        complex_order_embedding(r, w, theta, jnp.arange(5)), r * np.exp(1j * (w * np.arange(5)[:, None] + theta)), atol=1e-5
+    )  # fmt: skip
+    drawn = np.asarray(random_positions(jax.random.key(0), 8, 64, batch=3))
+    assert drawn.shape == (3, 8) and (np.diff(drawn) > 0).all() and drawn.min() >= 0 and drawn.max() < 64
+
+
+def test_mistakes():
+    q, k, v = inputs()
+    calls = {
+        "key_table must have shape (2 D + 1, 8)": lambda: shaw_attention(q, k, v, key_table=draw(0, 6, H)),
+        "value_table must have shape (2 D + 1, 6)": lambda: shaw_attention(q, k, v, key_table=draw(0, 7, H), value_table=draw(0, 7, H)),
+        "query_table must have shape (2 D, 8)": lambda: disentangled_attention(q, k, v, key_table=None, query_table=draw(0, 7, H)),
+        "relative_key must have shape": lambda: xl_attention(q, k, v, relative_key=draw(0, 6, H)),
+        "the places of position_key": lambda: tupe_attention(q, k, v, position_query=draw(0, 4, N, 2), position_key=draw(0, 4, N, 2)),
+        "window must be a positive int": lambda: rerope_attention(q, k, v, window=0),
+        "leak must be at least 0": lambda: rerope_attention(q, k, v, window=2, leak=-1.0),
+        "sinks must be an int >= 1": lambda: rerope_attention(q, k, v, window=2, sinks=0),
+        "is_causal must be True": lambda: xpos_attention(q, k, v, is_causal=False),
+        "scaling='ntkk' is unknown": lambda: rotary_frequencies(8, scaling="ntkk"),
+        "factor must be at least 1": lambda: rotary_frequencies(8, scaling="ntk", factor=0.5),
+        "train_length must be given": lambda: rotary_frequencies(8, scaling="yarn", factor=2.0),
+        "frequencies must have shape": lambda: position.rotary(q, jnp.arange(T), frequencies=np.ones(3)),
+        "train_length must be above 1": lambda: log_length_scale(3, 1),
+        "length must be at most max_length": lambda: random_positions(jax.random.key(0), 5, 4),
+    }  # fmt: skip
+    for words, call in calls.items():
+        with pytest.raises(ValueError) as error:
+            call()
+        assert words in str(error.value), (words, str(error.value))

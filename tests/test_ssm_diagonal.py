@@ -1,0 +1,220 @@
+"""Diagonal state spaces: exact angles, kernels, and one set of parameters in every mode; S5 and LRU at other sampling rates."""
+
+import functools
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax import ssm
+from effattn_jax.ssm import _poles
+from tests.laws import checks
+
+WIDTH, PAIRS = 2, 3
+MODES = (
+    {"mode": "chunked"},
+    {"mode": "recurrence", "implementation": "scan"},
+    {"mode": "recurrence", "implementation": "associative"},
+    {"mode": "convolution"},
+)
+
+
+def system(length, *, real=False, dtype=np.float32, batch=2):
+    """u, Lambda, B, C, D, step, state."""
+    rng = np.random.default_rng(0)
+    kind = dtype if real else np.result_type(dtype, np.complex64)
+
+    def draw(*shape):
+        return (rng.normal(size=shape) + (0 if real else 1j * rng.normal(size=shape))).astype(kind)
+
+    Lambda = np.tile(ssm.diagonal_init("real" if real else "inv", 2 * PAIRS), (WIDTH, 1)).astype(kind)
+    step, D = rng.uniform(0.02, 0.2, WIDTH).astype(dtype), rng.normal(size=WIDTH).astype(dtype)
+    u = rng.normal(size=(batch, length, WIDTH)).astype(dtype)
+    return u, Lambda, draw(WIDTH, PAIRS), draw(WIDTH, PAIRS), D, step, draw(batch, WIDTH, PAIRS)
+
+
+def by_hand(u, Lambda, B, C, D, step, state, method="zoh"):
+    """Step by step in NumPy, float64."""
+    wide = np.complex128 if np.iscomplexobj(Lambda) else np.float64
+    Lambda, B, C, x = (a.astype(wide) for a in (Lambda, B, C, state))
+    z = step.astype(np.float64)[:, None] * Lambda
+    if method == "zoh":
+        a, gain = np.exp(z), np.expm1(z) / Lambda
+    else:
+        a, gain = (1 + z / 2) / (1 - z / 2), step[:, None] / (1 - z / 2)
+    out = []
+    for t in range(u.shape[1]):
+        x = a * x + gain * B * u[:, t, :, None]
+        out.append((2 if np.iscomplexobj(Lambda) else 1) * np.sum(C * x, -1).real + D * u[:, t])
+    return np.stack(out, 1), x
+
+
+def run(arrays, **options):
+    return ssm.diagonal_ssm(*arrays[:6], initial_state=arrays[6], return_state=True, **options)
+
+
+@jax.jit
+def everywhere(arrays):
+    """Outputs and last state in every mode."""
+    return [run(arrays, **form) for form in MODES]
+
+
+def test_initial_poles_are_those_of_the_papers():
+    np.testing.assert_allclose(
+        ssm.diagonal_init("legs", 8).imag, [0.42748871, 1.95779415, 5.35420852, 19.85741037], rtol=1e-7
+    )
+    np.testing.assert_allclose(
+        ssm.diagonal_init("inv", 8).imag, [17.82535363, 4.24413182, 1.52788745, 0.36378273], rtol=1e-7
+    )
+    assert round(ssm.diagonal_init("legs", 64).imag.max(), 2) == 1303.27
+    assert round(ssm.diagonal_init("inv", 64).imag.max(), 2) == 1283.43
+    np.testing.assert_allclose(ssm.diagonal_init("legs", 16).imag, ssm.legs_dplr(16)[0].imag, rtol=1e-10)
+    assert ssm.diagonal_init("real", 6).tolist() == [-1, -2, -3]
+    for size in (7, 0, 2.0):
+        with pytest.raises(ValueError, match="size must be an even positive int"):
+            ssm.diagonal_init("lin", size)
+
+
+def test_angles_are_right_at_a_million_steps():
+    """float32, the fastest pole of LegS at N = 64, a step of 0.1: 10^8 radians. Computed without care the error is 1.8."""
+    poles = (-1e-4 + 1j * ssm.diagonal_init("legs", 64).imag).astype(np.complex64)[None]
+    step = np.float32([[0.1], [0.0123]])
+    far, near = _poles.long_table(1 << 20)
+
+    @jax.jit
+    def tables(step, poles):
+        return [_poles.powers(step, poles, "zoh", *size) for size in ((far, near), (near,))]
+
+    high, low = map(np.asarray, tables(step, poles))
+    for lag in (1, 1023, 1024, 10**6, (1 << 20) - 1):
+        exact = np.exp(lag * (step.astype(np.longdouble) * poles.astype(np.clongdouble)))
+        assert np.abs(high[..., lag // near] * low[..., lag % near] / exact - 1).max() < 1e-6
+    with pytest.raises(ValueError, match="at most 16777216"):
+        _poles.long_table((1 << 24) + 1)
+
+
+@pytest.mark.parametrize("method", ["zoh", "bilinear"])
+@pytest.mark.parametrize("real", [False, True])
+def test_kernels_equal_powers(real, method):
+    _, Lambda, B, C, _, step, _ = system(1, real=real)
+    for length in (0, 1, 2, 17, 1000, 1023):
+        kernel = ssm.diagonal_kernel(Lambda, B, C, step, length, method)
+        assert kernel.shape == (WIDTH, length)
+        if length:
+            impulse = np.zeros((1, length, WIDTH))
+            impulse[:, 0] = 1
+            expected, _ = by_hand(impulse, Lambda, B, C, np.zeros(WIDTH), step, np.zeros((1, WIDTH, PAIRS)), method)
+            assert checks.rms(kernel.T - expected[0]) <= 1e-6 * checks.rms(expected[0])
+    one = ssm.diagonal_kernel(Lambda[0], B[0], C[0], step[0], 5, method)
+    np.testing.assert_allclose(one, ssm.diagonal_kernel(Lambda, B, C, step, 5, method)[0], rtol=1e-6)
+
+
+def test_the_hold_does_not_cancel():
+    """(e^z - 1) / z down to z = 0, in value and slope, and past half a turn."""
+    z = np.array([0, 1e-9, 1e-5 + 1e-5j, 0.3, 0.49j, 0.51j, -3 + 100j])
+    wide = np.where(z == 0, 1, z).astype(np.clongdouble)
+    exact = np.where(z == 0, 1, 2 * np.sinh(wide / 2) * np.exp(wide / 2) / wide)
+    slope = np.where(np.abs(z) < 1e-4, 0.5 + z / 3, (np.exp(wide) - exact) / wide)
+    values = _poles.phi(jnp.asarray(z, jnp.complex64))
+    slopes = jax.vmap(jax.grad(_poles.phi, holomorphic=True))(jnp.asarray(z, jnp.complex64))
+    assert np.abs(np.asarray(values) - exact).max() < 1e-7 and np.abs(np.asarray(slopes) - slope).max() < 1e-6
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 17, 1000, 1023, 1025, 4097])
+def test_modes_agree(length):
+    """Outputs and last state of every mode, against steps by hand."""
+    arrays = system(length)
+    expected = by_hand(*arrays)
+    for form, actual in zip(MODES, everywhere(arrays)):
+        for ours, theirs in zip(actual, expected):
+            assert checks.rms(ours - theirs) <= 1e-5 * checks.rms(theirs), form
+
+
+@pytest.mark.parametrize("length, dtype", [(2, np.float64), (1025, np.float64), (1025, np.float32)])
+def test_gradients_of_modes_agree(length, dtype):
+    """By every parameter, the input and the initial state, through the last state too."""
+    with checks.x64(dtype == np.float64):
+        arrays = system(length, dtype=dtype, batch=1)
+        both = jax.jit(lambda a: [checks.value_and_grads(functools.partial(run, **form), a) for form in MODES])(arrays)
+        tolerance = 1e-12 if dtype == np.float64 else 1e-5
+        for form, other in zip(MODES[1:], both[1:]):
+            checks.assert_close(other, both[0], tolerance, str(form))
+
+
+def test_modes_agree_at_a_million_steps():
+    """2^20 steps: chunks and convolution against the scan, float32."""
+    arrays = [a[:1] if a.shape[0] == 2 and a.ndim == 3 else a for a in system(1 << 20, batch=1)]
+    (chunked, _), (scanned, _), _, (convolved, _) = everywhere(arrays)
+    for other in (chunked, convolved):
+        assert checks.rms(other - scanned) <= 1e-5 * checks.rms(scanned)
+
+
+@pytest.mark.parametrize("mode", ["chunked", "recurrence"])
+def test_irregular_steps(mode):
+    """Holding an input for two steps is one step twice as long; a step of 0 changes nothing; the rest is regular."""
+    u, Lambda, B, C, D, step, state = system(8)
+    twice = np.repeat(u, 2, axis=1)
+    fine, last = ssm.diagonal_ssm(twice, Lambda, B, C, D, step, mode=mode, return_state=True, initial_state=state)
+    coarse, same = ssm.diagonal_ssm(u, Lambda, B, C, D, 2 * step, mode=mode, return_state=True, initial_state=state)
+    checks.assert_close((coarse, same), (fine[:, 1::2], last), 1e-5)
+    steps = np.broadcast_to(step, twice.shape) * np.tile([2, 0], 8)[:, None].astype(np.float32)
+    uneven, same = ssm.diagonal_ssm(twice, Lambda, B, C, D, steps, mode=mode, return_state=True, initial_state=state)
+    checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
+    assert not np.any(np.diff((uneven - D * twice).reshape(2, 8, 2, WIDTH), axis=2))
+
+
+def test_reverse_runs_from_the_end():
+    arrays = system(37)
+    for form in MODES:
+        turned = (np.flip(arrays[0], 1), *arrays[1:])
+        out, state = run(turned, **form)
+        back, first = run(arrays, reverse=True, **form)
+        checks.assert_close((np.flip(back, 1), first), (out, state), 1e-6)
+
+
+def test_a_convolution_refuses_what_it_cannot_do():
+    u, Lambda, B, C, D, step, state = system(4)
+    with pytest.raises(ValueError, match="mode='convolution' has one kernel for all of time; got segment_ids"):
+        ssm.diagonal_ssm(u, Lambda, B, C, D, step, mode="convolution", segment_ids=np.zeros((2, 4), int))
+    with pytest.raises(ValueError, match="got a step for each time"):
+        ssm.diagonal_ssm(u, Lambda, B, C, D, np.broadcast_to(step, u.shape), mode="convolution")
+    with pytest.raises(ValueError, match="mode='fft' is unknown"):
+        ssm.diagonal_ssm(u, Lambda, B, C, D, step, mode="fft")
+    with pytest.raises(ValueError, match="B and C must be real where Lambda is"):
+        ssm.diagonal_ssm(u, Lambda.real, B, C, D, step)
+    with pytest.raises(ValueError, match="method='euler' is unknown"):
+        ssm.diagonal_kernel(Lambda, B, C, step, 3, "euler")
+
+
+def test_convolutions_lower_for_accelerators():
+    arrays = system(9)
+    exported = jax.export.export(jax.jit(lambda a: run(a, mode="convolution")), platforms=("tpu", "cuda"))(arrays)
+    assert "f64>" not in exported.mlir_module()
+
+
+def test_the_softmax_form():
+    """DSS: powers over their sum over the length."""
+    _, Lambda, W, _, _, step, _ = system(1)
+    z = (step[:, None] * Lambda)[..., None] * np.arange(11)
+    expected = 2 * np.sum((W / Lambda)[..., None] * np.exp(z) / np.exp(z).sum(-1, keepdims=True), 1).real
+    np.testing.assert_allclose(ssm.dss_kernel(Lambda, W, step, 11), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["s5_ssm", "lru", "rg_lru"])
+def test_other_sampling_rates(name):
+    """A step twice as long on held inputs reads what two steps read; a step a time, 0 for padding, changes nothing else."""
+    line = ssm.MIXERS[name]
+    weights = line.weights(jax.random.key(0))
+    inputs = line.sample(jax.random.key(1), 2, 5, jnp.float32)
+    step = weights.pop("step", 1.0)
+    held = {key: jnp.repeat(x, 2, axis=1) for key, x in inputs.items()}
+    function = functools.partial(line.function, return_state=True, **weights)
+    coarse, last = function(**inputs, step=2 * step)
+    if name != "rg_lru":  # which scales its inputs by the length of the step, not by holding them
+        fine, same = function(**held, step=step)
+        checks.assert_close((fine[:, 1::2], same), (coarse, last), 1e-5)
+    pauses = jnp.tile(jnp.array([2.0, 0.0]), 5)[None, :, None] * jnp.ones((2, 1, 1)) * jnp.reshape(step, (1, 1, -1))
+    uneven, same = function(**held, step=pauses)
+    checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
