@@ -136,10 +136,15 @@ class ModelConfig:
         kind = "rotary" if self.positions in ("none", "learned", "sinusoidal") else self.positions
         free = window is None and not (self._is_full(layer) and not self.full_rotary)
         placing = nn.Placing(
-            kind=kind, scaling=self.rotary_scaling, factor=self.rotary_factor, train_length=self.train_length,
-            log_scale=self.log_scale if self.full_layers is None or self._is_full(layer) else "none", rerope_window=self.rerope_window if free else None, rerope_leak=self.rerope_leak,
+            kind=kind,
+            scaling=self.rotary_scaling,
+            factor=self.rotary_factor,
+            train_length=self.train_length,
+            log_scale=self.log_scale if self.full_layers is None or self._is_full(layer) else "none",
+            rerope_window=self.rerope_window if free else None,
+            rerope_leak=self.rerope_leak,
             sinks=self.sinks if window is not None else 0,
-        )  # fmt: skip
+        )
         return None if placing == nn.Placing(train_length=self.train_length, rerope_leak=self.rerope_leak) else placing
 
     def at_inference(self, **changes) -> "ModelConfig":

@@ -2,8 +2,13 @@
 
 Every function is pure and needs jax and numpy only. Angles are computed in float32 at least, whatever the type of the
 activations, and integer positions are exact far beyond the range where a float32 product would be (see `angles.py`).
+`MIXERS` is the table of attention with positions of its own, which the law tests run over.
 """
 
+from functools import partial
+
+from effattn_jax._contract import Mixer
+from effattn_jax.position import _lines
 from effattn_jax.position.absolute import (
     complex_order_embedding,
     floater_embedding,
@@ -31,6 +36,7 @@ from effattn_jax.position.untied import tupe_attention, xl_attention
 from effattn_jax.position.xpos import xpos, xpos_attention, xpos_decay
 
 __all__ = [
+    "MIXERS",
     "Alibi",
     "KerpleLog",
     "KerplePower",
@@ -59,3 +65,23 @@ __all__ = [
     "xpos_decay",
     "yarn_temperature",
 ]
+
+_FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
+_line = partial(Mixer, forms=_FORMS, pairwise=True, empty_state=_lines.cache_of, runs_on="softmax")
+
+MIXERS: dict[str, Mixer] = {
+    "shaw": _line(shaw_attention, weights=_lines.by_distance(7, "key_table")),
+    "disentangled": _line(disentangled_attention, weights=_lines.by_distance(8, "key_table", "query_table")),
+    "xl": _line(xl_attention, weights=_lines.transformer_xl),
+    "tupe": _line(
+        tupe_attention,
+        weights=_lines.tupe,
+        exempt={"length": "its tables have a row for each place of the longest sequence"},
+    ),
+    "rerope": _line(
+        rerope_attention,
+        options={"window": 3, "leak": 0.25},
+        exempt={"removal": "its distances count slots: cutting a key out moves those behind it"},
+    ),
+    "xpos": _line(xpos_attention),
+}

@@ -23,6 +23,7 @@ from effattn_jax.attention.softmax import Scores
 from effattn_jax.position.angles import angles, inverse_frequencies
 from effattn_jax.position.counting import count_positions
 from effattn_jax.position.relative import _run
+from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__ = ["tupe_attention", "xl_attention"]
 
@@ -158,10 +159,6 @@ def tupe_attention(
 
     def rescore(call: Call, marks: Marks) -> Scores:
         dtype, (heads, dim) = accumulator(call.query, call.key, call.value), call.query.shape[2:]
-        if call.key.shape[2] != heads:
-            raise ValueError(
-                f"key must have as many heads as query, as positions have; got {call.key.shape[2]} and {heads}"
-            )
         tables = [x.astype(dtype) for x in floating(position_query=position_query, position_key=position_key)]
         for name, x in zip(("position_query", "position_key"), tables, strict=True):
             if x.ndim != 3 or x.shape[1] != heads or x.shape != tables[0].shape:
@@ -177,9 +174,9 @@ def tupe_attention(
             )
         query, key = (
             jnp.concatenate([x.astype(dtype), jnp.broadcast_to(more, (*x.shape[:3], more.shape[-1]))], axis=-1)
-            for x, more in ((call.query, rows), (call.key, columns))
+            for x, more in ((call.query, rows), (repeat_heads(call.key, heads), columns))
         )
-        return Scores(query, key, call.value, call.bias, scale=factor)
+        return Scores(query, key, repeat_heads(call.value, heads), call.bias, scale=factor)
 
     return _run(
         rescore,

@@ -6,7 +6,6 @@
 State: P/2 complex numbers a feature, one of each conjugate pair. Source: Gu et al., arXiv:2111.00396; the linear step arXiv:2202.09729.
 """
 
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,9 @@ from jax import lax
 from effattn_jax._contract import ArrayLike, choose, floating
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence.fft import fft_convolution
+from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state
 from effattn_jax.ssm._cauchy import kernels, solve_small
+from effattn_jax.ssm._fold import begins
 
 __all__ = ["dplr_kernel", "dplr_ssm"]
 
@@ -120,14 +121,13 @@ def _step(system: _System) -> Any:
     return step
 
 
-def _recurrence(system: _System, u: jax.Array, x: jax.Array, begins: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _recurrence(system: _System, u: jax.Array, x: jax.Array, begin: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Outputs (B, T, D) without D u, and the last state; chunks of sqrt(T) steps are computed again in the backward pass."""
     advance = _step(system)
     length = u.shape[1]
     size = max(1, int(length**0.5))
     count = -(-length // size)
-    if begins is None:
-        begins = jnp.zeros(u.shape[:2], bool)
+    begin = jnp.zeros_like(u[..., 0], bool) if begin is None else begin
 
     def split(a):
         a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * (a.ndim - 2))
@@ -141,7 +141,7 @@ def _recurrence(system: _System, u: jax.Array, x: jax.Array, begins: jax.Array |
 
     chunk = jax.checkpoint(lambda x, inputs: lax.scan(step, x, inputs))
     real = (jnp.arange(count * size) < length).reshape(count, size)
-    x, y = lax.scan(chunk, x, (split(u), split(begins), real))
+    x, y = lax.scan(chunk, x, (split(u), split(begin), real))
     return jnp.moveaxis(y.reshape(count * size, *y.shape[2:])[:length], 0, 1), x
 
 
@@ -157,26 +157,6 @@ def _convolution(system: _System, u: jax.Array, x: jax.Array | None) -> jax.Arra
     K = kernels(system.Lambda, system.P, columns, system.C, system.step, length)
     y = fft_convolution(u, K[:, 0].T)
     return y if x is None else y + jnp.transpose(K[:, 1:], (1, 2, 0))
-
-
-def _check_inputs(u, D, initial_state, segment_ids, width, size):
-    (u,) = floating(u=u)
-    if u.ndim < 2 or u.shape[-1] != width:
-        raise ValueError(f"u must have shape (*B, T, D) with D = {width}, the rows of Lambda; got {u.shape}")
-    if D is not None:
-        (D,) = floating(D=D)
-        if D.shape != (width,):
-            raise ValueError(f"D must have shape (D,) = {(width,)}; got {D.shape}")
-    want = (*u.shape[:-2], width, size)
-    if initial_state is not None and jnp.shape(initial_state) != want:
-        raise ValueError(f"initial_state must have shape (*B, D, P) = {want}; got {jnp.shape(initial_state)}")
-    if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)
-        if segment_ids.shape != u.shape[:-1] or not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise ValueError(
-                f"segment_ids must be integers of shape (*B, T) = {u.shape[:-1]}; got {segment_ids.dtype} {segment_ids.shape}"
-            )
-    return u, D, segment_ids
 
 
 def dplr_ssm(
@@ -229,33 +209,22 @@ def dplr_ssm(
     if jnp.ndim(Lambda) != 2:
         raise ValueError(f"Lambda must have shape (D, P); got {jnp.shape(Lambda)}")
     width, size = jnp.shape(Lambda)
-    u, D, segment_ids = _check_inputs(u, D, initial_state, segment_ids, width, size)
-    system = _check(Lambda, P, B, C, step, u)
+    system = _check(Lambda, P, B, C, step, jnp.asarray(u))
+    row = open_row({"u": (u, (width,))}, segment_ids, reverse, wide=(system.B,))
+    rows = row.arrays["u"]
     if mode is None:
-        mode = "recurrence" if segment_ids is not None or return_state or u.shape[-2] == 1 else "convolution"
+        mode = "recurrence" if segment_ids is not None or return_state or rows.shape[1] == 1 else "convolution"
     if mode == "convolution" and segment_ids is not None:
         raise ValueError("segment_ids need mode='recurrence': one kernel cannot restart; got mode='convolution'")
-    batch, (length, _) = u.shape[:-2], u.shape[-2:]
-    rows = u.reshape(prod(batch), length, width).astype(system.step.dtype)
-    x = jnp.zeros((rows.shape[0], width, size), system.B.dtype)
-    if initial_state is not None:
-        x = jnp.asarray(initial_state, x.dtype).reshape(x.shape)
+    x = open_state(initial_state, row, (width, size), rows.sum(1)[..., None] * system.B[None])
+    direct = None if D is None else as_wide(inexact("D", D, (width,)), rows)
     x, rows, system = tie((x, rows, system))
-    begins = None
-    if segment_ids is not None:
-        ids = segment_ids.reshape(rows.shape[:2])
-        begins = ids != jnp.roll(ids, -1 if reverse else 1, axis=1)
-        begins = begins.at[:, -1 if reverse else 0].set(False)
-    if reverse:
-        rows, begins = jnp.flip(rows, 1), None if begins is None else jnp.flip(begins, 1)
-    if length == 0:
+    if rows.shape[1] == 0:
         y, state = rows, x
     elif mode == "recurrence":
-        y, state = _recurrence(system, rows, x, begins)
+        y, state = _recurrence(system, rows, x, begins(row.segments))
     else:
         y = _convolution(system, rows, None if initial_state is None else x)
         state = _recurrence(system, rows, x, None)[1] if return_state else x
-    if D is not None:
-        y = y + D.astype(y.dtype)[None, None] * rows
-    y = (jnp.flip(y, 1) if reverse else y).astype(u.dtype).reshape(u.shape)
-    return (y, state.reshape(*batch, width, size)) if return_state else y
+    y = y if direct is None else y + direct[None, None] * rows
+    return row.finish(y, state, return_state)

@@ -52,30 +52,6 @@ BRIEFLY = {
     "test_a_full_cache_is_an_error": always,
 }
 
-# Of these, what a recurrence with weights goes through that is a few lines around another room's loops.
-THINLY = {
-    name: BRIEFLY[name]
-    for name in (
-        "test_form_equals_reference",
-        "test_states_and_their_gradients_agree_with_the_steps",
-        "test_packed_equals_alone",
-        "test_packed_equals_alone_in_reverse",
-        "test_batch_axes",
-        "test_output_has_the_value_dtype",
-        "test_states_are_kept_in_float32",
-        "test_recurrence_mistakes",
-        "test_each_input_is_checked",
-        "test_a_state_of_other_sizes",
-    )
-}
-THINLY["test_transformation"] = holding("export")
-OWN_CHUNKS = ("diagonal_ssm", "selective_scan")
-
-
-def tests_of(subject) -> dict:
-    thin = subject.is_weighted_recurrence and subject.name not in OWN_CHUNKS
-    return THINLY if thin else BRIEFLY
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what a brief member is not held to here."""
@@ -85,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not getattr(subject, "brief", False):
             kept.append(item)
             continue
-        holds = tests_of(subject).get(item.originalname)
+        holds = BRIEFLY.get(item.originalname)
         (kept if holds is not None and holds(item) else left_out).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -1,4 +1,4 @@
-"""Every line of the four tables, seen through one interface.
+"""Every line of the five tables, seen through one interface.
 
 A law is written once, against `Subject`; a new line of a table is tested with no new test code. What a member can do beyond the contract is read from its signature (options such as `window`) or found by asking it once
 (`bidirectional`, `crosswise`): a refusal must be a ValueError that names the matter; with anything else the law is tried, and fails.
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from effattn_jax import mixing, ssm
+from effattn_jax import mixing, position, ssm
 from effattn_jax._contract import Mixer, Recurrence, TokenMixer
 from effattn_jax.attention import MIXERS
 from effattn_jax.recurrence import RECURRENCES
@@ -298,7 +298,7 @@ def slice_key(array, start: int | None, stop: int | None):
     return array[..., start:stop]
 
 
-ALL_MIXERS = tuple(Subject(name, entry) for name, entry in MIXERS.items())
+ALL_MIXERS = tuple(Subject(name, entry) for name, entry in (MIXERS | position.MIXERS).items())
 MIXER_SUBJECTS = tuple(subject for subject in ALL_MIXERS if subject.causal)
 UNORDERED = tuple(subject for subject in ALL_MIXERS if not subject.causal)  # see test_without_causality
 RECURRENCE_SUBJECTS = tuple(Subject(name, entry) for name, entry in (RECURRENCES | ssm.MIXERS).items())
