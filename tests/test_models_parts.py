@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from effattn_jax import attention, nn
+from effattn_jax._places import count_positions
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
-from effattn_jax.position.counting import count_positions
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._places import count_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache, cache
 from effattn_jax.attention.softmax import Scores, run
-from effattn_jax.position.counting import count_positions
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__: list[str] = []
@@ -55,17 +54,6 @@ def _places(call: Call, marks: Marks, is_causal: bool, limit: int, name: str) ->
     front = jnp.pad(key, [(0, 0), (missing, 0)])
     start = marks.offset + missing if is_causal else 0
     return _Places(key if plain else lax.dynamic_slice_in_dim(front, start, length, axis=1), key, plain)
-
-
-def rows_of_table(table: jax.Array, places: jax.Array, plain: bool) -> jax.Array:
-    """Rows of a table (L, ...) for places (B | 1, S): (B | 1, S, ...). NaN beyond its end."""
-    if plain:
-        return table[None, : places.shape[1]]
-    spec = jax.typeof(places).sharding.spec
-    sharded = {}
-    if any(spec):  # on a mesh of Explicit axes a gather wants to be told
-        sharded = {"out_sharding": PartitionSpec(*spec, *(None,) * (table.ndim - 1))}
-    return table.at[places].get(mode="fill", fill_value=jnp.nan, **sharded)
 
 
 def columns_of(rows: jax.Array, columns: jax.Array) -> jax.Array:

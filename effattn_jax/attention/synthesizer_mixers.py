@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike
-from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, rows_of_table, size
+from effattn_jax._places import rows_of_table
+from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, size
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
 from effattn_jax.recurrence._outer_chunks import repeat_heads
@@ -142,7 +143,7 @@ def synthesizer_random(
 
     def score(p: Problem, table) -> Scores:
         def rows(row, count):
-            some = rows_of_table(table, lax.dynamic_slice_in_dim(p.places.query, row, count, 1), False)
+            some = rows_of_table(table, lax.dynamic_slice_in_dim(p.places.query, row, count, 1))
             return columns_of(jnp.swapaxes(some, 1, 2), p.places.key)
 
         return by_rows(p, rows)

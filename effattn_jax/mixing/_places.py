@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike
+from effattn_jax._places import count_positions
 from effattn_jax.attention._pairs import finite_or_zero, poisoned
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, require
-from effattn_jax.position.counting import count_positions
 
 __all__ = ["PastTokens"]
 

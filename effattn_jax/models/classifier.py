@@ -7,12 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._places import count_positions
 from effattn_jax.models.config import ModelConfig
 from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
-from effattn_jax.position.counting import count_positions
 
 
 class SequenceClassifier(nn.Module):

@@ -11,6 +11,7 @@ radians at every position below 2^31.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 _TURN = 2.0 * np.pi
 
@@ -36,6 +37,11 @@ def angles(positions: jax.Array, frequencies: np.ndarray | jax.Array) -> jax.Arr
         return _fixed_point_angles(positions, frequencies)
     dtype = jnp.promote_types(positions.dtype, jnp.float32) if not whole else jnp.float32
     return positions.astype(dtype)[..., None] * _ranked(frequencies, positions.ndim).astype(dtype)
+
+
+def wide_positions(positions: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Positions whose angles are as exact as features of that dtype."""
+    return positions.astype(dtype) if dtype == jnp.float64 else positions
 
 
 def _fixed_point_angles(positions: jax.Array, frequencies: np.ndarray) -> jax.Array:

@@ -18,7 +18,7 @@ from effattn_jax._contract import ArrayLike, positive
 from effattn_jax.attention._pairs import whole_rows
 from effattn_jax.attention._patterns import Part, View, documents, merge, part, run
 from effattn_jax.attention.kv_cache import Cache
-from effattn_jax.position.angles import angles, inverse_frequencies
+from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
 from effattn_jax.position.rotation import turn
 
 __all__ = ["rerope_attention"]
@@ -65,20 +65,15 @@ class _ReRope(NamedTuple):
         if self.frequencies is None:
             return view
         query, key = view.arrays[:2]
-        keys = jnp.arange(view.lengths[1], dtype=jnp.int32)[None]
-        further = np.mod(self.frequencies * jump, 2 * np.pi).astype(np.float32)[None, None]
-        for_query = self._angles(view.positions()[None], rate) + further
         wide = jnp.promote_types(query.dtype, jnp.float32)
+        further = jnp.asarray(np.mod(self.frequencies * jump, 2 * np.pi), wide)[None, None]
+        places = (view.positions()[None], jnp.arange(view.lengths[1], dtype=jnp.int32)[None])
+        for_query, for_key = (angles(wide_positions(x, wide), self.frequencies * rate) for x in places)
         query, key = (
-            turn(x.astype(wide), angle[..., None, :].astype(wide), self.interleaved).astype(x.dtype)
-            for x, angle in ((query, for_query), (key, self._angles(keys, rate)))
+            turn(x.astype(wide), angle[..., None, :], self.interleaved).astype(x.dtype)
+            for x, angle in ((query, for_query + further), (key, for_key))
         )
         return view._replace(arrays=view.arrays._replace(query=query, key=key))
-
-    def _angles(self, positions: jax.Array, rate: float) -> jax.Array:
-        if jax.config.jax_enable_x64:
-            return positions.astype(jnp.float64)[..., None] * jnp.asarray(self.frequencies * rate)[None, None]
-        return angles(positions, self.frequencies * rate)
 
 
 def _all_rows(view: View, **changes: Any) -> Part:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax.position.angles import angles, inverse_frequencies
+from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
 
 
 def rotary(
@@ -66,8 +66,7 @@ def rotary(
         raise ValueError(f"frequencies must have shape (dim/2,) = ({dim // 2},); got {frequencies.shape}")
     if scaling is not None:
         frequencies = frequencies * scaling
-    if positions.dtype != x.dtype and x.dtype == jnp.float64:
-        positions = positions.astype(x.dtype)
+    positions = wide_positions(positions, x.dtype)
     angle = angles(positions.reshape((1,) * (len(lead) - positions.ndim) + positions.shape), frequencies)[..., None, :]
     turned = turn(x[..., :dim].astype(jnp.promote_types(x.dtype, jnp.float32)), angle, interleaved).astype(x.dtype)
     return turned if dim == x.shape[-1] else jnp.concatenate([turned, x[..., dim:]], axis=-1)

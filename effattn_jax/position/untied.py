@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._places import count_positions, rows_of_table
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
-from effattn_jax.position.angles import angles, inverse_frequencies
-from effattn_jax.position.counting import count_positions
+from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
 from effattn_jax.position.relative import _run
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
@@ -87,12 +87,9 @@ def xl_attention(
         )
         marks = with_positions(marks, call.query.shape[1], call.key.shape[1])
         turned, waves = _sinusoids(place, weights["relative_key"], frequencies, marks)
-        waves = jnp.broadcast_to(waves.astype(dtype), (*call.key.shape[:3], waves.shape[-1]))
-        features = jnp.concatenate([content, turned.astype(dtype)], axis=-1)
         factor = 1 / math.sqrt(dim) if scale is None else scale
-        return Scores(
-            features, jnp.concatenate([call.key.astype(dtype), waves], axis=-1), call.value, call.bias, scale=factor
-        )
+        query, key = _beside(content, turned), _beside(call.key.astype(dtype), waves)
+        return Scores(query, key, call.value, call.bias, scale=factor)
 
     return _run(
         rescore,
@@ -109,11 +106,17 @@ def xl_attention(
 def _sinusoids(place, projection, frequencies, marks):
     """Features of queries (B, T, N, M) and of keys (B | 1, S, 1, M) whose product is place . W^T R_(i-j)."""
     at_sine, at_cosine = jnp.split(jnp.einsum("btnh,mnh->btnm", place, projection), 2, axis=-1)
-    here = angles(marks.query_positions, frequencies)[:, :, None]
+    here = angles(wide_positions(marks.query_positions, place.dtype), frequencies)[:, :, None]
     sine, cosine = jnp.sin(here), jnp.cos(here)
-    there = angles(marks.key_positions, frequencies)[:, :, None]
+    there = angles(wide_positions(marks.key_positions, place.dtype), frequencies)[:, :, None]
     turned = [at_sine * sine + at_cosine * cosine, at_cosine * sine - at_sine * cosine]
     return jnp.concatenate(turned, axis=-1), jnp.concatenate([jnp.cos(there), jnp.sin(there)], axis=-1)
+
+
+def _beside(x: jax.Array, more: jax.Array) -> jax.Array:
+    """Features x (B, T, N, H) with further ones (B | 1, T, N | 1, M) of their dtype behind them, sharded as x is."""
+    more = jnp.zeros_like(x[..., :1]) + more.astype(x.dtype)
+    return jnp.concatenate([x, more], axis=-1)
 
 
 def tupe_attention(
@@ -165,17 +168,13 @@ def tupe_attention(
                 raise ValueError(f"{name} must have shape (L, N, M) with N={heads}, both alike; got {x.shape}")
         at_rows, at_columns = _places(call, marks, tables[0].shape[0])
         factor = 1 / math.sqrt(2 * dim) if scale is None else scale
-        rows, columns = (
-            x.at[at].get(mode="fill", fill_value=jnp.nan) for x, at in zip(tables, (at_rows, at_columns), strict=True)
-        )
+        rows, columns = (rows_of_table(x, at) for x, at in zip(tables, (at_rows, at_columns), strict=True))
         if first_token is not None:
             rows, columns = _untie(
                 rows, columns, at_rows, at_columns, floating(first_token=first_token)[0].astype(dtype) / factor
             )
-        query, key = (
-            jnp.concatenate([x.astype(dtype), jnp.broadcast_to(more, (*x.shape[:3], more.shape[-1]))], axis=-1)
-            for x, more in ((call.query, rows), (repeat_heads(call.key, heads), columns))
-        )
+        query = _beside(call.query.astype(dtype), rows)
+        key = _beside(repeat_heads(call.key, heads).astype(dtype), columns)
         return Scores(query, key, repeat_heads(call.value, heads), call.bias, scale=factor)
 
     return _run(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from effattn_jax._contract import ArrayLike, Call, accumulator
 from effattn_jax.attention._calls import with_positions
@@ -98,9 +99,9 @@ def xpos(
     return out[0], out[1]
 
 
-def _features(decay: np.ndarray, rank: int, interleaved: bool) -> jax.Array:
+def _features(decay: np.ndarray, rank: int, interleaved: bool, dtype: DTypeLike = jnp.float32) -> jax.Array:
     features = np.repeat(decay, 2) if interleaved else np.tile(decay, 2)
-    return jnp.asarray(features, jnp.float32).reshape((1,) * (rank - 1) + (-1,))
+    return jnp.asarray(features, dtype).reshape((1,) * (rank - 1) + (-1,))
 
 
 def xpos_attention(
@@ -149,7 +150,7 @@ def xpos_attention(
     def rescore(call: Call, marks: Marks) -> Scores:
         dtype, (heads, dim) = accumulator(call.query, call.key, call.value), call.query.shape[2:]
         marks = with_positions(marks, call.query.shape[1], call.key.shape[1])
-        decay = _features(xpos_decay(dim, gamma=gamma, scale_base=scale_base), 4, False).astype(dtype)
+        decay = _features(xpos_decay(dim, gamma=gamma, scale_base=scale_base), 4, False, dtype)
         query = rotary(call.query.astype(dtype), marks.query_positions, base=base)
         query = query * (1 / math.sqrt(dim) if scale is None else scale)
         key, bad = finite_or_zero(call.key.astype(dtype))

@@ -9,120 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from .checks import widened
+from .position_references import POSITION_REFERENCES
+from .softmax_references import (
+    allowed,
+    fixed,
+    four_axes,
+    key_mask_of,
+    places_in_segments,
+    softmax,
+    sparse,
+    spread,
+    strided,
+    topk,
+)
 from .state_space_references import STATE_SPACE_REFERENCES
 from .subjects import Subject, stepwise
 from .token_references import TOKEN_REFERENCES
-
-
-def allowed(inputs, *, is_causal=True, window=None, mask=None, segment_ids=None):
-    """The (B, 1 or N, T, S) pairs that may interact; causal calls align the ends."""
-    T, S = inputs["query"].shape[1], inputs["key"].shape[1]
-    i, j = np.arange(T)[:, None] + (S - T), np.arange(S)[None, :]
-    pairs = np.ones((T, S), bool)
-    if is_causal:
-        pairs &= j <= i
-    if window is not None:
-        left, right = window if isinstance(window, tuple) else (window, window)
-        pairs &= (i - j <= left) & (j - i <= right)
-    pairs = jnp.asarray(pairs)[None, None]
-    if mask is not None:
-        pairs = pairs & four_axes(mask)
-    if segment_ids is not None:
-        query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        pairs = pairs & (query_ids[:, None, :, None] == key_ids[:, None, None, :])
-    return pairs
-
-
-def four_axes(array):
-    """A mask or bias of fewer axes, with leading axes of one."""
-    return array.reshape((1,) * (4 - array.ndim) + array.shape)
-
-
-def spread(array, heads):
-    """Key or value heads repeated so that query head n reads head n // (N / K)."""
-    return jnp.repeat(array, heads // array.shape[2], axis=2)
-
-
-def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, seen=None, top=None, **pattern):
-    """o_i = sum_j exp(a_ij) v_j / sum_j exp(a_ij) over the allowed pairs; 0 where there are none."""
-    query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    pairs = allowed(inputs, **pattern)
-    if seen is not None:
-        pairs = pairs & seen
-    if bias is not None:
-        bias = four_axes(bias)
-        pairs = pairs & (bias > -jnp.inf)
-        logits = logits + jnp.where(bias > -jnp.inf, bias, 0.0)
-    pairs = jnp.broadcast_to(pairs, logits.shape)
-    logits = jnp.where(pairs, logits, -1e30)
-    if top is not None:
-        pairs = pairs & (logits >= jnp.sort(logits, axis=-1)[..., max(logits.shape[-1] - top, 0), None])
-    peak = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.where(pairs, jnp.exp(logits - peak), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return jnp.einsum("bnts,bsnv->btnv", weights / jnp.where(total > 0, total, 1.0), value)
-
-
-def places(inputs, segment_ids=None, mask=None, **_):
-    """Queries' and keys' positions (T, 1) and (1, S), and where the document of each begins, (B, T, 1) and (B, 1, S).
-
-    A document is a run of equal ids, and begins with its first key that no key mask hides.
-    """
-    (batch, length), keys = inputs["query"].shape[:2], inputs["key"].shape[1]
-    ids = segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids
-    ids = np.zeros((batch, keys), int) if ids is None else np.asarray(ids)
-    real = np.ones((batch, keys), bool)
-    if mask is not None and four_axes(mask).shape[1:3] == (1, 1):
-        real = np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, keys))
-    begin = np.zeros((batch, max(keys, 1)), int)
-    for row in range(batch):
-        awaited = True
-        for j in range(keys):
-            if j and ids[row, j] != ids[row, j - 1]:
-                begin[row, j], awaited = j, True
-            elif j:
-                begin[row, j] = begin[row, j - 1]
-            if awaited and real[row, j]:
-                begin[row, j], awaited = j, False
-    i, j = np.arange(length)[:, None] + (keys - length), np.arange(keys)[None, :]
-    return i, j, begin[:, np.maximum(i[:, 0], 0)][:, :, None], begin[:, None, :keys]
-
-
-def sparse(inputs, *, window=None, dilation, num_global=0, **options):
-    """Softmax over {i - left <= j <= i + right}, {(i - j) % r == 0} and the pairs of a document's first tokens."""
-    i, j, i_begin, j_begin = places(inputs, **options)
-    seen = (i - j) % dilation == 0
-    if window is not None:
-        left, right = window if isinstance(window, tuple) else (window, window)
-        seen = seen | ((i - j <= left) & (j - i <= right))
-    seen = seen | (j - j_begin < num_global)
-    if num_global and not options.get("is_causal", True):
-        seen = seen | (i - i_begin < num_global)
-    return softmax(inputs, seen=jnp.asarray(seen)[:, None], **options)
-
-
-def strided(inputs, *, stride, **options):
-    """Softmax over {|i - j| < l} and {(i - j) % l == 0}."""
-    return sparse(inputs, window=stride - 1, dilation=stride, **options)
-
-
-def fixed(inputs, *, block, summary, **options):
-    """Softmax over the pairs of a block, and the last columns of complete blocks."""
-    i, j, i_begin, j_begin = places(inputs, **options)
-    i_block, column, j_block = (i - i_begin) // block, (j - j_begin) % block, (j - j_begin) // block
-    same = (i_block == j_block) & (i_begin == j_begin)
-    end, last = j - column + block - 1, max(j.shape[1] - 1, 0)
-    complete = (end <= last) & (np.take_along_axis(j_begin, np.minimum(end, last), axis=2) == j_begin)
-    return softmax(inputs, seen=jnp.asarray(same | ((column >= block - summary) & complete))[:, None], **options)
-
-
-def topk(inputs, *, k, **options):
-    """Softmax over the k largest scores of a row."""
-    return softmax(inputs, top=k, **options)
 
 
 def linformer(inputs, *, key_projection, value_projection, mask=None, is_causal=False):
@@ -341,32 +243,13 @@ def diagonal(inputs, *, segment_ids=None, reverse=False):
     return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.arange(x.shape[1]))[1], 0, 1)
 
 
-def counted(mask, segment_ids, batch, length):
-    """(B, T): how many real tokens of its segment stand before each token, one step at a time."""
-    real = (
-        np.ones((batch, length), bool)
-        if mask is None
-        else np.broadcast_to(four_axes(np.asarray(mask))[:, 0, 0], (batch, length))
-    )
-    ids = np.zeros((batch, length), int) if segment_ids is None else np.asarray(segment_ids)
-    places = np.zeros((batch, length), int)
-    for b in range(batch):
-        count = 0
-        for t in range(length):
-            count = 0 if t and ids[b, t] != ids[b, t - 1] else count
-            places[b, t] = count
-            count += real[b, t]
-    return places
-
-
 def places_of(inputs, *, is_causal=True, mask=None, segment_ids=None, **_):
     """Places of queries (B, T) and keys (B, S): a query's is its key's where both are one sequence or the ends are aligned."""
     (B, T), S = inputs["query"].shape[:2], inputs["key"].shape[1]
     query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-    over_keys = mask if mask is not None and four_axes(np.asarray(mask)).shape[1:3] == (1, 1) else None
-    keys = counted(over_keys, key_ids, B, S)
+    keys = places_in_segments(key_mask_of(inputs, mask), key_ids)
     if not is_causal and (T != S or query_ids is not key_ids):
-        return counted(None, query_ids, B, T), keys
+        return places_in_segments(np.ones((B, T), bool), query_ids), keys
     return np.concatenate([np.zeros((B, max(T - S, 0)), int), keys], axis=1)[:, -T or S + T :], keys
 
 
@@ -439,6 +322,7 @@ REFERENCES = {
     "outer_product": outer_product,
     "outer_product_decay": outer_product,
     "outer_product_feature_decay": outer_product,
+    **POSITION_REFERENCES,
     **TOKEN_REFERENCES,
     **STATE_SPACE_REFERENCES,
 }

@@ -234,6 +234,11 @@ class Subject:
         return self.is_mixer and not _refuses(self, self.inputs(length=2, keys=3), "length")
 
     @functools.cached_property
+    def pairs_features(self) -> bool:
+        """Does it turn features in pairs, so that their number is even?"""
+        return _refuses(self, self.inputs(length=2, head_dim=3), "even")
+
+    @functools.cached_property
     def takes_pairs_of_ids(self) -> bool:
         """Does it take other segment ids for keys than for queries?"""
         ids = tuple(np.zeros((2, 3), np.int32) for _ in "qk")

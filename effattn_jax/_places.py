@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 __all__: list[str] = []
 
@@ -45,3 +46,14 @@ def count_positions(
     # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
     start = start + jnp.zeros_like(boundary, jnp.int32)  # sharded as the ids are, where a broadcast would not be
     return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
+
+
+def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> jax.Array:
+    """Rows of a table (L, ...) for places (B | 1, S): (B | 1, S, ...), NaN beyond its end; `plain` places are 0, 1, ..."""
+    if plain:
+        return table[None, : places.shape[1]]
+    spec = jax.typeof(places).sharding.spec
+    sharded = {}
+    if any(spec):  # on a mesh of Explicit axes a gather wants to be told
+        sharded = {"out_sharding": PartitionSpec(*spec, *(None,) * (table.ndim - 1))}
+    return table.at[places].get(mode="fill", fill_value=jnp.nan, **sharded)
