@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._derivatives import tie, with_backward
+from effattn_jax._products import row_products
 from effattn_jax.attention._pairs import (
     Arrays,
     Marks,
@@ -152,7 +153,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         q, do = here(query) * spec.scale, jnp.where(fresh[:, None], here(d_out), 0)
         lse_rows = here(lse)
         lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[:, :, None]
-        delta = jnp.where(fresh, here(d_lse), 0) - jnp.sum(do * here(out), axis=-1)
+        delta = jnp.where(fresh, here(d_lse), 0) - row_products(do, here(out))
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
@@ -161,7 +162,9 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
             p = jnp.exp(b.scores - lse_rows)
             ds = p * (jnp.einsum("bkjv,bkgiv->bkjgi", b.value, do) + delta[:, :, None]) * b.slope
             ds = jnp.where(b.see, ds, 0) if masked else ds
-            dq = dq + jnp.einsum("bkjgi,bkjh->bkgih", ds, b.key)
+            # Groups and rows as one axis: of more axes XLA makes a transposed copy on CPU.
+            flat = ds.reshape(*ds.shape[:3], ds.shape[3] * ds.shape[4])
+            dq = dq + jnp.einsum("bkjm,bkjh->bkmh", flat, b.key).reshape(dq.shape)
             dk = _add(dk, jnp.einsum("bkjgi,bkgih->bkjh", ds, q), column, 2)
             dv = _add(dv, jnp.einsum("bkjgi,bkgiv->bkjv", p, do), column, 2)
             return dq, dk, dv, None if db is None else add_bias(db, jnp.moveaxis(ds, 2, -1), row, column)

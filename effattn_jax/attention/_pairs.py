@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._products import row_products
+
 __all__: list[str] = []
 
 
@@ -235,8 +237,8 @@ def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
 @softmax.defjvp
 def _softmax_jvp(primals, tangents):
     weights, lse = softmax(*primals)
-    mean = (weights * tangents[0]).sum(-1, keepdims=True)
-    return (weights, lse), (weights * (tangents[0] - mean), mean[..., 0])
+    mean = row_products(weights, tangents[0])
+    return (weights, lse), (weights * (tangents[0] - mean[..., None]), mean)
 
 
 class More(NamedTuple):

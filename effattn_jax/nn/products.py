@@ -51,7 +51,9 @@ def _dot(a, b, a_axes, b_axes, dtype=None):
 def _over_rows(a, b):
     """a^T b over all axes but the last: of one axis where that is only another view of the same memory."""
     rows = tuple(range(a.ndim - 1))
-    if any(axis is not None for x in (a, b) for axis in jax.typeof(x).sharding.spec):  # axes of an Explicit mesh do not merge
+    if any(
+        axis is not None for x in (a, b) for axis in jax.typeof(x).sharding.spec
+    ):  # axes of an Explicit mesh do not merge
         return _dot(a, b, rows, rows)
 
     def flat(a, b):

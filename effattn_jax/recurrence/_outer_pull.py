@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._products import row_products
 from effattn_jax.recurrence._outer_chunks import (
     Marks,
     Options,
@@ -45,7 +46,7 @@ def _cotangents(options: Options, outputs: Any, d_out: Any, groups: int, dtype: 
     # A row of 0 for want of keys, or of NaN, passes nothing back.
     some = (denominator != 0)[..., None] & jnp.isfinite(out)
     share = jnp.where(some, d_out / jnp.where(denominator == 0, 1, denominator)[..., None], 0)
-    return share, d_denominator - jnp.sum(jnp.where(some, share * out, 0), axis=-1)
+    return share, d_denominator - row_products(share, jnp.where(some, out, 0))
 
 
 def pull_chunk(
@@ -80,9 +81,9 @@ def pull_chunk(
     d_decay = None
     if decay is not None:
         d_kept = jnp.sum(state * d_kept_state, axis=(-2, -1))[..., None]
-        d_kept = d_kept if e is None else d_kept + jnp.sum(total * d_kept_total, axis=-1)[..., None]
+        d_kept = d_kept if e is None else d_kept + row_products(total, d_kept_total)[..., None]
         d_decay = decay._replace(
-            to_step=jnp.sum(q * read, axis=(2, 4))[..., None], to_end=jnp.sum(k * write, axis=-1)[..., None],
+            to_step=jnp.sum(q * read, axis=(2, 4))[..., None], to_end=row_products(k, write)[..., None],
             between=d_between, kept=d_kept, bad=_no_cotangent(decay.bad),
         )  # fmt: skip
         d_kept_state = d_kept_state * decay.kept[..., None]

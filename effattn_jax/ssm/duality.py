@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, positive
+from effattn_jax._products import row_products
 from effattn_jax.recurrence._outer_chunks import Options, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
 from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, require
@@ -169,7 +170,7 @@ def mamba3_trapezoid(
         query, key, counted[..., None] * x, decay, (first, None), segments=row.segments, size=chunk_size,
         options=Options(strict=True), implementation=implementation,
     )  # fmt: skip
-    present = jnp.sum(query * key, axis=-1) * own
+    present = row_products(query, key) * own
     out = _direct(past + present[..., None] * x, D, x)
     return _finish(row, out, TrapezoidState(last, key[:, -1], x[:, -1]), return_state)
 
