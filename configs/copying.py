@@ -3,8 +3,8 @@
 Reproduces: the copying task at the sizes of S4's code (Gu et al. 2022, arXiv 2111.00396): 10 symbols, 10 tokens, 100 blanks. A time-invariant model can
 do it, since the tokens come back after a fixed delay. Its steps start between 4e-3 and 0.4 (rate=4).
 Longer, on an accelerator: --data.context 1020 --model.rate 1 --model.state-size 128.
-Expected: validation accuracy of at least 0.99; measured MEASURED; a guess is right 1 time in 8.
-Hardware: one x86 core, about WALL (2026-11-26).
+Expected: validation accuracy of at least 0.99; measured 1.000, from step 250 on; a guess is right 1 time in 8.
+Hardware: one x86 core, 1 to 2 minutes; measured 110 s beside other work (2026-11-26).
 Command: python train.py copying
 """
 

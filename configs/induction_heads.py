@@ -22,9 +22,7 @@ def get_config() -> Config:
         for factor, rows in ((4, 16), (16, 16), (64, 8))
     ]
     return Config(
-        model=ModelConfig(
-            layers=1, width=32, heads=1, mixer="mamba", state_size=8, positions="none", rate=0.05, mlp_ratio=1.0
-        ),
+        model=ModelConfig(layers=1, width=32, heads=1, mixer="mamba", state_size=8, positions="none", mlp_ratio=1.0),
         data=DataConfig(task="induction_heads", batch_size=16, context=256, gap_power=0.01, validation_examples=256),
         optim=OptimConfig(learning_rate=5e-3, final_learning_rate=1e-5, warmup_steps=100, weight_decay=0.0),
         train=TrainConfig(
