@@ -6,7 +6,7 @@ places alike. Mamba itself, --model.mixer mamba --model.width 32 --model.state-s
 Full size, on an accelerator: python train.py induction-heads --model.mixer mamba --model.layers 2 --model.state-size 16 --train.steps 100000 --train.eval-also
 "data.gap-power=1, data.context=1048576, data.batch-size=1, data.validation-examples=16".
 Expected: accuracy of 1.000 at 256 and 4,096 tokens and at least 0.9 at 16,384; measured 1.000, 1.000 (64 rows) and 0.938 (30 of 32 rows); a guess is right 1 time in 15.
-Hardware: one x86 core, 2 minutes; measured 112 s beside other work (2026-11-26).
+Hardware: one x86 core, about 2 minutes beside other work (2026-11-26).
 Command: python train.py induction-heads
 """
 
