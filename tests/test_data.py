@@ -66,6 +66,10 @@ def test_layout(dataset):
             assert {array.shape for array in batch.values()} == {(size, length)}
             ids = np.concatenate([batch["tokens"], batch["targets"]])
             assert 0 <= ids.min() and ids.max() < dataset.vocab_size
+        elif dataset.kind == "regression":
+            assert dataset.vocab_size is None and batch["targets"].shape == (size, length, dataset.num_outputs)
+            assert batch["inputs"].shape[:2] == batch["weights"].shape == (size, length)
+            assert batch["inputs"].dtype == batch["targets"].dtype == np.float32
         else:
             assert dataset.kind == "classification"
             assert batch["labels"].shape == batch["weights"].shape == (size,) and batch["labels"].dtype == np.int32
@@ -107,6 +111,9 @@ def test_fingerprint_and_codec(dataset):
     assert len(dataset.fingerprint) == 16 and int(dataset.fingerprint, 16) >= 0
     other = load(dataclasses.replace(dataset.config, batch_size=4))
     assert other.fingerprint == dataset.fingerprint
+    if dataset.kind == "regression":
+        assert dataset.codec is None
+        return
     ids = dataset.batch(0, 0)["tokens" if dataset.kind == "language" else "labels"].ravel()[:20]
     if dataset.config.task != "text":  # bytes may cut a character
         assert dataset.encode(dataset.decode(ids)).tolist() == ids.tolist()
@@ -151,10 +158,16 @@ def test_bad_calls(dataset, arguments, words):
         ({"task": "mqar", "num_pairs": 17}, "data.context: 64 given, must be even and at least 4"),
         ({"task": "mqar", "vocab_size": 64}, "data.vocab_size: 64 given, must be an integer of at least 65"),
         ({"task": "mqar", "gap_power": 0.0}, "data.gap_power: 0.0 given"),
+        ({"task": "induction_heads", "gap_power": -1.0}, "data.gap_power: -1.0 given"),
         ({"task": "listops", "min_length": 63}, "data.min_length: 63 given, must be at most"),
         ({"task": "listops", "max_args": 1}, "data.max_args: 1 given"),
         ({"task": "listops", "max_depth": 1}, "data.max_depth: 1 given"),
         ({"task": "listops", "vocab_size": 9}, "data.vocab_size: 9 given"),
+        ({"task": "delay", "lag": 64}, "data.lag: 64 given, must be below the context 64"),
+        ({"task": "delay", "lag": 0}, "data.lag: 0 given"),
+        ({"task": "delay", "bandwidth": 1.5}, "data.bandwidth: 1.5 given, must lie in"),
+        ({"task": "adding", "context": 1}, "data.context: 1 given"),
+        ({"task": "chirps", "sampling_rate": 0.3}, "data.sampling_rate: 0.3 given, must be finite and at least 0.4"),
         ({"task": "digits", "context": 65}, "data.context: 65 given, must be 64"),
         ({"task": "digits", "validation_fraction": 1e-5}, "data.validation_fraction"),
         ({"task": "tokens"}, "data.path: None given"),

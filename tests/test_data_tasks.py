@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from effattn_jax.data import DataConfig, load
 from effattn_jax.data.listops import CLOSE, DIGIT, OPERATOR, draw_tree, evaluate
 from effattn_jax.data.procedural import distinct, held_out
+from effattn_jax.data.signals import white_signal
 
 
 def rows(task, count=400, **fields):
@@ -71,6 +73,15 @@ def test_gaps_follow_the_power_law_without_replacement():
     assert (gaps[:, 0] != gaps[:, 1]).all()
 
 
+def test_near_answers_of_induction_heads():
+    """Gaps by the power law; every place is still drawn, and the row is as ever."""
+    batch = rows("induction_heads", count=20_000, context=8, gap_power=0.5)
+    gaps = 5 - (batch["tokens"] == 15).argmax(axis=1)
+    weight = np.arange(1, 7) ** -0.5
+    np.testing.assert_allclose(np.bincount(gaps, minlength=6) / 20_000, weight / weight.sum(), atol=0.015)
+    assert (batch["tokens"][np.arange(20_000), 6 - gaps] == batch["targets"][:, -1]).all()
+
+
 def test_distinct_draws_every_subset_alike():
     drawn = np.sort(distinct(np.random.default_rng(0), 20_000, 5, 3), axis=1)
     shares = [(drawn == subset).all(axis=1).mean() for subset in itertools.combinations(range(5), 3)]
@@ -81,6 +92,8 @@ def test_held_out_is_a_fixed_share():
     drawn = np.random.default_rng(0).integers(0, 9, (20_000, 6))
     held = held_out(drawn, 0.1)
     assert abs(held.mean() - 0.1) < 0.01 and np.array_equal(held, held_out(drawn.astype(np.int32), 0.1))
+    numbers = np.random.default_rng(0).random((20_000, 3, 2), np.float32)
+    assert abs(held_out(numbers, 0.1).mean() - 0.1) < 0.01
 
 
 @pytest.mark.parametrize("task, fields", [("copying", {"num_tokens": 2}), ("listops", {"max_args": 2})])
@@ -151,6 +164,51 @@ def test_listops_impossible_lengths():
 def test_listops_default_bounds_are_those_of_long_range_arena():
     assert load(DataConfig(task="listops", context=2000)).min_length == 500
     assert load(DataConfig(task="listops")).codec.decode([12, DIGIT + 4, CLOSE]) == "[MAX 4 ]"
+
+
+def test_white_signal():
+    """Nothing beyond the band, the stated power, and one signal in continuous time at every rate."""
+    draw = partial(white_signal, count=300)
+    signal = draw(np.random.default_rng(0), length=200, bandwidth=0.3, rms=2.0)
+    power = (np.abs(np.fft.rfft(signal)) ** 2).mean(axis=0)
+    assert power[[0, *range(31, 101)]].max() < 1e-20 and abs((signal**2).mean() / 4 - 1) < 0.05
+    np.testing.assert_allclose(power[1:31] / power.mean() * 30 / 101, 1, atol=0.3)  # white: 300 draws of each
+    twice = draw(np.random.default_rng(0), length=400, bandwidth=0.15, rms=2.0)
+    np.testing.assert_allclose(twice[:, ::2], signal, atol=1e-12)
+
+
+def test_delay():
+    batch = rows("delay", context=30, lag=4, bandwidth=0.5)
+    signal, late = batch["inputs"][..., 0], batch["targets"][..., 0]
+    for t in range(30):
+        np.testing.assert_array_equal(late[:, t], signal[:, t - 4] if t >= 4 else 0)
+    assert not signal[:, 0].any() and batch["weights"].all()
+
+
+def test_adding():
+    batch = rows("adding", context=9)
+    numbers, marks = batch["inputs"][..., 0], batch["inputs"][..., 1]
+    assert (marks[:, :4].sum(1) == 1).all() and (marks[:, 4:].sum(1) == 1).all() and set(np.unique(marks)) == {0, 1}
+    assert numbers.min() >= 0 and numbers.max() < 1 and (marks.sum(0) > 0).all()
+    np.testing.assert_allclose(batch["targets"][:, -1, 0], (numbers * marks).sum(1), rtol=1e-6)
+    assert (batch["weights"] == (np.arange(9) == 8)).all()
+    assert abs(((batch["targets"][:, -1] - 1) ** 2).mean() - 1 / 6) < 0.05
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0])
+def test_chirps_have_their_pitch_at_every_rate(monkeypatch, rate):
+    """Without noise, crossings of zero in either half of a row are 2 f a unit of time, which tells the class."""
+    monkeypatch.setattr("effattn_jax.data.signals.white_signal", lambda *a, **k: 0.0)
+    length = round(4000 * rate)
+    batch = rows("chirps", context=length, sampling_rate=rate, count=60)
+    halves = (batch["inputs"][..., 0] > 0).reshape(60, 2, -1)
+    pitch = (halves[..., 1:] != halves[..., :-1]).sum(-1) / 2 / 2000
+    k, falls = np.divmod(batch["labels"], 2)
+    root = 1.5**0.5  # f grows from 1 to root in one half, from root to 1.5 in the other
+    low, high = (0.02 * 1.5**k * (b - a) / np.log(root) for a, b in ((1, root), (root, 1.5)))
+    expected = np.where(falls[:, None], np.stack([high, low], 1), np.stack([low, high], 1))
+    np.testing.assert_allclose(pitch, expected, atol=1e-3)
+    assert set(batch["labels"]) == set(range(10))
 
 
 def test_digits():

@@ -9,7 +9,7 @@ import pytest
 
 from effattn_jax import attention, nn
 from effattn_jax._places import count_positions
-from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
+from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
 
 
@@ -118,6 +118,36 @@ def test_classifier_of_features_and_its_errors():
         model.apply(params, jnp.ones((3, 5), jnp.int32))
     with pytest.raises(ValueError, match=r"inputs must be integers of shape \(B, T\)"):
         SequenceClassifier(model.config, 4, vocab_size=5).init(jax.random.key(0), jnp.ones((1, 5, 2)))
+
+
+def test_regressor_streams_packs_and_keeps_amplitudes():
+    """Step by step as at once, packed rows as alone; without norms twice the input is told from the input; errors."""
+    config = ModelConfig(
+        layers=1, width=8, heads=2, mixer="s4d", state_size=4, conv_width=2, norm="none", use_bias=True
+    )
+    model = SequenceRegressor(dataclasses.replace(config, positions="none"), num_outputs=3)
+    inputs = jax.random.normal(jax.random.key(1), (1, 7, 2))
+    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+
+    @jax.jit
+    def run(params):
+        ids = jnp.array([[0] * 3 + [1] * 4])
+        full, packed, twice = (
+            model.apply({"params": params}, x, segment_ids=s)
+            for x, s in ((inputs, None), (inputs, ids), (2 * inputs, None))
+        )
+        alone = jnp.concatenate([model.apply({"params": params}, x) for x in (inputs[:, :3], inputs[:, 3:])], 1)
+        first, state = model.step(params, inputs[:, :5], model.init_state(1, 7))
+        second, state = model.step(params, inputs[:, 5:], state)
+        return full, packed, alone, jnp.concatenate([first, second], 1), twice, state.position
+
+    full, packed, alone, parts, twice, position = run(params)
+    assert full.shape == (1, 7, 3) and full.dtype == jnp.float32 and position.tolist() == [7]
+    np.testing.assert_allclose(parts, full, atol=1e-5)
+    np.testing.assert_allclose(packed, alone, atol=1e-5)
+    assert float(jnp.abs(twice - full).max()) > 0.1
+    with pytest.raises(ValueError, match=r"inputs must be floats of shape \(B, T, F\)"):
+        model.apply({"params": params}, jnp.ones((3, 5)))
 
 
 def test_a_mixer_without_causal_form_is_refused_in_a_language_model():

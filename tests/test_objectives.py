@@ -1,11 +1,11 @@
-"""Cross-entropy and accuracy: values, masks, extremes and gradients."""
+"""Cross-entropy, accuracy and squared error: values, masks, extremes and gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.objectives import accuracy, cross_entropy
+from effattn_jax.objectives import accuracy, cross_entropy, squared_error
 
 
 @pytest.fixture
@@ -88,3 +88,27 @@ def test_errors(function):
         function(logits, targets.astype(jnp.float32))
     with pytest.raises(ValueError, match=r"weights must have the shape .* \(2, 3\); got \(2,\)"):
         function(logits, targets, jnp.ones(2))
+
+
+def test_squared_error():
+    """Against a loop over positions; weight 0 hides NaN from value and gradient; parts add up; float32 sums."""
+    rng = np.random.default_rng(0)
+    outputs, targets = rng.standard_normal((2, 3, 5, 2)).astype(np.float32)
+    weights = np.where(rng.random((3, 5)) < 0.3, 0, rng.random((3, 5))).astype(np.float32)
+    expected, gradient = 0.0, np.zeros_like(outputs)
+    for i, j in np.ndindex(3, 5):
+        expected += weights[i, j] * sum((outputs[i, j, o] - targets[i, j, o]) ** 2 for o in range(2)) / 2
+        gradient[i, j] = weights[i, j] * (outputs[i, j] - targets[i, j])
+    hidden = (weights == 0)[..., None]
+    poisoned = jnp.where(hidden, jnp.nan, outputs), jnp.where(hidden, jnp.inf, targets), jnp.asarray(weights)
+    (loss, weight), found = jax.value_and_grad(lambda y: squared_error(y, *poisoned[1:]), has_aux=True)(poisoned[0])
+    np.testing.assert_allclose([loss, weight], [expected, weights.sum()], rtol=1e-5)
+    np.testing.assert_allclose(found, gradient, rtol=1e-5, atol=1e-7)
+    parts = [squared_error(*(x[i] for x in poisoned)) for i in range(3)]
+    np.testing.assert_allclose(np.sum(parts, axis=0), [loss, weight], rtol=1e-5)
+    half, count = squared_error(poisoned[0].astype(jnp.bfloat16), targets)
+    assert half.dtype == count.dtype == jnp.float32 and count == 15
+    with pytest.raises(ValueError, match=r"targets must have the shape of predictions, \(3, 5, 2\); got \(3, 5\)"):
+        squared_error(outputs, weights)
+    with pytest.raises(ValueError, match=r"weights must have the shape .* \(3, 5\); got \(3, 5, 2\)"):
+        squared_error(outputs, targets, outputs)

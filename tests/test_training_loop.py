@@ -1,5 +1,6 @@
 """The run: what it writes, how it stops, and that it goes on bit by bit where it stopped."""
 
+import json
 import os
 import shutil
 import signal
@@ -93,6 +94,41 @@ def test_classification_and_answers(tmp_path):
     assert "expected" in (tmp_path / "digits" / "samples.txt").read_text()
     train(tiny(tmp_path / "mqar", data={"task": "mqar", "context": 32, "vocab_size": 64}, sample_tokens=1))
     assert "model" in (tmp_path / "mqar" / "samples.txt").read_text()
+
+
+def test_regression_and_further_evaluations(tmp_path):
+    """A run of numbers has no accuracy, shows its answers, and evaluates its last parameters on other data too."""
+    data = {"task": "adding", "context": 16, "validation_examples": 16}
+    also = ("data.context=24, data.batch-size=4, model.rate=0.5", "data.validation_examples=16")
+    model = {"mixer": "s4d", "positions": "none", "state_size": 2}
+    values = train(tiny(tmp_path / "run", model=model, data=data, sample_tokens=1, eval_also=also))
+    assert set(values) == {"val/loss"} and rows(tmp_path / "run")[-1]["val/accuracy"] == ""
+    assert "expected" in (tmp_path / "run" / "samples.txt").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    other, same = (line for line in lines if "also" in line)
+    assert other["also"] == also[0] and other["val/loss"] != same["val/loss"]
+    assert same["val/loss"] == values["val/loss"] and other["step"] == 8
+    assert also[0] in RunFolder(tmp_path / "run").finished(8)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data.context", 'train.eval_also must hold texts "NAME=value, ..."'),
+        ("optim.name=sgd", "train.eval_also must name data.FIELD or model.FIELD"),
+        ("data.contxt=4", "train.eval_also must name data.FIELD"),
+        ("model.width=4", "a setting of inference is 'width'"),
+        ("data.batch-size=0", "data.batch_size: 0 given"),
+        ("data.vocab-size=99", "changes what the model reads or says"),
+        ("data.context=32", "sequences must be at most max_length=16 long with learned positions; got 32"),
+    ],
+)
+def test_bad_further_evaluations(tmp_path, text, words):
+    model = {"positions": "learned", "max_length": 16}
+    data = {"task": "copying", "num_tokens": 4}
+    with pytest.raises(UserError, match=words):
+        train(tiny(tmp_path / "run", model=model, data=data, eval_also=(text,)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_profile_window(tmp_path):

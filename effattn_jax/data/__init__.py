@@ -1,4 +1,4 @@
-"""Data: byte text, token files, procedural tasks, digits. NumPy only; nothing here writes but `prepare`.
+"""Data: byte text, token files, procedural tasks, signals, digits. NumPy only; nothing here writes but `prepare`.
 
 Every dataset gives `batch(seed, step, shard, num_shards)`, a pure function of its arguments, so the step is the whole
 state of the input, and `validation_batches()`, a fixed set that shares nothing with training.
@@ -12,6 +12,7 @@ from effattn_jax.data.digits import load_digits
 from effattn_jax.data.listops import ListOps
 from effattn_jax.data.recall import AssociativeRecall, Copying, InductionHeads, SelectiveCopying
 from effattn_jax.data.sampling import Batch, Dataset
+from effattn_jax.data.signals import Adding, Chirps, Delay
 from effattn_jax.data.text import load_text
 from effattn_jax.data.tokens import load_tokens
 
@@ -24,6 +25,9 @@ TASKS: dict[str, Callable[[DataConfig], Dataset]] = {
     "mqar": AssociativeRecall,
     "listops": ListOps,
     "digits": load_digits,
+    "delay": Delay,
+    "adding": Adding,
+    "chirps": Chirps,
 }
 
 
@@ -45,11 +49,14 @@ def load(config: DataConfig) -> Dataset:
 
 __all__ = [
     "TASKS",
+    "Adding",
     "AssociativeRecall",
     "Batch",
+    "Chirps",
     "Copying",
     "DataConfig",
     "Dataset",
+    "Delay",
     "InductionHeads",
     "ListOps",
     "SelectiveCopying",

@@ -21,7 +21,7 @@ class DataConfig:
     """
 
     task: str = "text"
-    """What to learn: text, tokens, copying, selective_copying, induction_heads, mqar, listops or digits."""
+    """What to learn: text, tokens, copying, selective_copying, induction_heads, mqar, listops, digits, delay, adding or chirps."""
 
     path: str | None = None
     """Text: a file, or a folder whose text files are joined; empty: Python's own documentation. Tokens: a file
@@ -51,8 +51,9 @@ class DataConfig:
     num_pairs: int = 4
     """Associative recall (mqar): how many key-value pairs to remember."""
 
-    gap_power: float = 0.01
-    """Associative recall: exponent a of the power law p(gap) ~ a (gap + 1)^(a - 1) of the queries' distances."""
+    gap_power: float | None = None
+    """Associative recall and induction heads: exponent a of the power law p(gap) ~ a (gap + 1)^(a - 1) of the distances
+    that are asked; empty: 0.01 in associative recall, which favours near ones, and 1 in induction heads, all alike."""
 
     random_non_queries: bool = False
     """Associative recall: fill the places between queries with random tokens instead of zeros."""
@@ -65,6 +66,15 @@ class DataConfig:
 
     max_args: int = 10
     """ListOps: most arguments of an operator."""
+
+    lag: int | None = None
+    """Delay: how many steps late the signal is to be said; empty: a quarter of the context."""
+
+    bandwidth: float = 0.5
+    """Delay: the signal's highest frequency over that of Nyquist."""
+
+    sampling_rate: float = 1.0
+    """Chirps: steps a unit of time; the context over it is how long a row lasts."""
 
     def validate(self) -> None:
         """Checks what holds for every task; each task checks its own fields when it is loaded.

@@ -20,14 +20,17 @@ def _multipliers(length: int) -> np.ndarray:
 
 
 def held_out(rows: np.ndarray, fraction: float) -> np.ndarray:
-    """Whether each row of ids (N, T) belongs to validation: a fixed hash of the row is below `fraction`.
+    """Whether each row (N, ...), of ids or of float32 numbers, belongs to validation: a fixed hash of it is below `fraction`.
 
     Equal rows get equal answers, so no row that training ever draws is in the validation set, however small the
-    task is. The hash is sum_t m_t x_t mod 2^64 with fixed odd m, mixed once; O(N T).
+    task is. The hash is sum_t m_t x_t mod 2^64 with fixed odd m, mixed once, x_t being an id or a float's 32 bits; O(N T).
 
     >>> held_out(np.zeros((2, 5), np.int32), 0.5).tolist() in ([True, True], [False, False])
     True
     """
+    rows = rows.reshape(len(rows), -1)
+    if np.issubdtype(rows.dtype, np.floating):
+        rows = np.ascontiguousarray(rows, np.float32).view(np.uint32)
     mixed = (rows.astype(np.uint64) * _multipliers(rows.shape[1])).sum(axis=1, dtype=np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finaliser
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

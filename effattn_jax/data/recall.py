@@ -76,12 +76,19 @@ class SelectiveCopying(Copying):
         return np.sort(distinct(rng, count, self.context - size, size), axis=1)
 
 
+def check_gap_power(power: float) -> None:
+    """Raises ValueError unless the exponent of a power law is positive and finite."""
+    if not 0 < power < float("inf"):
+        raise invalid("gap_power", power, "must be positive and finite")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class InductionHeads(Procedural):
     """Random tokens with one marker among them and one at the end: say what followed the first.
 
-    With A symbols, tokens are uniform in 0..A-2 and A-1 is the marker, which stands at a uniform place in 0..T-3 and at
-    T-1; only the last position is asked. Uses `vocab_size` (A, usually 16). A guess is right 1 time in A - 1.
+    With A symbols, tokens are uniform in 0..A-2 and A-1 is the marker, which stands at a place in 0..T-3, the gap behind
+    its successor having p(gap) ~ a (gap + 1)^(a - 1), and at T-1; only the last position is asked. Uses `vocab_size` (A,
+    usually 16) and `gap_power` (a, usually 1: a uniform place). A guess is right 1 time in A - 1.
     Fu et al., arXiv 2212.14052 (there 20 symbols, 30 tokens); Mamba trains at T = 256 and tests up to 2^20.
 
     >>> from effattn_jax.data import DataConfig, load
@@ -97,6 +104,12 @@ class InductionHeads(Procedural):
         """Raises ValueError unless A >= 3 and T >= 3."""
         check_vocab(self, 3)
         at_least("context", self.context, 3)
+        check_gap_power(self.gap_power)
+
+    @property
+    def gap_power(self) -> float:
+        """a."""
+        return 1.0 if self.config.gap_power is None else self.config.gap_power
 
     def symbols(self) -> list[str]:
         """Tokens by number, marker =>."""
@@ -106,11 +119,18 @@ class InductionHeads(Procedural):
         """`count` independent rows."""
         length, marker = self.context, self.vocab_size - 1
         tokens = rng.integers(0, marker, (count, length), dtype=np.int32)
-        place = rng.integers(0, length - 2, (count, 1))
+        place = length - 3 - self.gaps(rng, count)[:, None]
         np.put_along_axis(tokens, place, np.int32(marker), axis=1)
         tokens[:, -1] = marker
         answers = np.take_along_axis(tokens, place + 1, axis=1)
         return language_batch(tokens, np.full((count, 1), length - 1), answers)
+
+    def gaps(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Tokens between the answer and the last marker (count,), by the power law."""
+        if self.gap_power == 1:
+            return self.context - 3 - rng.integers(0, self.context - 2, count)
+        below = np.cumsum(np.arange(1, self.context - 1, dtype=np.float64) ** (self.gap_power - 1))
+        return np.searchsorted(below, rng.random(count) * below[-1], side="right")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,13 +156,17 @@ class AssociativeRecall(Procedural):
 
     def check(self) -> None:
         """Raises ValueError unless T is even and at least 4 n, A > T, and there are n keys."""
-        pairs, power = self.config.num_pairs, self.config.gap_power
+        pairs = self.config.num_pairs
         at_least("num_pairs", pairs, 1)
         if self.context % 2 or self.context < 4 * pairs:
             raise invalid("context", self.context, f"must be even and at least 4 * num_pairs = {4 * pairs}")
         check_vocab(self, max(self.context + 1, 2 * pairs + 2))
-        if not 0 < power < float("inf"):
-            raise invalid("gap_power", power, "must be positive and finite")
+        check_gap_power(self.gap_power)
+
+    @property
+    def gap_power(self) -> float:
+        """a."""
+        return 0.01 if self.config.gap_power is None else self.config.gap_power
 
     def symbols(self) -> list[str]:
         """Blank _, keys k1 ..., values v128 ... ."""
@@ -166,7 +190,7 @@ class AssociativeRecall(Procedural):
     def gaps(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """The slots (count, n) of the keys, drawn one after the other without replacement by the power law."""
         space = (self.context - 2 * self.config.num_pairs) // 2
-        weight = np.arange(1, space + 1, dtype=np.float64) ** (self.config.gap_power - 1)
+        weight = np.arange(1, space + 1, dtype=np.float64) ** (self.gap_power - 1)
         # a race of exponentials with these rates arrives in the order of successive draws without replacement
         arrival = rng.standard_exponential((count, space)) / weight
         return np.argsort(arrival, axis=1)[:, : self.config.num_pairs]

@@ -74,13 +74,15 @@ class Dataset:
     target stands at the position whose output must predict it, the weight is 1 where a prediction is asked
     for and 0 elsewhere. Classification batches are {"inputs": int32 (B, T) or float32 (B, T, features),
     "labels": int32 (B,), "mask": bool (B, T), "weights": float32 (B,)}: the mask is False on padding,
-    the weight 0 on rows that only fill up the last validation batch.
+    the weight 0 on rows that only fill up the last validation batch. Regression batches are {"inputs": float32
+    (B, T, features), "targets": float32 (B, T, outputs), "weights": float32 (B, T)}, with weights as in language.
 
     Attributes:
-      kind: "language" or "classification".
-      codec: text to ids and back.
+      kind: "language", "classification" or "regression".
+      codec: text to ids and back; None in regression.
       vocab_size: number of ids, None for real-valued features.
       num_classes: classification only, else None.
+      num_outputs: regression only, else None.
       bytes_per_token: UTF-8 bytes of validation text a token, to turn nats a token into bits a byte; None
         where that has no meaning.
     """
@@ -88,10 +90,11 @@ class Dataset:
     config: DataConfig
     kind: ClassVar[str] = "language"
     num_classes: ClassVar[int | None] = None
+    num_outputs: ClassVar[int | None] = None
 
     @property
-    def codec(self) -> Codec:
-        """Text to ids and back; `codec.spec()` is JSON from which `codecs.from_spec` makes it again."""
+    def codec(self) -> Codec | None:
+        """Text to ids and back, None in regression; `codec.spec()` is JSON from which `codecs.from_spec` makes it again."""
         raise NotImplementedError
 
     @property

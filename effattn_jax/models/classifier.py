@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from effattn_jax._places import count_positions
 from effattn_jax.models.config import ModelConfig
-from effattn_jax.models.inputs import InputEmbedding, check_length
+from effattn_jax.models.inputs import InputEmbedding, check_length, embed_features
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
 from effattn_jax.nn.mixer import check_inputs
@@ -74,11 +74,7 @@ class SequenceClassifier(nn.Module):
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(f"inputs must be integers of shape (B, T); got {inputs.dtype}{list(inputs.shape)}")
             return Embedding(self.vocab_size, c.width, c.dtype, c.param_dtype, name="tokens")(inputs)
-        if inputs.ndim != 3 or not jnp.issubdtype(inputs.dtype, jnp.floating):
-            raise ValueError(
-                f"inputs must be floats of shape (B, T, F) without vocab_size; got {inputs.dtype}{list(inputs.shape)}"
-            )
-        return nn.Dense(c.width, dtype=c.dtype, param_dtype=c.param_dtype, name="features")(inputs)
+        return embed_features(c, inputs)
 
 
 def _masked_mean(x_BxTxD, mask):

@@ -42,8 +42,8 @@ class ModelConfig:
     """Sampling step of the input over that of training: state-space mixers multiply their steps by it."""
     conv_width: int = 0
     """Tokens seen by the short convolution before each mixer, the token itself included. 0: no convolution."""
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    """Normalisation of the residual stream."""
+    norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
+    """Normalisation of the residual stream; none keeps the size of what is read, which a regression may depend on."""
     residual: Literal["pre", "post", "rezero"] = "pre"
     """Block form: x + f(norm(x)), norm(x + f(x)), or x + alpha f(x) with alpha starting at 0."""
     residual_scores: bool = False
@@ -305,7 +305,7 @@ class ModelConfig:
 
 INFERENCE_FIELDS = (
     "window", "sinks", "full_layers", "rotary_base", "rotary_scaling", "rotary_factor", "train_length", "log_scale", "rerope_window",
-    "rerope_leak", "hierarchical_alpha", "chunk_size",
+    "rerope_leak", "hierarchical_alpha", "chunk_size", "rate",
 )  # fmt: skip
 
 

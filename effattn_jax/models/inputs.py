@@ -1,6 +1,7 @@
-"""From tokens to the residual stream: where each token stands, and what that adds to its embedding."""
+"""From tokens or features to the residual stream: where each token stands, and what that adds to its embedding."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from effattn_jax.models.config import ModelConfig
@@ -38,6 +39,18 @@ class InputEmbedding(nn.Module):
     def _stretched(self, table, positions):
         rows = table(jnp.arange(self.config.max_length)[None])[0]
         return hierarchical_embedding(rows, positions, alpha=self.config.hierarchical_alpha)
+
+
+def embed_features(config: ModelConfig, inputs: jax.Array) -> jax.Array:
+    """Inside a compact method: feature vectors (B, T, F) to the width, by one layer of the name `features`.
+
+    Raises:
+      ValueError: inputs of another rank or type.
+    """
+    if inputs.ndim != 3 or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        given = f"{inputs.dtype}{list(inputs.shape)}"
+        raise ValueError(f"inputs must be floats of shape (B, T, F) without vocab_size; got {given}")
+    return nn.Dense(config.width, dtype=config.dtype, param_dtype=config.param_dtype, name="features")(inputs)
 
 
 def check_length(config: ModelConfig, length: int) -> None:

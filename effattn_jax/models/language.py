@@ -4,27 +4,16 @@ x = E[tokens] + positions;   x = block_l(x) for each layer;   logits = norm(x) E
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._places import count_positions
+from effattn_jax.models.causal import LanguageState, init_state, run_causal
 from effattn_jax.models.config import ModelConfig
-from effattn_jax.models.inputs import InputEmbedding, check_length
-from effattn_jax.models.stack import Stack
 from effattn_jax.nn import Embedding
-from effattn_jax.nn.mixer import check_inputs
 from effattn_jax.nn.products import float32_product
-
-
-class LanguageState(NamedTuple):
-    """What a language model remembers: real tokens of the current segment (B,), its id (B,), and the blocks' states."""
-
-    position: jax.Array
-    segment_id: jax.Array
-    blocks: Any
 
 
 class LanguageModel(nn.Module):
@@ -83,26 +72,19 @@ class LanguageModel(nn.Module):
         c = self.config.validate()
         if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):
             raise ValueError(f"tokens must be integers of shape (B, T); got {tokens_BxT.dtype}{list(tokens_BxT.shape)}")
-        check_length(c, tokens_BxT.shape[1])
         embed = Embedding(self.vocab_size, c.width, c.dtype, c.param_dtype, name="tokens")
-        x_BxTxD = embed(tokens_BxT)
-        check_inputs(x_BxTxD, c.width, mask, segment_ids)
-        if positions is None:
-            positions = count_positions(tokens_BxT.shape, mask, segment_ids, *(state[:2] if state is not None else ()))
-        x_BxTxD, placed = InputEmbedding(c, name="inputs")(x_BxTxD, positions, mask, deterministic)
-        x_BxTxD, blocks = Stack(c, name="stack")(
-            x_BxTxD,
-            mask=mask,
+        x_BxTxD, after = run_causal(
+            c,
+            embed(tokens_BxT),
             segment_ids=segment_ids,
-            positions=placed,
-            state=None if state is None else state.blocks,
+            mask=mask,
+            positions=positions,
             deterministic=deterministic,
+            state=state,
             return_state=return_state,
         )
         logits_BxTxA = embed.attend(x_BxTxD) if c.tie_embeddings else self._head(x_BxTxD)
-        if not return_state:
-            return logits_BxTxA
-        return logits_BxTxA, LanguageState(*_advance(tokens_BxT, positions, mask, segment_ids, state), blocks)
+        return (logits_BxTxA, after) if return_state else logits_BxTxA
 
     def _head(self, x_BxTxD):
         init = nn.initializers.variance_scaling(0.04, "fan_in", "normal")  # small logits: the first loss is about ln A
@@ -116,9 +98,7 @@ class LanguageModel(nn.Module):
         Raises:
           ValueError: capacity beyond max_length where learned positions or a mixer fix the length.
         """
-        check_length(self.config.validate(), capacity)
-        zeros = jnp.zeros((batch,), jnp.int32)
-        return LanguageState(zeros, zeros, Stack(self.config, parent=None).init_state(batch, capacity))
+        return init_state(self.config, batch, capacity)
 
     @nn.nowrap
     def step(
@@ -126,15 +106,3 @@ class LanguageModel(nn.Module):
     ) -> tuple[jax.Array, LanguageState]:
         """(logits, state) after more tokens: what `decoding.generate` takes as its step."""
         return self.apply({"params": params}, tokens_BxT, state=state, return_state=True, **inputs)
-
-
-def _advance(tokens_BxT, positions, mask, segment_ids, state):
-    """(position, segment_id) of the new state: those that the next token would have."""
-    batch, length = tokens_BxT.shape
-    zeros = jnp.zeros_like(tokens_BxT, jnp.int32, shape=(batch,))
-    position, segment_id = (zeros, zeros) if state is None else state[:2]
-    if length == 0:
-        return position, segment_id
-    is_real = 1 if mask is None else mask[:, -1].astype(jnp.int32)
-    position = zeros + positions[:, -1].astype(jnp.int32) + is_real
-    return position, segment_id if segment_ids is None else segment_ids[:, -1].astype(jnp.int32)

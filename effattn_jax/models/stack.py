@@ -4,6 +4,7 @@ pre: x + f(norm(x));   post: norm(x + f(x));   rezero: x + alpha f(x), alpha = 0
 for f the mixer (after a short convolution where asked), then for f the feed-forward layer. Attention scores may add up from block to block.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -151,7 +152,7 @@ class Stack(nn.Module):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if self.config.scan_layers else states
 
 
-def _norm(config: ModelConfig, name: str) -> nn.Module:
+def _norm(config: ModelConfig, name: str) -> Callable[[jax.Array], jax.Array]:
     return make_norm(
         config.norm, use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name
     )

@@ -1,5 +1,6 @@
 """Norms, feed-forward layers and embeddings: the parts of a block that look at one token at a time."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ EMBEDDING_STD = 0.02
 
 def make_norm(
     kind: str, *, use_bias: bool = False, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32, name: str
-) -> nn.Module:
-    """A "layernorm" or "rmsnorm" over the last axis; statistics and scaling in float32, output in `dtype`.
+) -> Callable[[jax.Array], jax.Array]:
+    """A "layernorm" or "rmsnorm" over the last axis, or "none"; statistics and scaling in float32, output in `dtype`.
 
     LayerNorm: (x - mean) / sqrt(var + 1e-5) * scale (+ bias); RMSNorm: x / sqrt(mean(x^2) + 1e-6) * scale.
 
@@ -32,7 +33,9 @@ def make_norm(
         return nn.LayerNorm(epsilon=1e-5, use_bias=use_bias, dtype=dtype, param_dtype=param_dtype, name=name)
     if kind == "rmsnorm":
         return nn.RMSNorm(epsilon=1e-6, dtype=dtype, param_dtype=param_dtype, name=name)
-    raise ValueError(f"norm must be 'layernorm' or 'rmsnorm'; got {kind!r}")
+    if kind == "none":
+        return lambda x: x
+    raise ValueError(f"norm must be 'layernorm', 'rmsnorm' or 'none'; got {kind!r}")
 
 
 class FeedForward(nn.Module):

@@ -3,6 +3,7 @@
 The command line, the help, `config.json` and the comparison of a run folder with a command are all made from these.
 """
 
+import ast
 import dataclasses
 import typing
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,9 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated."""
     eval_batches: int | None = 20
     """Validation batches in an evaluation, evenly spaced over the validation set; None takes all of it."""
+    eval_also: tuple[str, ...] = ()
+    """Further evaluations of the final model, each "NAME=value, NAME=value" of data fields and of model settings of
+    inference, such as "data.context=4096, data.batch-size=8" or "data.sampling-rate=2, model.rate=0.5"."""
     log_every: int = 10
     """Steps between rows of metrics.csv."""
     sample_tokens: int = 200
@@ -147,6 +151,8 @@ class Config:
         if self.optim.warmup_steps < 0:
             raise ValueError(f"optim.warmup_steps must not be negative, got {self.optim.warmup_steps}.")
         profile_window(self.train.profile_steps)
+        for text in self.train.eval_also:
+            changed(self, text).data.validate()
 
 
 FREE = (
@@ -154,6 +160,7 @@ FREE = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.eval_batches",
+    "train.eval_also",
     "train.log_every",
     "train.sample_",
     "train.profile_steps",
@@ -165,6 +172,54 @@ FREE = (
 )
 """Fields (by prefix) that may change between two starts of a run, because they change no update. The text behind
 `data.path` is compared by its contents instead, so it may be moved but not edited."""
+
+
+def changed(config: Config, text: str) -> Config:
+    """The config of an evaluation of the same parameters: other data, or other settings of the model at inference.
+
+    Args:
+      config: the run's.
+      text: "NAME=value, NAME=value", the names dotted, data.FIELD or model.FIELD.
+
+    Raises:
+      ValueError: text that is not of this form, an unknown field, or a model field that is fixed by training.
+
+    Example:
+      >>> changed(Config(), "data.context=4096, model.rate=0.5").data.context
+      4096
+    """
+    options = parse_options(text)
+    rooms = {"data": {}, "model": {}}
+    for name, value in (options or {}).items():
+        room, _, field = name.replace("-", "_").partition(".")
+        known = {f.name for f in dataclasses.fields(DataConfig)} if room == "data" else None
+        if room not in rooms or not field or (known and field not in known):
+            raise ValueError(f"train.eval_also must name data.FIELD or model.FIELD, got {name!r}.")
+        rooms[room][field] = value
+    if not options:
+        raise ValueError(f'train.eval_also must hold texts "NAME=value, ...", got {text!r}.')
+    data = dataclasses.replace(config.data, **rooms["data"])
+    return dataclasses.replace(config, data=data, model=config.model.at_inference(**rooms["model"]))
+
+
+def parse_options(text: str) -> dict[str, Any] | None:
+    """Options "NAME=value, NAME=value", values being numbers, True, False, None or words; None for another form.
+
+    Example:
+      >>> parse_options("weight_decay=0.1, lazy=frozen"), parse_options("lazy")
+      ({'weight_decay': 0.1, 'lazy': 'frozen'}, None)
+    """
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    if not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
+        return None
+    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def profile_window(text: str | None) -> tuple[int, int] | None:

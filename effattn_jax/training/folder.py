@@ -149,5 +149,5 @@ def describe(dataset: Dataset) -> dict[str, Any]:
         "vocab_size": dataset.vocab_size,
         "num_classes": dataset.num_classes,
         "context": dataset.context,
-        "codec": dataset.codec.spec(),
+        "codec": dataset.codec.spec() if dataset.codec else None,
     }

@@ -69,6 +69,11 @@ class Metrics:
         if self._wandb:
             self._wandb.log(values, step=step)
 
+    def also(self, step: int, text: str, values: dict[str, float]) -> None:
+        """Add the line of a further evaluation, which `text` describes, to the JSON lines."""
+        self._jsonl.write(json.dumps({"step": step, "also": text, **values}) + "\n")
+        self._jsonl.flush()
+
     def text(self, name: str, text: str, step: int) -> None:
         """Show a text (a sample) in TensorBoard."""
         if self._tensorboard:

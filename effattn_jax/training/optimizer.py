@@ -3,7 +3,6 @@
 To add a rule, add one line to `OPTIMIZERS`, and one to `DIRECTIONS` where groups can have it.
 """
 
-import ast
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from effattn_jax.optim import (
     soft_clip_by_global_norm,
     tiger,
 )
-from effattn_jax.training.config import OptimConfig
+from effattn_jax.training.config import OptimConfig, parse_options
 
 Direction = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
@@ -150,17 +149,10 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
       ('embedding$', {'weight_decay': 0.1, 'lazy': 'frozen'})
     """
     pattern, colon, rest = text.rpartition(":")
-    pairs = [part.partition("=") for part in rest.split(",") if part.strip()]
-    if not colon or not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
+    options = parse_options(rest)
+    if not colon or options is None:
         raise ValueError(f'optim.groups must hold rules "REGEX: option=value, ...", got {text!r}.')
-    return pattern.strip(), {name.strip(): _literal(value.strip()) for name, _, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    return pattern.strip(), options
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

@@ -32,6 +32,8 @@ class Reporter:
         self._clock = Clock()
         self._row: dict[str, float] = {}
         self._values: dict[str, float] = {}
+        self._also: list[str] = []
+        self._unit = setup.task.unit.partition(" a token")[0]
         self._metrics = None
         if folder.writes:
             options = {"tensorboard": self._config.tensorboard, "wandb": self._config.wandb}
@@ -79,10 +81,20 @@ class Reporter:
         """Evaluate, write the step's row, sample; returns the validation metrics."""
         self._values = self._setup.evaluate(params)
         self._write(step, {**self._row, **self._values})
-        self._screen.say(f"step {step}: {describe(self._values)}", style="bold")
+        self._screen.say(f"step {step}: {describe(self._values, self._unit)}", style="bold")
         if self._config.sample_tokens:
             self._sample(step, params)
+        if step == self._config.steps:
+            self._evaluate_also(step, params)
         return self._values
+
+    def _evaluate_also(self, step: int, params: Any) -> None:
+        for text, setup in self._setup.also.items():
+            values = setup.evaluate(params)
+            self._also.append(f"{text}: {describe(values, self._unit)}")
+            self._screen.say(self._also[-1], style="bold")
+            if self._metrics:
+                self._metrics.also(step, text, values)
 
     def _sample(self, step: int, params: Any) -> None:
         text = self._sampled(step, params)
@@ -112,7 +124,7 @@ class Reporter:
             rate = self._row["tokens_per_second"]
             used = utilisation(3 * self._setup.task.flops_per_item * rate, self._setup.mesh.size)
             speed = f"; {short(rate)} tokens/s, {used}"
-        summary = f"{self._config.steps} steps, {describe(values)}"
+        summary = "; ".join([f"{self._config.steps} steps, {describe(values, self._unit)}", *self._also])
         if self._folder.writes:
             self._folder.finish(self._config.steps, summary)
         self._screen.stop()
@@ -120,17 +132,18 @@ class Reporter:
         return values
 
 
-def describe(values: dict[str, float]) -> str:
+def describe(values: dict[str, float], unit: str = "nats") -> str:
     """Validation metrics as text.
 
     Example:
       >>> describe({"val/loss": 1.5, "val/bits_per_byte": 2.164, "val/accuracy": 0.5})
       'validation loss 1.5000 nats, 2.164 bits/byte, accuracy 0.500'
     """
-    text = f"validation loss {values['val/loss']:.4f} nats"
+    loss = values["val/loss"]
+    text = f"validation loss {f'{loss:.4f}' if loss >= 0.01 else f'{loss:.3g}'} {unit}"
     if "val/bits_per_byte" in values:
         text += f", {values['val/bits_per_byte']:.3f} bits/byte"
-    return text + f", accuracy {values['val/accuracy']:.3f}"
+    return text + (f", accuracy {values['val/accuracy']:.3f}" if "val/accuracy" in values else "")
 
 
 def _shortened(text: str, lines: int = 3) -> str:

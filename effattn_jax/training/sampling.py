@@ -10,6 +10,8 @@ import numpy as np
 from effattn_jax.data import Dataset
 from effattn_jax.decoding import generate
 
+NUMBERS_SHOWN = 8  # the last ones of a row that is answered with numbers
+
 
 def continue_tokens(
     model: Any,
@@ -82,6 +84,10 @@ def show_answers(task: Any, params: Any, dataset: Dataset, rows: int = 3) -> str
             lines.append(f"expected {batch['labels'][row]}  model says {predicted[row]}")
             continue
         asked = batch["weights"][row] > 0
+        if dataset.kind == "regression":
+            pair = (x[row][asked][-NUMBERS_SHOWN:].ravel() for x in (batch["targets"], predicted))
+            lines += [f"{name} {' '.join(f'{x:.3f}' for x in xs)}" for name, xs in zip(("expected", "model   "), pair)]
+            continue
         lines.append(f"input    {dataset.decode(batch['tokens'][row])}")
         lines.append(f"expected {dataset.decode(batch['targets'][row][asked])}")
         lines.append(f"model    {dataset.decode(predicted[row][asked])}")

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effattn_jax.data import Dataset
+from effattn_jax.data import Dataset, load
+from effattn_jax.models.inputs import check_length
 from effattn_jax.parallel import local_shard, make_mesh, place_batch, shard_tree
-from effattn_jax.training.config import Config
+from effattn_jax.training.config import Config, changed
 from effattn_jax.training.errors import user_errors
 from effattn_jax.training.optimizer import make_optimizer
 from effattn_jax.training.step import init_state, make_train_step
@@ -27,6 +28,7 @@ class Setup(NamedTuple):
       init: seed -> state before the first step.
       train_step: (state, batch, step) -> (state, metrics); the state given is used up.
       eval_step: (params, batch) -> sums.
+      also: a setup for each text of `train.eval_also`, of which the data and `evaluate` are used.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class Setup(NamedTuple):
     init: Any
     train_step: Any
     eval_step: Any
+    also: dict[str, "Setup"] = {}
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The training batch of a step, on the mesh: a pure function of (seed, step)."""
@@ -53,8 +56,10 @@ class Setup(NamedTuple):
     def evaluate(self, params: Any) -> dict[str, float]:
         """Validation metrics, named as in metrics.csv; sums over batches are taken in float64."""
         sums = jax.device_get([self.eval_step(params, batch) for batch in self.validation_batches()])
-        loss, correct, weight = (sum(float(s[name]) for s in sums) for name in ("loss", "correct", "weight"))
-        values = {"val/loss": loss / weight, "val/accuracy": correct / weight}
+        total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+        values = {"val/loss": total["loss"] / total["weight"]}
+        if "correct" in total:
+            values["val/accuracy"] = total["correct"] / total["weight"]
         if self.dataset.bytes_per_token:
             values["val/bits_per_byte"] = values["val/loss"] / math.log(2) / self.dataset.bytes_per_token
         return values
@@ -77,7 +82,7 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
     everywhere = NamedSharding(mesh, PartitionSpec())
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     step = make_train_step(task, optimizer, schedule, config.train.microbatches)
-    return Setup(
+    setup = Setup(
         config=config,
         dataset=dataset,
         task=task,
@@ -87,6 +92,23 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(task.evaluate, out_shardings=everywhere),
     )
+    with user_errors("train.eval_also"):
+        return setup._replace(also={text: _varied(setup, text) for text in config.train.eval_also})
+
+
+def _varied(setup: Setup, text: str) -> Setup:
+    """The setup that evaluates the same parameters on other data, or by other settings of inference."""
+    config = changed(setup.config, text)
+    dataset = load(config.data)
+    old, new = ((d.kind, d.vocab_size, d.num_classes, d.num_outputs) for d in (setup.dataset, dataset))
+    if old != new:
+        raise ValueError(f"{text!r} changes what the model reads or says, (kind, sizes) from {old} to {new}")
+    check_length(config.model, dataset.context)
+    _make_mesh(config)  # raises where the batch does not fit it
+    task = make_task(config.model, dataset)
+    everywhere = NamedSharding(setup.mesh, PartitionSpec())
+    step = jax.jit(task.evaluate, out_shardings=everywhere)
+    return setup._replace(config=config, dataset=dataset, task=task, eval_step=step)
 
 
 def _make_mesh(config: Config) -> Mesh:

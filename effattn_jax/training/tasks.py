@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.data import Dataset
-from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, flops_per_token
-from effattn_jax.objectives import accuracy, cross_entropy
+from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
+from effattn_jax.objectives import accuracy, cross_entropy, squared_error
 
 Batch = dict[str, jax.Array]
 
@@ -21,6 +21,7 @@ class LanguageTask:
     Attributes:
       model: the Linen module.
       items_per_row: tokens in a row, what throughput counts.
+      unit: of the loss.
     """
 
     unit = "nats a token"
@@ -86,7 +87,37 @@ class ClassificationTask:
         return jnp.argmax(self._logits(params, batch), axis=-1)
 
 
-TASKS = {"language": LanguageTask, "classification": ClassificationTask}
+class RegressionTask:
+    """Numbers at marked steps from the numbers so far, by a causal regressor; the members are those of `LanguageTask`."""
+
+    unit = "squared error"
+
+    def __init__(self, config: ModelConfig, dataset: Dataset):
+        self.model = SequenceRegressor(config, dataset.num_outputs)
+        self.items_per_row = dataset.context
+        self.flops_per_item = flops_per_token(config, dataset.num_outputs, dataset.context)
+
+    def init(self, key: jax.Array, batch: Batch) -> Any:
+        """Initial parameters."""
+        return self.model.init(key, batch["inputs"])["params"]
+
+    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(sum of squared errors, sum of weights) in training, dropout drawn from the key."""
+        options = {"deterministic": False, "rngs": {"dropout": key}}
+        outputs = self.model.apply({"params": params}, batch["inputs"], **options)
+        return squared_error(outputs, batch["targets"], batch["weights"])
+
+    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Sums over one validation batch: loss, weight."""
+        loss, weight = squared_error(self.predict(params, batch), batch["targets"], batch["weights"])
+        return {"loss": loss, "weight": weight}
+
+    def predict(self, params: Any, batch: Batch) -> jax.Array:
+        """The outputs, (B, T, O)."""
+        return self.model.apply({"params": params}, batch["inputs"])
+
+
+TASKS = {"language": LanguageTask, "classification": ClassificationTask, "regression": RegressionTask}
 
 
 def make_task(config: ModelConfig, dataset: Dataset) -> Any:
