@@ -147,12 +147,17 @@ def numerator(x):
     return np.concatenate([z.real, z.imag], -1)
 
 
+def initial(modules, x):
+    """The first parameters of each module, in one program."""
+    return jax.jit(lambda: {name: module.init(jax.random.key(0), x)["params"] for name, module in modules.items()})()
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_rotary_positions_act_where_the_map_lets_them(causal):
     """The module against its projections and the quotient written out: features turned above alone, but where products are functions of q . k."""
     x, width, heads = np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32), 16, 2
     modules = {name: MIXERS[name](width, heads=heads, kv_heads=2, causal=causal, rotary_base=1e4) for name in MAPS}
-    params = {name: module.init(jax.random.key(0), x)["params"] for name, module in modules.items()}
+    params = initial(modules, x)
     run = jax.jit(lambda params: {name: module.apply({"params": params[name]}, x) for name, module in modules.items()})
     order = np.tril(np.ones((7, 7))) if causal else np.ones((7, 7))
     for name, found in run(params).items():
@@ -198,9 +203,8 @@ def test_mixers_with_positions_of_their_own():
     x = np.random.default_rng(0).normal(size=(1, 9, 64)).astype(np.float32)
     names = ("shaw", "xl", "tupe", "disentangled")
     modules = {name: MIXERS[name](64, heads=2, kv_heads=1, max_length=64, rotary_base=1e4) for name in names}
-    params = {name: module.init(jax.random.key(0), x)["params"] for name, module in modules.items()}
     plain = MIXERS["softmax"](64, heads=2, kv_heads=1, rotary_base=1e4)
-    shared = plain.init(jax.random.key(0), x)["params"]
+    params, shared = initial(modules, x), initial({"plain": plain}, x)["plain"]
     pairs = {
         "rerope": ({"placing": Placing(rerope_window=3, rerope_leak=0.5)},) * 2,
         "xpos": ({}, {"placing": Placing("xpos")}),
