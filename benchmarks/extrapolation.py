@@ -219,7 +219,7 @@ def main() -> None:
             found = [
                 accuracy(config.at_inference(**settings_at(chosen, r)), params, dataset, settings, r) for r in RATIOS
             ]
-            row = {"method": method, "model": name, "seconds": round(seconds, 1)}
+            row = {"method": method, "model": name, "seconds": round(seconds, 1), "date": str(datetime.date.today())}
             record["methods"].append(row | {kind: [f[kind] for f in found] for kind in ("real", "repeated")})
         record |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "date": str(datetime.date.today())}
         path.write_text(json.dumps(record, indent=1) + "\n")

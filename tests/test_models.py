@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax import attention, nn
+from effattn_jax import attention, nn, position
 from effattn_jax.models import LanguageModel, ModelConfig
 from effattn_jax.objectives import cross_entropy
 
@@ -80,7 +80,8 @@ def test_prefill_and_steps_are_the_full_pass(mixer, positions):
 
 @pytest.mark.parametrize("mixer", CAUSAL)
 def test_packed_rows_padding_and_causality(mixer):
-    model, params = make(mixer=mixer, positions="learned", conv_width=3)
+    own = mixer in position.MIXERS
+    model, params = make(mixer=mixer, positions="rotary" if own else "learned", conv_width=3)
     documents = random_tokens((1, 5)), random_tokens((1, 7), seed=6)
     tokens = jnp.concatenate(documents, axis=1)
     segment_ids = jnp.array([[4] * 5 + [2] * 7])
@@ -142,9 +143,8 @@ def test_state_shapes_never_change(mixer):
     if model.config.fixes_length:
         return  # its state has a place for each step up to max_length, and no more
     larger = sum(x.size for x in jax.tree.leaves(model.init_state(2, 1000)))
-    line = attention.MIXERS.get(
-        mixer
-    )  # a recurrence's state, and so the cost of a token, does not depend on the capacity
+    # A recurrence's state, and so the cost of a token, does not depend on the capacity.
+    line = (attention.MIXERS | position.MIXERS).get(mixer)
     grows = line is not None and line.pairwise
     assert (larger > sum(x.size for x in jax.tree.leaves(state))) == grows
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax import attention, nn
+from effattn_jax import attention, nn, position
 from effattn_jax._places import count_positions
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
@@ -82,9 +82,14 @@ def test_positions_count_real_tokens_and_restart_at_boundaries():
 
 @pytest.mark.parametrize("mixer", nn.MIXERS)
 def test_classifier_reads_both_ways_and_no_padding(mixer):
-    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mixer=mixer, conv_width=3, positions="sinusoidal")
+    positions = "none" if mixer in position.MIXERS else "sinusoidal"
+    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mixer=mixer, conv_width=3, positions=positions)
     model = SequenceClassifier(config, num_classes=3, vocab_size=10)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 10)
+    if mixer == "xpos":
+        with pytest.raises(ValueError, match="is_causal must be True: XPOS's factors grow towards the future"):
+            model.init(jax.random.key(0), tokens)
+        return
     params = jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
     mixing = config.make_mixer(0, causal=False)
     weights = jax.jit(mixing.init)(jax.random.key(2), jnp.zeros((1, 7, 16)))
@@ -189,8 +194,11 @@ def test_bidirectional_mixers_have_no_state(mixer):
         {"mixer": "gmlp", "max_length": 64},
         {"mixer": "ffn_stack", "max_length": 64},
         {"mixer": "dynamic_convolution"},
+        {"mixer": "xl"},
+        {"mixer": "tupe", "max_length": 64},
+        {"mixer": "disentangled"},
     ],
-    ids=["mlp", "gated", "min_gru", "gmlp", "ffn_stack", "dynamic_convolution"],
+    ids=["mlp", "gated", "min_gru", "gmlp", "ffn_stack", "dynamic_convolution", "xl", "tupe", "disentangled"],
 )
 def test_flops_agree_with_the_compiler(options):
     config = ModelConfig(layers=2, width=512, heads=8, **options)
@@ -207,7 +215,7 @@ def test_flops_of_recurrences_do_not_depend_on_the_context_and_windows_limit_it(
         config = ModelConfig(mixer=mixer)
         causal = config.mixer != "fnet"
         few, many = (flops_per_token(config, 65, context, causal=causal) for context in (100, 10_000))
-        line = attention.MIXERS.get(mixer)
+        line = (attention.MIXERS | position.MIXERS).get(mixer)
         reads_all_keys = line is not None and line.pairwise
         assert (few != many) == (config.fixes_length or reads_all_keys or mixer == "fnet")
     windowed = ModelConfig(window=63)

@@ -7,7 +7,7 @@ import pytest
 
 from effattn_jax.generate import _settings
 from effattn_jax.models import LanguageModel, ModelConfig
-from effattn_jax.nn import MultiHeadAttention, Placing
+from effattn_jax.nn import MIXERS, MultiHeadAttention, Placing
 from effattn_jax.position import alibi_slopes, rotary, rotary_frequencies, rotary_linear_attention, xpos_decay
 from effattn_jax.training.errors import UserError
 from tests.laws.checks import assert_close
@@ -19,6 +19,8 @@ TRAINED = {  # settings that decide parameters or how a model is trained
     "t5": {"positions": "t5", "mixer": "local", "window": 3},
     "xpos": {"positions": "xpos"},
     "xpos in linear time": {"positions": "xpos", "mixer": "gated_linear"},
+    "rotary in linear time": {"mixers": "linear,linear_hedgehog", "layers": 2},
+    "t5 in TUPE": {"positions": "t5", "mixer": "tupe", "max_length": 12},
     "alibi with sinks": {"positions": "alibi", "window": 3, "sinks": 2},
     "log n": {"log_scale": "train", "train_length": 8},
     "HWFA": {"layers": 2, "window": 3, "full_layers": 1, "full_rotary": False, "log_scale": "train", "train_length": 8},
@@ -30,6 +32,7 @@ AT_INFERENCE = {  # settings of a model trained with plain rotary positions
     "rerope": {"rerope_window": 4, "log_scale": "inference", "train_length": 4},
     "leaky": {"rerope_window": 3, "rerope_leak": 0.25, "rotary_scaling": "ntk", "rotary_factor": 2.0},
     "sinks": {"window": 3, "sinks": 2},
+    "ntk in linear time": {"rotary_scaling": "ntk", "rotary_factor": 8.0},
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(1, 20, (2, 12))
 MASK = np.arange(12) >= np.array([[3], [0]])
@@ -50,7 +53,8 @@ def stepwise(model, params, tokens, mask):
 
 @pytest.mark.parametrize("name", [*TRAINED, *AT_INFERENCE])
 def test_steps_equal_the_whole_and_padding_nothing(name):
-    config = ModelConfig(**{**SMALL, **TRAINED.get(name, {})})
+    linear = {"mixer": "linear"} if name == "ntk in linear time" else {}
+    config = ModelConfig(**{**SMALL, **linear, **TRAINED.get(name, {})})
     model = LanguageModel(config, 20)
 
     @jax.jit
@@ -124,6 +128,114 @@ def test_rotary_positions_in_linear_attention():
     np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
 
 
+MAPS = {
+    "linear": lambda x, w: np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))),
+    "linear_relu": lambda x, w: np.maximum(x, 0),
+    "linear_dpfp": lambda x, w: (lambda r: r * np.roll(r, -1, -1))(np.maximum(np.concatenate([x, -x], -1), 0)),
+    "linear_hedgehog": lambda x, w: np.concatenate(
+        [np.exp(y) / np.exp(y).sum(-1, keepdims=True) for s in (1, -1) for y in [s * np.einsum("btnh,nhp->btnp", x, w)]], -1
+    ),
+    "linear_cosine": lambda x, w: np.concatenate([np.ones_like(x[..., :1]), x / np.linalg.norm(x, axis=-1, keepdims=True)], -1),
+}  # fmt: skip
+
+
+def numerator(x):
+    """R(t) x in float64, for halves of the features."""
+    half = x.shape[-1] // 2
+    turn = np.exp(1j * np.arange(x.shape[1])[:, None] * 10000.0 ** (-np.arange(half) / half))[None, :, None]
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def initial(modules, x):
+    """The first parameters of each module, in one program."""
+    return jax.jit(lambda: {name: module.init(jax.random.key(0), x)["params"] for name, module in modules.items()})()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rotary_positions_act_where_the_map_lets_them(causal):
+    """The module against its projections and the quotient written out: features turned above alone, but where products are functions of q . k."""
+    x, width, heads = np.random.default_rng(0).normal(size=(2, 7, 16)).astype(np.float32), 16, 2
+    modules = {name: MIXERS[name](width, heads=heads, kv_heads=2, causal=causal, rotary_base=1e4) for name in MAPS}
+    params = initial(modules, x)
+    run = jax.jit(lambda params: {name: module.apply({"params": params[name]}, x) for name, module in modules.items()})
+    order = np.tril(np.ones((7, 7))) if causal else np.ones((7, 7))
+    for name, found in run(params).items():
+        p = jax.tree.map(np.float64, params[name])
+        q, k, v = (np.reshape(x @ p[part]["kernel"], (2, 7, heads, 8)) for part in ("query", "key", "value"))
+        if name == "linear_cosine":
+            q, k = numerator(q), numerator(k)
+        phi = [MAPS[name](y, p.get(f"{part}_weights")) for y, part in ((q, "query"), (k, "key"))]
+        turned = phi if name == "linear_cosine" else [numerator(f) for f in phi]
+        above = np.einsum("btnm,bsnm,ts,bsnv->btnv", *turned, order, v)
+        below = np.einsum("btnm,bsnm,ts->btn", *phi, order)[..., None]
+        expected = np.divide(above, below, out=np.zeros_like(above), where=below != 0).reshape(2, 7, width)
+        assert_close(found, (expected @ p["out"]["kernel"]).astype(np.float32), 1e-5, name)
+
+
+def test_hidden_keys_and_packed_rows_with_turned_features():
+    """A NaN in a hidden key enters neither outputs nor gradients; documents are as if alone, wherever they stand."""
+    q, k, v = np.random.default_rng(0).normal(size=(3, 1, 9, 2, 4)).astype(np.float32)
+    k[0, 2], v[0, 2] = np.nan, np.nan
+    keep, ids = (np.arange(9) != 2)[None, None, None], np.array([[0] * 5 + [1] * 4])
+
+    def call(arrays, at, **options):
+        return rotary_linear_attention(*arrays, query_positions=at, is_causal=True, normalize=True, **options)
+
+    def loss(arrays):
+        return jnp.sum(call(arrays, jnp.arange(9), mask=keep, segment_ids=ids) ** 2)
+
+    @jax.jit
+    def run(arrays):
+        tail = call([x[:, 5:] for x in arrays], jnp.arange(4))
+        return jax.grad(loss)(arrays), call(arrays, jnp.arange(9), mask=keep, segment_ids=ids), tail
+
+    (of_query, of_key, of_value), packed, tail = run([q, k, v])
+    assert all(bool(jnp.isfinite(g).all()) for g in (of_query, of_key, of_value, packed))
+    assert float(jnp.abs(of_key[0, 2]).max()) == float(jnp.abs(of_value[0, 2]).max()) == 0
+    assert_close(tail, packed[:, 5:], 5e-6)
+    with pytest.raises(ValueError, match="rotary_linear_attention has no pairwise scores to add a bias to"):
+        call([q, k, v], jnp.arange(9), bias=np.zeros((9, 9), np.float32))
+
+
+def test_mixers_with_positions_of_their_own():
+    """Their weights learn and begin where the papers have them; rerope and xpos are softmax with those positions."""
+    x = np.random.default_rng(0).normal(size=(1, 9, 64)).astype(np.float32)
+    names = ("shaw", "xl", "tupe", "disentangled")
+    modules = {name: MIXERS[name](64, heads=2, kv_heads=1, max_length=64, rotary_base=1e4) for name in names}
+    plain = MIXERS["softmax"](64, heads=2, kv_heads=1, rotary_base=1e4)
+    params, shared = initial(modules, x), initial({"plain": plain}, x)["plain"]
+    pairs = {
+        "rerope": ({"placing": Placing(rerope_window=3, rerope_leak=0.5)},) * 2,
+        "xpos": ({}, {"placing": Placing("xpos")}),
+    }
+
+    @jax.jit
+    def run(params, shared):
+        grads = {n: jax.grad(lambda p, m=m: jnp.sum(m.apply({"params": p}, x) ** 2))(params[n]) for n, m in modules.items()}  # fmt: skip
+        equal = {
+            name: [m.clone(**o).apply({"params": shared}, x) for m, o in zip((MIXERS[name](64, heads=2), plain), options)]
+            for name, options in pairs.items()
+        }  # fmt: skip
+        return grads, equal
+
+    grads, equal = run(params, shared)
+    for leaf in jax.tree.leaves(grads):
+        assert float(jnp.abs(leaf).max()) > 0
+    for name, (ours, softmax) in equal.items():
+        assert_close(ours, softmax, 5e-6, name)
+    spread = {name: {k: float(jnp.std(w)) for k, w in p.items() if hasattr(w, "shape")} for name, p in params.items()}
+    expected = {
+        "shaw": dict.fromkeys(("key_table", "value_table"), (2 / (33 + 32)) ** 0.5),
+        "xl": {"relative_key": 0.02 * 2**0.5, "content_bias": 0.02, "position_bias": 0.02},
+        "tupe": {"position_query": 0.16, "position_key": 0.16, "first_token": 0.0},
+        "disentangled": dict.fromkeys(("key_table", "query_table"), 0.16),
+    }
+    for name, stds in expected.items():
+        assert spread[name].keys() == stds.keys()
+        assert all(abs(spread[name][k] - std) <= 0.2 * std for k, std in stds.items()), (name, spread[name])
+
+
 def test_published_parts():
     """The module's slopes are ALiBi's and not trained; its frequencies are those of `rotary_frequencies`."""
     x = jnp.ones((1, 4, 16))
@@ -143,6 +255,18 @@ def test_published_parts():
         ({"positions": "xpos", "window": 3}, "xpos has no window of its own"),
         ({"rerope_window": 4, "mixer": "topk"}, "rerope and sinks are a form of softmax attention"),
         ({"log_scale": "train", "train_length": 8, "mixer": "linear_relu"}, "no temperature in linear"),
+        (
+            {"positions": "learned", "mixer": "shaw"},
+            "positions must be rotary or none, since shaw has its own; got 'learned'",
+        ),
+        ({"positions": "alibi", "mixer": "tupe"}, "tupe has positions of its own and takes no alibi"),
+        (
+            {"rotary_scaling": "ntk", "rotary_factor": 2.0, "mixer": "xl"},
+            "xl has positions of its own, which rotary_scaling",
+        ),
+        ({"log_scale": "train", "train_length": 8, "mixer": "xl"}, "does not reach all terms of the scores of xl"),
+        ({"window": 4, "mixer": "rerope"}, "window must be None, since no layer can limit itself to a window: rerope"),
+        ({"random_positions": 9, "mixer": "shaw"}, "random_positions must be 0 where kernels count"),
         ({"log_scale": "train"}, "train_length must be above 1"),
         ({"rotary_scaling": "yarn", "rotary_factor": 2.0}, "train_length must be above 1"),
         ({"rotary_scaling": "ntk", "positions": "none"}, "rotary_scaling must be none without rotary"),

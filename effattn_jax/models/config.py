@@ -55,7 +55,7 @@ class ModelConfig:
     positions: Literal[
         "none", "learned", "sinusoidal", "rotary", "xpos", "alibi", "kerple_log", "kerple_power", "sandwich", "t5"
     ] = "rotary"
-    """How a token's place is told; rotary and xpos turn the queries and keys of attention layers, the last five are biases on scores."""
+    """How a token's place is told; rotary and xpos turn the queries and keys of attention layers, the last five are biases on scores. Mixers with positions of their own have those alone."""
     rotary_base: float = 10000.0
     """Longest wavelength of rotary positions over 2 pi."""
     rotary_scaling: Literal["none", "linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn"] = "none"
@@ -67,7 +67,7 @@ class ModelConfig:
     log_scale: Literal["none", "train", "inference"] = "none"
     """Factor on attention scores by the keys n a token sees: log n / log train_length in training and after, or at least 1 at inference alone."""
     rerope_window: int | None = None
-    """Distance at which rotary positions stop growing (ReRoPE), in layers without a window. None: nowhere."""
+    """Distance at which rotary positions stop growing (ReRoPE), in layers without a window. None: nowhere, and 64 with the mixer rerope."""
     rerope_leak: float = 0.0
     """How fast they grow beyond it: 1/k of Leaky ReRoPE, above 1 in the training of InvLeaky."""
     sinks: int = 0
@@ -132,10 +132,10 @@ class ModelConfig:
     def _is_full(self, layer: int) -> bool:
         return self.full_layers is not None and layer >= self.layers - self.full_layers
 
-    def _placing(self, layer: int, window: int | None) -> nn.Placing | None:
+    def _placing(self, layer: int, window: int | None) -> nn.Placing:
         kind = "rotary" if self.positions in ("none", "learned", "sinusoidal") else self.positions
         free = window is None and not (self._is_full(layer) and not self.full_rotary)
-        placing = nn.Placing(
+        return nn.Placing(
             kind=kind,
             scaling=self.rotary_scaling,
             factor=self.rotary_factor,
@@ -145,7 +145,6 @@ class ModelConfig:
             rerope_leak=self.rerope_leak,
             sinks=self.sinks if window is not None else 0,
         )
-        return None if placing == nn.Placing(train_length=self.train_length, rerope_leak=self.rerope_leak) else placing
 
     def at_inference(self, **changes) -> "ModelConfig":
         """The same model, its parameters unchanged, with other settings of length; what they are is `INFERENCE_FIELDS`.
@@ -259,13 +258,19 @@ class ModelConfig:
             alpha,
             "0 without learned positions, else in (0, 1) but not 0.5",
         )
+        own = [n for n in self.layer_mixers() if nn.MIXERS[n](**self._mixer_options(True), parent=None).has_positions()]
+        added = self.positions in ("learned", "sinusoidal")
+        _require(
+            not (own and added), "positions", self.positions, f"rotary or none, since {', '.join(own[:1])} has its own"
+        )
         drawn = self.random_positions
         counted = self.positions not in ("none", "learned", "sinusoidal", "rotary") or window is not None or self.sinks
+        counted = counted or own
         _require(
             drawn == 0 or (drawn > 0 and not counted and self.log_scale == "none"),
             "random_positions",
             drawn,
-            "0 where kernels count positions themselves (biases, xpos, rerope, sinks) or with log_scale",
+            "0 where kernels count positions themselves (biases, xpos, rerope, sinks, mixers with positions) or with log_scale",
         )
         _require(
             self.positions != "learned" or drawn <= self.max_length, "random_positions", drawn, "at most max_length"

@@ -86,6 +86,8 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
     "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
     "external": ExternalAttention,
+    **{name: partial(MultiHeadAttention, kernel=name) for name in ("shaw", "xl", "tupe", "disentangled", "xpos")},
+    "rerope": partial(MultiHeadAttention, kernel="rerope", options={"window": 64}),
 }
 
 __all__ = [

@@ -26,8 +26,8 @@ class SequenceMixer(nn.Module):
       heads: N, query heads.
       kv_heads: K, key and value heads; K divides N.
       causal: False is the bidirectional form, which has no state.
-      rotary_base: turns queries and keys by their positions with this base; None does not. Mixers without queries
-        ignore it.
+      rotary_base: turns queries and keys by their positions with this base; None does not. Mixers without queries,
+        and with positions of their own, ignore it.
       placing: further options of positions, see `nn.Placing`; None for none.
       window: how many tokens to the left are seen besides the token itself; None for all.
       chunk_size: of the chunked form; None is the kernel's own choice.
@@ -85,6 +85,11 @@ class SequenceMixer(nn.Module):
     @nn.nowrap
     def fixes_length(self) -> bool:
         """Whether its weights have a place for each step, so that no sequence is longer than `max_length`."""
+        return False
+
+    @nn.nowrap
+    def has_positions(self) -> bool:
+        """Whether positions are part of this mixer, so that others besides are refused."""
         return False
 
     @nn.nowrap

@@ -1,9 +1,8 @@
-"""One multi-head module for every kernel of `attention.MIXERS`.
+"""One multi-head module for every kernel of `attention.MIXERS` and `position.MIXERS`.
 
 q, k, v = x W_q, x W_k, x W_v, turned by position where asked;   y = kernel(q, k, v, gates(x)) W_out
 """
 
-import functools
 import inspect
 from collections.abc import Mapping
 from functools import partial
@@ -12,9 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from effattn_jax import attention
+from effattn_jax.nn import kernels
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
 from effattn_jax.nn.placing import Placing
 from effattn_jax.position import rotary, xpos_decay
@@ -24,15 +22,17 @@ DECAY_TEMPERATURE = 16.0
 
 
 class MultiHeadAttention(SequenceMixer):
-    """Projections and heads around a kernel of `attention.MIXERS`, (B, T, D) -> (B, T, D).
+    """Projections and heads around a kernel of `attention.MIXERS` or `position.MIXERS`, (B, T, D) -> (B, T, D).
 
     y = kernel(q, k, v, ...) W_out with q (B, T, N, H), k and v (B, T, K, H), H = D / N.
 
-    Rotary positions turn q and k before the kernel. Softmax scores then depend on distances only, and so do those of a
-    kernel without feature map (gated_linear); through a feature map they are features of both positions.
+    Rotary positions turn q and k before the kernel: scores then depend on distances only, and so do features whose products are functions of
+    q . k and of lengths ("cosine", "taylor", Performer's in the mean). Features of other maps ("elu", "relu", "dpfp", "hedgehog") are turned
+    themselves, in the numerator alone (`position.rotary_linear_attention`). Of "exp" and of efficient attention neither is true: there turned
+    q and k say where a token stands, not how far off another is. Kernels of `position.MIXERS` have positions of their own, and no others besides.
 
     Attributes:
-      kernel: a name of `attention.MIXERS`.
+      kernel: a name of `attention.MIXERS` or `position.MIXERS`.
       options: fixed options of the kernel; such as {"feature_map": "relu"}; None for none.
       gates: further inputs of the kernel made from x, by argument name; "log_decay": log(sigmoid(x W_1 W_2)) / 16 for
         each feature of a head (GLA, arXiv 2312.06635); "beta": sigmoid(x W), one a head.
@@ -50,7 +50,8 @@ class MultiHeadAttention(SequenceMixer):
         positions missing on a resumed call, an unknown kernel or gate, tables without `max_length`, scores handed to a kernel that
         has none, or options that the kernel needs.
 
-    Inputs of the kernel without a time axis (`weights` in its table line) are parameters, in float32; tables of places are `max_length` long.
+    Inputs of the kernel without a time axis (`weights` in its table line, `kernels.weights` for their first values) are parameters, in float32;
+    tables of places are `max_length` long.
     A query or key that the kernel does not read (`unread` there) has no projection.
 
     Cost and state: the kernel's.
@@ -95,23 +96,25 @@ class MultiHeadAttention(SequenceMixer):
 
     def _heads(self, x_BxTxD, name, heads):
         shape = (*x_BxTxD.shape[:2], heads, self._head_dim)
-        if name in _line(self.kernel).unread:
+        if name in kernels.line(self.kernel).unread:
             return jnp.zeros(shape, self.dtype)
         return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(shape)
 
     def _placed(self, x_BxTxD, inputs, positions, state):
         placing = self.placing or Placing()
-        turns = self.rotary_base is not None and not _line(self.kernel).unread
-        turns = turns and (not placing.in_kernel or self.kernel != "softmax")
-        if turns or placing.log_scale != "none":
+        turned = self._turns()
+        if turned != "nothing" or placing.log_scale != "none":
             positions = self._positions(x_BxTxD, positions, state)
-        if turns:
+        if turned == "inputs":
             frequencies = placing.frequencies(self._head_dim, self.rotary_base)
             inputs = {name: rotary(value, positions, frequencies=frequencies) for name, value in inputs.items()}
-        factor = placing.query_factor(positions, self.window)
+        factor = placing.query_factor(self.kernel, self.options or {}, positions, self.window)
         if not (isinstance(factor, float) and factor == 1):
             inputs["query"] = (_wide(inputs["query"]) * factor).astype(inputs["query"].dtype)
-        return inputs
+        return inputs | {"query_positions": positions} if turned == "features" else inputs
+
+    def _turns(self):
+        return (self.placing or Placing()).turns(self.kernel, self.options or {}, self.rotary_base)
 
     def _add_bias(self, inputs, mask):
         if self.placing is None:
@@ -155,43 +158,34 @@ class MultiHeadAttention(SequenceMixer):
         return nn.log_sigmoid(_wide(logits)) / DECAY_TEMPERATURE
 
     def _weights(self):
-        make = _line(self.kernel).weights
+        make = kernels.weights(self.kernel)
         if make is None:
             return {}
         sizes = (self.heads, self.kv_heads, self._head_dim)
-        if self._has_tables():
+        if self.fixes_length():
             if self.max_length is None:
                 raise ValueError(f"max_length must be given: the kernel {self.kernel!r} has tables of places; got None")
             make = partial(make, length=self.max_length)
         names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
-        drawn = _drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
+        drawn = kernels.drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
         fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
         names = sorted(set(names) - set(fixed))
         return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
 
-    def _has_tables(self):
-        make = _line(self.kernel).weights
-        return make is not None and "length" in inspect.signature(make).parameters
-
     def _kernel(self, inputs, mask, segment_ids, previous_scores, **options):
-        for name in ("window", "chunk_size"):
-            if getattr(self, name) is not None and name in _arguments(self.kernel):
-                options[name] = getattr(self, name)
-        if self.window is not None and "window" not in options:
+        if self.window is not None and not self.accepts_window():
             raise ValueError(f"window must be None: the kernel {self.kernel!r} has no window; got {self.window}")
+        if self.chunk_size is not None and "chunk_size" in kernels.arguments(self.kernel):
+            options["chunk_size"] = self.chunk_size
         key_mask = None if mask is None else mask[:, None, None, :]
-        kernel = _line(self.kernel).function
-        placed = self.placing and self.placing.kernel(self.window, self._head_dim, self.rotary_base)
-        if placed and self.kernel == "softmax":
-            kernel, chosen = placed
-            options.pop("window", None)
-            options |= chosen
+        placing, line = self.placing or Placing(), kernels.line(self.kernel)
+        kernel, chosen = placing.kernel(self.kernel, self.options or {}, self.window, self._head_dim, self.rotary_base)
         if previous_scores is not None:
             if not self.accepts_scores():
                 raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
-            kernel = partial(_line(self.kernel).with_scores, previous_scores=previous_scores)
-        options = {**(self.options or {}), **options}
-        missing = [name for name in _line(self.kernel).options if name not in options]
+            kernel = partial(line.with_scores, previous_scores=previous_scores)
+        options = {**(self.options or {}), **chosen, **options}
+        missing = [name for name in line.options if name not in options]
         if missing:
             raise ValueError(f"options must give {missing} to the kernel {self.kernel!r}; got {self.options}")
         return kernel(**inputs, mask=key_mask, segment_ids=segment_ids, is_causal=self.causal, **options)
@@ -216,11 +210,12 @@ class MultiHeadAttention(SequenceMixer):
     @nn.nowrap
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:
         """The kernel's empty state; caches are of `dtype`, by default the module's. A capacity beyond `max_length` is a ValueError for tables."""
-        if self._has_tables() and capacity > (self.max_length or 0):
+        if self.fixes_length() and capacity > (self.max_length or 0):
             raise ValueError(
                 f"capacity must be at most max_length={self.max_length}, the length of the tables of {self.kernel!r}; got {capacity}"
             )
-        dim, make = self._head_dim, _line(self.kernel).empty_state
+        dim = self._head_dim
+        make = (self.placing or Placing()).empty_state(self.kernel, self.options or {}, self.rotary_base)
         known = inspect.signature(make).parameters
         options = {name: value for name, value in (self.options or {}).items() if name in known}
         return make(batch, capacity, self.heads, self.kv_heads, dim, dim, dtype or self.dtype, **options)
@@ -228,54 +223,56 @@ class MultiHeadAttention(SequenceMixer):
     @nn.nowrap
     def flops_per_token(self, context: int) -> int:
         """Projections, and 4 H for each visible key (pairwise kernels) or 4 M H for a state of M features (others), a
-        head; the delta rule reads its state once more, 2 M H.
+        head; the delta rule reads its state once more, 2 M H; weights of positions add their products.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
         or a pattern limits them.
         """
         inner, key_inner = self.heads * self._head_dim, self.kv_heads * self._head_dim
         wide, narrow = inner * (3 if self.output_gate else 2), 2 * key_inner
-        for name in _line(self.kernel).unread:
+        for name in kernels.line(self.kernel).unread:
             wide, narrow = (wide - inner, narrow) if name == "query" else (wide, narrow - key_inner)
         projections = 2 * self.width * (wide + narrow)
         sizes = {"beta": self.width * self.heads, "log_decay": DECAY_RANK * (self.width + inner)}
         if self.head_decay:
             sizes["log_decay"] = self.width * self.heads
         gates = 2 * sum(sizes[name] for name in self.gates)
-        if _line(self.kernel).pairwise:
+        if kernels.line(self.kernel).pairwise:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
-            if _line(self.kernel).keys_seen is not None:
+            if kernels.line(self.kernel).keys_seen is not None:
                 options = {**(self.options or {}), **({} if self.window is None else {"window": self.window})}
-                seen = _line(self.kernel).keys_seen(context, self.causal, **options)
+                seen = kernels.line(self.kernel).keys_seen(context, self.causal, **options)
         else:
-            seen = jax.eval_shape(lambda: self.init_state(1, 1)).kv.shape[-2]
+            seen = jax.tree.leaves(jax.eval_shape(lambda: self.init_state(1, 1)))[0].shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
-        return projections + gates + passes * (6 if "beta" in self.gates else 4) * inner * seen
+        further = kernels.further_flops(self.kernel, self.heads, self._head_dim, seen)
+        return projections + gates + further + passes * (6 if "beta" in self.gates else 4) * inner * seen
 
     @nn.nowrap
     def refuses_placing(self) -> str:
         """See `SequenceMixer`."""
-        return (
-            ""
-            if self.placing is None
-            else self.placing.refusal(self.kernel, _line(self.kernel), self.window, self.options or {})
-        )
+        return "" if self.placing is None else self.placing.refusal(self.kernel, self.window, self.options or {})
 
     @nn.nowrap
     def fixes_length(self) -> bool:
         """Whether the kernel has tables of places."""
-        return self._has_tables()
+        return kernels.has_tables(self.kernel)
+
+    @nn.nowrap
+    def has_positions(self) -> bool:
+        """Whether positions are part of the kernel."""
+        return kernels.has_positions(self.kernel)
 
     @nn.nowrap
     def accepts_window(self) -> bool:
         """Whether the kernel takes `window=`."""
-        return "window" in _arguments(self.kernel)
+        return kernels.takes_window(self.kernel)
 
     @nn.nowrap
     def accepts_scores(self) -> bool:
         """Whether the kernel hands scores on."""
-        return _line(self.kernel).with_scores is not None
+        return kernels.line(self.kernel).with_scores is not None
 
     @nn.nowrap
     def no_scores(self, x_BxTxD: jax.Array, state: Any) -> jax.Array:
@@ -302,20 +299,3 @@ def _rates(rng, shape, dtype=jnp.float32):
     """Biases b with softplus(b) from 1/1000 to 1, evenly in the logarithm."""
     rate = jnp.exp(jax.random.uniform(rng, shape, jnp.float32, jnp.log(1e-3), 0.0))
     return jnp.log(jnp.expm1(rate)).astype(dtype)
-
-
-def _line(kernel: str):
-    if kernel not in attention.MIXERS:
-        raise ValueError(f"kernel must be among {tuple(attention.MIXERS)}; got {kernel!r}")
-    return attention.MIXERS[kernel]
-
-
-@functools.cache
-def _drawn(kernel: str, seed: int, *sizes: int) -> Mapping[str, np.ndarray]:
-    """The weights of a kernel as constants: drawn once, while the caller is being traced too."""
-    with jax.ensure_compile_time_eval():
-        return {name: np.asarray(x) for name, x in _line(kernel).weights(jax.random.key(seed), *sizes).items()}
-
-
-def _arguments(kernel: str) -> frozenset[str]:
-    return frozenset(inspect.signature(_line(kernel).function).parameters)

@@ -1,7 +1,8 @@
 """How a mixer is told where its tokens stand, beyond plain rotary positions: scaled, faded, biased, or cut off at what training has seen."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax import position
+from effattn_jax.attention.features import num_features
+from effattn_jax.nn import kernels
 from effattn_jax.position import log_length_scale, rotary_frequencies, yarn_temperature
+from effattn_jax.position.linear import rotary_linear_state
 
 BIASES = {
     "alibi": position.Alibi,
@@ -18,6 +22,9 @@ BIASES = {
     "sandwich": position.Sandwich,
     "t5": position.T5Bias,
 }
+OWN_BASE = 10000.0  # of kernels that turn queries and keys whatever the model's positions are
+# Maps whose products are no function of q . k: their features are turned, in the numerator (see `position.rotary_linear_attention`).
+TURNED_MAPS = ("elu", "relu", "dpfp", "hedgehog")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +60,12 @@ class Placing:
         """Whether the kernel turns queries and keys itself, so that its state keeps them as they came."""
         return self.kind == "xpos" or self.rerope_window is not None or self.sinks > 0
 
-    def query_factor(self, positions: jax.Array, window: int | None) -> jax.Array | float:
-        """The factor on queries, (B | 1, T, 1, 1) or a number."""
-        factor = yarn_temperature(self.factor) ** 2 if self.scaling == "yarn" else 1.0
+    def query_factor(
+        self, kernel: str, options: Mapping[str, Any], positions: jax.Array, window: int | None
+    ) -> jax.Array | float:
+        """The factor on queries, (B | 1, T, 1, 1) or a number; 1 where it would be no temperature."""
+        tempered = self.scaling == "yarn" and _exponential(kernel, options)
+        factor = yarn_temperature(self.factor) ** 2 if tempered else 1.0
         if self.log_scale == "none":
             return factor
         seen = positions + 1 if window is None else jnp.minimum(positions, window) + 1
@@ -78,23 +88,47 @@ class Placing:
 
         return tree.unflatten([param(f"position_bias_{i}", one(i)) for i in range(len(leaves))])
 
-    def kernel(self, window: int | None, dim: int, base: float | None) -> tuple[Any, dict] | None:
-        """(the function in place of softmax attention, its options), or None for softmax attention itself."""
-        if self.kind == "xpos":
-            return position.xpos_attention, {"base": base}
-        if not self.in_kernel:
-            return None
-        options = {"window": self.rerope_window, "leak": self.rerope_leak}
-        if self.sinks:
-            options = {"window": window + 1, "sinks": self.sinks}
-        turning = {"dim": 0} if base is None else {"frequencies": self.frequencies(dim, base)}
-        return position.rerope_attention, {**options, **turning}
+    def turns(self, kernel: str, options: Mapping[str, Any], base: float | None) -> str:
+        """What rotary positions turn: "inputs", queries and keys before the kernel; their "features"; "nothing", or what the kernel turns itself."""
+        in_kernel = kernels.has_positions(kernel) or (kernel == "softmax" and self.in_kernel)
+        if base is None or kernels.line(kernel).unread or in_kernel:
+            return "nothing"
+        return "features" if _feature_map(kernel, options) in TURNED_MAPS else "inputs"
 
-    def refusal(self, kernel: str, line: Any, window: int | None, options: Mapping[str, Any]) -> str:
-        """Why a kernel of `attention.MIXERS` cannot have these positions; empty where it can."""
-        exponential = line.pairwise or kernel in ("performer", "linear_hedgehog") or options.get("feature_map") == "exp"
-        if self.log_scale != "none" and not exponential:
+    def kernel(
+        self, kernel: str, options: Mapping[str, Any], window: int | None, dim: int, base: float | None
+    ) -> tuple[Any, dict]:
+        """(the function of a kernel with these positions, its options); a window that it does not take becomes another of its options."""
+        if self.turns(kernel, options, base) == "features":
+            name = _feature_map(kernel, options)
+            frequencies = self.frequencies(num_features(name, dim), base)
+            return position.rotary_linear_attention, {"feature_map": name, "frequencies": frequencies}
+        if kernel == "xpos" or (kernel == "softmax" and self.kind == "xpos"):
+            return position.xpos_attention, {"base": base or OWN_BASE}
+        chosen = {"window": self.rerope_window, "leak": self.rerope_leak}
+        if kernel == "rerope":
+            chosen = {k: v for k, v in chosen.items() if v is not None}
+            return position.rerope_attention, {**chosen, "frequencies": self.frequencies(dim, base or OWN_BASE)}
+        if kernel != "softmax" or not self.in_kernel:
+            return kernels.line(kernel).function, {} if window is None else {"window": window}
+        if self.sinks:
+            chosen = {**chosen, "window": window + 1, "sinks": self.sinks}
+        turning = {"dim": 0} if base is None else {"frequencies": self.frequencies(dim, base)}
+        return position.rerope_attention, {**chosen, **turning}
+
+    def empty_state(self, kernel: str, options: Mapping[str, Any], base: float | None) -> Callable:
+        """What makes the state of that function before the first token, as `Mixer.empty_state` says."""
+        if self.turns(kernel, options, base) == "features":
+            return partial(rotary_linear_state, feature_map=_feature_map(kernel, options))
+        return kernels.line(kernel).empty_state
+
+    def refusal(self, kernel: str, window: int | None, options: Mapping[str, Any]) -> str:
+        """Why a kernel cannot have these positions; empty where it can."""
+        line = kernels.line(kernel)
+        if self.log_scale != "none" and not _exponential(kernel, options):
             return f"a factor on queries is no temperature in {kernel}, whose weights are not exponentials of scores: log_scale must be none"
+        if kernels.has_positions(kernel):
+            return self._second(kernel)
         if self.kind in BIASES and not line.pairwise:
             return f"{kernel} has no pairwise scores to add a bias to"
         if self.kind == "xpos" and kernel not in ("softmax", "gated_linear"):
@@ -106,3 +140,26 @@ class Placing:
         if self.sinks and window is None:
             return "sinks need a window that leaves tokens out"
         return ""
+
+    def _second(self, kernel: str) -> str:
+        """Why a kernel with positions of its own cannot have these besides."""
+        own = f"{kernel} has positions of its own"
+        if self.kind != "rotary" and (kernel, self.kind) not in (("tupe", "t5"), ("xpos", "xpos")):
+            return f"{own} and takes no {self.kind}"
+        if self.sinks or (kernel != "rerope" and (self.scaling != "none" or self.rerope_window)):
+            return f"{own}, which rotary_scaling, rerope_window and sinks do not change"
+        if kernel in ("xl", "tupe", "disentangled") and self.log_scale != "none":
+            return f"a factor on queries does not reach all terms of the scores of {kernel}: log_scale must be none"
+        return ""
+
+
+def _exponential(kernel: str, options: Mapping[str, Any]) -> bool:
+    """Whether weights are exponentials of products with the query, so that a factor on it is a temperature."""
+    return (
+        kernels.line(kernel).pairwise or kernel == "performer" or _feature_map(kernel, options) in ("hedgehog", "exp")
+    )
+
+
+def _feature_map(kernel: str, options: Mapping[str, Any]) -> Any:
+    """The feature map of linear attention, None for other kernels."""
+    return {"linear": options.get("feature_map", "elu"), "linear_hedgehog": "hedgehog"}.get(kernel)
