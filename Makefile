@@ -33,7 +33,7 @@ train: $(VENV)/.train$(suffix) ## train the quickstart, or what ARGS names: make
 	@$(BIN)/python train.py $(ARGS)
 
 test: $(VENV)/.test$(suffix) lint $(NOTEBOOKS) ## lint, walls, laws, doctests and the notebooks
-	@$(BIN)/python -m pytest -n $(JOBS) --nbmake tests effattn_jax $(NOTEBOOKS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --nbmake $(NOTEBOOKS) tests effattn_jax $(ARGS)
 
 lint: $(VENV)/.test$(suffix) ## ruff, and the walls between the rooms
 	@$(BIN)/ruff check .

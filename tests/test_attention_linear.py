@@ -55,7 +55,7 @@ def test_a_map_resumes_from_its_state(name):
         middle, state = attend(**time_slice(inputs, 4, 5), initial_state=state, return_state=True)
         return jnp.concatenate([head, middle, attend(**time_slice(inputs, 5, 9), initial_state=state)], axis=1)
 
-    checks.assert_close(resumed(inputs), attend(**inputs), checks.OUTPUT)
+    checks.assert_close(resumed(inputs), jax.jit(attend)(**inputs), checks.OUTPUT)
 
 
 @pytest.mark.parametrize("name", [name for name in MAPS if name != "identity"])
@@ -96,13 +96,22 @@ def test_learned_maps_for_queries_and_keys():
     """hedgehog by name with weights, and the same as a pair of functions; a map may be one function of both."""
     query, key, value = rows()
     w_query, w_key = np.random.default_rng(1).normal(size=(2, 2, 4, 3)).astype(np.float32)
-    named = linear_attention(
-        query, key, value, feature_map="hedgehog", query_weights=w_query, key_weights=w_key, is_causal=True
-    )
-    pair = tuple(attention.hedgehog_features(w) for w in (w_query, w_key))
-    checks.assert_close(named, linear_attention(query, key, value, feature_map=pair, is_causal=True), checks.OUTPUT)
-    assert attention.dpfp_features(query, order=3).shape[-1] == 24
-    one = linear_attention(query, key, value, feature_map=lambda x: attention.dpfp_features(x) + 1)
+
+    @jax.jit
+    def outputs(query, key, value):
+        weights = {"query_weights": w_query, "key_weights": w_key}
+        named = linear_attention(query, key, value, feature_map="hedgehog", **weights, is_causal=True)
+        pair = tuple(attention.hedgehog_features(w) for w in (w_query, w_key))
+        by_functions = linear_attention(query, key, value, feature_map=pair, is_causal=True)
+        return (
+            named,
+            by_functions,
+            linear_attention(query, key, value, feature_map=lambda x: attention.dpfp_features(x) + 1),
+        )
+
+    named, by_functions, one = outputs(query, key, value)
+    checks.assert_close(named, by_functions, checks.OUTPUT)
+    assert jax.eval_shape(functools.partial(attention.dpfp_features, order=3), query).shape[-1] == 24
     assert np.all(np.isfinite(one))
 
 
@@ -139,18 +148,29 @@ def exp_reference(inputs):
     return jnp.einsum("btsn,bsnv->btnv", jax.nn.softmax(jnp.where(causal, logs, -jnp.inf), axis=2), value)
 
 
+@functools.cache
+def exponentials():
+    """(values and gradients, values of the reference) of both kernels, compiled once for numbers of any size."""
+
+    def kernel(function):
+        return jax.jit(functools.partial(checks.value_and_grads, lambda x: function(**x, is_causal=True)))
+
+    linear = functools.partial(linear_attention, feature_map="exp")
+    return (kernel(linear), jax.jit(exp_reference)), (kernel(efficient_attention), jax.jit(references.efficient))
+
+
 @pytest.mark.parametrize("norm", [1e-3, 1.0, 30.0, 1e3])
 def test_exponentials_of_any_size(norm):
     """Queries and keys of norms from 1e-3 to 1e3: outputs equal those of logarithms in float64, gradients are finite."""
     query, key, value = rows(length=40)
     query, key = (norm * x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
     inputs = {"query": query, "key": key, "value": value}
-    linear = functools.partial(linear_attention, feature_map="exp")
     tolerance = 2e-6 * max(1, norm / 10)  # q + k is rounded at its own size
-    for function, reference in ((linear, exp_reference), (efficient_attention, references.efficient)):
-        function = functools.partial(function, is_causal=True)
-        output, slopes = checks.value_and_grads(lambda x, function=function: function(**x), inputs)
-        checks.assert_close(output, checks.oracle(reference, inputs)[0], tolerance)
+    for kernel, reference in exponentials():
+        output, slopes = kernel(inputs)
+        with checks.x64():
+            expected = np.asarray(reference(checks.widened(inputs)))
+        checks.assert_close(output, expected, tolerance)
         assert all(np.all(np.isfinite(slope)) for slope in slopes)
 
 
@@ -160,7 +180,7 @@ def test_exponentials_of_nothing(length, keys, batch):
     query, key, value = np.ones((batch, length, 2, 4)), np.ones((batch, keys, 1, 4)), np.ones((batch, keys, 1, 3))
     for function in (efficient_attention, functools.partial(linear_attention, feature_map="exp")):
         for is_causal in (True, False):
-            out = function(query, key, value, is_causal=is_causal)
+            out = jax.jit(functools.partial(function, is_causal=is_causal))(query, key, value)
             assert out.shape == (batch, length, 2, 3) and not np.any(out)
 
 
@@ -169,8 +189,9 @@ def test_exponentials_shift_with_a_growing_maximum():
     _, _, value = rows(length=30)
     key = np.broadcast_to(50.0 * np.arange(30, dtype=np.float32)[None, :, None, None], value.shape)
     for function in (efficient_attention, functools.partial(linear_attention, feature_map="exp")):
-        np.testing.assert_allclose(function(np.zeros_like(key), key, value, is_causal=True), value, rtol=1e-6)
-        falling = function(np.zeros_like(key), -key, value, is_causal=True)
+        function = jax.jit(functools.partial(function, is_causal=True))
+        np.testing.assert_allclose(function(np.zeros_like(key), key, value), value, rtol=1e-6)
+        falling = function(np.zeros_like(key), -key, value)
         np.testing.assert_allclose(falling, np.broadcast_to(value[:, :1], value.shape), rtol=1e-6)
 
 
@@ -178,6 +199,13 @@ def test_exponentials_shift_with_a_growing_maximum():
 
 
 DECAYS = [0.0, -1e-8, -50.0, -np.inf]
+
+
+@functools.cache
+def decayed(subject, reference):
+    """Values and gradients of both, compiled once for all decays."""
+    kernel = functools.partial(subject.call, chunk_size=4)
+    return tuple(jax.jit(functools.partial(checks.value_and_grads, function)) for function in (kernel, reference))
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -188,9 +216,10 @@ def test_decays_from_nothing_to_everything(gated, decay):
     inputs = subject.inputs(length=9)
     inputs["log_decay"] = inputs["log_decay"].copy()
     inputs["log_decay"][:, 3:6] = decay
-    function = functools.partial(subject.call, chunk_size=4)
-    actual = checks.value_and_grads(function, inputs)
-    expected = checks.oracle(references.outer_product if gated else references.delta_rule, inputs)
+    kernel, reference = decayed(subject, references.outer_product if gated else references.delta_rule)
+    actual = kernel(inputs)
+    with checks.x64():
+        expected = jax.tree.map(np.asarray, reference(checks.widened(inputs)))
     checks.assert_close(actual[0], expected[0], checks.OUTPUT)
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
 
@@ -199,10 +228,11 @@ def test_retention_is_a_gated_form():
     query, key, value = rows(heads=3)
     np.testing.assert_array_equal(attention.retention_decay(3), 1 - 0.5 ** np.arange(5, 8))
     log_decay = np.broadcast_to(np.log(attention.retention_decay(3)).astype(np.float32), query.shape[:3])
-    expected = gated_linear_attention(query, key, value, log_decay=log_decay, is_causal=True)
-    checks.assert_close(attention.retention_attention(query, key, value, is_causal=True), expected, checks.OUTPUT)
-    half = attention.retention_attention(query, key, value, decay=np.full(3, 0.5, np.float32), is_causal=True)
-    expected = gated_linear_attention(query, key, value, log_decay=np.full_like(log_decay, np.log(0.5)), is_causal=True)
+    gated = jax.jit(functools.partial(gated_linear_attention, is_causal=True))
+    retained = jax.jit(functools.partial(attention.retention_attention, is_causal=True))
+    checks.assert_close(retained(query, key, value), gated(query, key, value, log_decay=log_decay), checks.OUTPUT)
+    half = retained(query, key, value, decay=np.full(3, 0.5, np.float32))
+    expected = gated(query, key, value, log_decay=np.full_like(log_decay, np.log(0.5)))
     checks.assert_close(half, expected, checks.OUTPUT)
     with pytest.raises(ValueError, match=r"decay must have shape \(N,\) = \(3,\)"):
         attention.retention_attention(query, key, value, decay=np.ones(2, np.float32))
@@ -221,7 +251,7 @@ def test_delta_rule_recalls_stored_pairs():
     value = np.random.default_rng(1).normal(size=(1, 192, 1, 8)).astype(np.float32)
     value[:, 128:] = 0  # asked for, and not written
     beta = np.where(np.arange(192) < 128, 1, 0).astype(np.float32)[None, :, None]
-    out = delta_rule_attention(key, key, value, beta=beta, is_causal=True)
+    out = jax.jit(functools.partial(delta_rule_attention, is_causal=True))(key, key, value, beta=beta)
     np.testing.assert_allclose(out[0, 128:, 0], value[0, 64:128, 0][::-1], atol=1e-5)
 
 
@@ -229,10 +259,11 @@ def test_delta_rule_with_one_key_again_and_again():
     """A power series of the triangle would reach 1e18 here; the blocks of its inverse stay as small as the answer."""
     value = np.random.default_rng(1).normal(size=(1, 200, 1, 4)).astype(np.float32)
     key = np.broadcast_to(np.float32([0.6, 0.8]), (1, 200, 1, 2))
+    kernel = jax.jit(functools.partial(checks.value_and_grads, lambda x: delta_rule_attention(**x, is_causal=True)))
     for strength in (1.0, 1.9):
         beta = np.full((1, 200, 1), strength, np.float32)
         inputs = {"query": key, "key": key, "value": value, "beta": beta}
-        out, slopes = checks.value_and_grads(lambda x: delta_rule_attention(**x, is_causal=True), inputs)
+        out, slopes = kernel(inputs)
         expected = checks.oracle(references.delta_rule, inputs)
         checks.assert_close(out, expected[0], 1e-5)
         checks.assert_close(slopes, expected[1], 1e-4)
@@ -293,10 +324,16 @@ def test_weights_times_values_are_the_output(subject, is_causal):
         pytest.skip("it has no form without causality")
     inputs = subject.inputs(length=9)
     options = {"mask": MASK, "segment_ids": SEGMENTS, "is_causal": is_causal}
-    more = {name: array for name, array in inputs.items() if name != "value"} | subject.weights(inputs)
-    weights = attention.attention_weights(subject.function, **more, **subject.options, **options)
-    value = references.spread(inputs["value"], 4)
-    checks.assert_close(jnp.einsum("bnts,bsnv->btnv", weights, value), subject.call(inputs, **options), checks.OUTPUT)
+
+    @jax.jit
+    def weights_and_output(inputs):
+        more = {name: array for name, array in inputs.items() if name != "value"} | subject.weights(inputs)
+        weights = attention.attention_weights(subject.function, **more, **subject.options, **options)
+        return weights, subject.call(inputs, **options)
+
+    weights, output = map(np.asarray, weights_and_output(inputs))
+    value = np.repeat(inputs["value"], 2, axis=2)
+    checks.assert_close(np.einsum("bnts,bsnv->btnv", weights, value), output, checks.OUTPUT)
     if subject.name in ("softmax", "linear", "linear_hedgehog", "efficient"):
         seen = np.asarray(references.allowed(inputs, **options)).any(-1)
         np.testing.assert_allclose(weights.sum(-1), np.broadcast_to(seen, weights.shape[:3]), atol=1e-6)

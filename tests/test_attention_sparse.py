@@ -101,7 +101,7 @@ def test_steps_against_a_cache_keep_to_the_pattern(name):
     """A prefill and steps of one token, in a cache of fixed size, by the parts and by the mask."""
     query, key, value = (random(seed, 2, 17, 2, 4) for seed in range(3))
     call = functools.partial(PATTERNS[name][0], is_causal=True)
-    whole = call(query, key, value)
+    whole = jax.jit(call)(query, key, value)
     for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 4}):
         step = jax.jit(functools.partial(call, return_state=True, **form))
         state, outputs = attention.cache(2, 20, 2, 4), []
@@ -147,24 +147,24 @@ def test_top_k_keeps_the_largest_and_all_that_tie():
     key, value = jnp.eye(5)[:, None], jnp.eye(5)[:, None]
     expected = np.array([[True, False, True, True, False], [True, True, False, False, False]])
     for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 1}):
-        weights = attention.topk_attention(scores[:, None], key, value, scale=1, k=2, **form)[:, 0]
+        call = jax.jit(functools.partial(attention.topk_attention, scale=1, k=2, **form))
+        weights = call(scores[:, None], key, value)[:, 0]
         np.testing.assert_array_equal(weights > 0, expected)
         np.testing.assert_allclose(weights, jax.nn.softmax(jnp.where(expected, scores, -jnp.inf)), rtol=1e-6)
 
 
 def test_top_k_of_all_keys_is_softmax():
     query, key, value = (random(seed, 2, 9, 2, 4) for seed in range(3))
+    expected = jax.jit(functools.partial(attention.dot_product_attention, is_causal=True))(query, key, value)
     for k in (9, 50):
-        output = attention.topk_attention(query, key, value, k=k, is_causal=True)
-        np.testing.assert_allclose(
-            output, attention.dot_product_attention(query, key, value, is_causal=True), atol=1e-6
-        )
+        output = jax.jit(functools.partial(attention.topk_attention, k=k, is_causal=True))(query, key, value)
+        np.testing.assert_allclose(output, expected, atol=1e-6)
 
 
 def test_top_k_shows_a_nan_where_it_enters():
     query, key, value = (random(seed, 6, 1, 4) for seed in range(3))
-    bad = attention.topk_attention(query.at[2].set(jnp.nan), key, value, k=2)
-    assert jnp.isnan(bad[2]).all() and jnp.isfinite(jnp.delete(bad, 2, axis=0)).all()
+    bad = jax.jit(functools.partial(attention.topk_attention, k=2))(query.at[2].set(jnp.nan), key, value)
+    assert np.isnan(bad[2]).all() and np.isfinite(np.delete(bad, 2, axis=0)).all()
 
 
 def linformer_problem():
@@ -199,13 +199,19 @@ def test_linformer_masked_keys_enter_as_nothing():
     call = functools.partial(
         attention.linformer_attention, mask=real[:, None, None], key_projection=first, value_projection=second
     )
-    clean = linformer_reference(query, *(jnp.where(real[..., None, None], x, 0) for x in (key, value)), first, second)
-    spoiled = [jnp.where(real[..., None, None], x, jnp.nan) for x in (key, value)]
-    np.testing.assert_allclose(call(query, *spoiled), clean, atol=1e-5)
-    slopes = jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1, 2))(query, *spoiled)
-    assert all(jnp.isfinite(slope).all() for slope in slopes)
-    assert not jnp.any(call(query, *spoiled)[1]) and not any(jnp.any(slope[1]) for slope in slopes)
-    assert not any(jnp.any(slope[~real]) for slope in slopes[1:])
+    hidden = ~real[..., None, None]
+    zeros, spoiled = ([np.where(hidden, fill, x) for x in (key, value)] for fill in (np.float32(0), np.float32(np.nan)))
+    clean = jax.jit(linformer_reference)(query, *zeros, first, second)
+
+    @jax.jit
+    def output_and_slopes(*x):
+        return call(*x), jax.grad(lambda *x: call(*x).sum(), argnums=(0, 1, 2))(*x)
+
+    output, slopes = jax.tree.map(np.asarray, output_and_slopes(query, *spoiled))
+    np.testing.assert_allclose(output, clean, atol=1e-5)
+    assert all(np.isfinite(slope).all() for slope in slopes)
+    assert not np.any(output[1]) and not any(np.any(slope[1]) for slope in slopes)
+    assert not any(np.any(slope[~real]) for slope in slopes[1:])
 
 
 @pytest.mark.parametrize(

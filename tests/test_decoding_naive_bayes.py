@@ -86,7 +86,7 @@ def trained():
         updates, memory = optimizer.update(jax.grad(loss)(params), memory)
         return optax.apply_updates(params, updates), memory
 
-    params = model.init(jax.random.key(0), jnp.ones((1, 3), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 3), jnp.int32))["params"]
     memory = optimizer.init(params)
     for _ in range(300):
         params, memory = update(params, memory, *training_batch(rng))

@@ -118,7 +118,12 @@ def test_every_member_is_an_attention_fn(name):
     """Weights and further inputs of a kernel go in as options; without them the error names the first that is missing."""
     x, weights = small()
     options = options_of(name, is_causal="causality" not in MIXERS[name].exempt) | dict(MIXERS[name].options)
-    close(in_linen(name, x, weights, options=options), by_hand(MIXERS[name].function, x, weights, **options))
+
+    @jax.jit
+    def both(x, weights):
+        return in_linen(name, x, weights, options=options), by_hand(MIXERS[name].function, x, weights, **options)
+
+    close(*both(x, weights))
     parameters = inspect.signature(MIXERS[name].function).parameters
     needed = [key for key in parameters if key in options and parameters[key].default is inspect.Parameter.empty]
     if needed:

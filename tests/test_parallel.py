@@ -1,5 +1,7 @@
 """Mesh, sharding rules and batches: the same numbers on one device and on eight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,18 +60,25 @@ AXES = [
 ]
 
 
+def loss_fn(params, batch):
+    logits = LanguageModel(ModelConfig(layers=2, width=32, heads=4), 64).apply({"params": params}, batch["tokens"])
+    loss, weight = cross_entropy(logits, batch["targets"])
+    return loss / weight
+
+
+@functools.cache
+def one_device():
+    """Parameters, a batch, and the gradients."""
+    tokens = np.random.default_rng(1).integers(0, 64, (8, 17)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    init = jax.jit(LanguageModel(ModelConfig(layers=2, width=32, heads=4), 64).init)
+    params = init(jax.random.key(0), batch["tokens"])["params"]
+    return params, batch, jax.jit(jax.grad(loss_fn))(params, batch)
+
+
 @pytest.mark.parametrize("axes", AXES, ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()))
 def test_gradients_are_those_of_one_device(axes):
-    model = LanguageModel(ModelConfig(layers=2, width=32, heads=4), vocab_size=64)
-    tokens = jax.random.randint(jax.random.key(1), (8, 17), 0, 64)
-    batch = {"tokens": np.asarray(tokens[:, :-1]), "targets": np.asarray(tokens[:, 1:])}
-    params = model.init(jax.random.key(0), batch["tokens"])["params"]
-
-    def loss_fn(params, batch):
-        loss, weight = cross_entropy(model.apply({"params": params}, batch["tokens"]), batch["targets"])
-        return loss / weight
-
-    expected = jax.jit(jax.grad(loss_fn))(params, batch)
+    params, batch, expected = one_device()
     mesh = make_mesh(**axes)
     shardings = shard_tree(params, mesh)
     with jax.set_mesh(mesh):

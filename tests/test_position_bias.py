@@ -79,15 +79,20 @@ def test_published_values():
     assert t5_bucket(jnp.array([1, 50]), bidirectional=False).tolist() == [0, 0]
 
 
+@jax.jit
+def by_position_and_distance(biases, rows, columns, d):
+    return {name: (bias(rows, columns), bias.at_distance(d)) for name, bias in biases.items()}
+
+
 @pytest.mark.parametrize("start", [0, 1_000, 1_000_000])
 def test_values_by_position_and_by_distance(start):
     """(N, T, S) from positions is the formula at the distances, wherever the row stands."""
     rows, columns = start + np.arange(7), start + np.arange(3, 14)
     d = columns[None] - rows[:, None]
-    for name, bias in objects(both_ways=True).items():
-        expected = formula(bias, d)
-        np.testing.assert_allclose(bias(jnp.asarray(rows), jnp.asarray(columns)), expected, atol=2e-5, err_msg=name)
-        np.testing.assert_allclose(bias.at_distance(jnp.asarray(d)), expected, atol=2e-5, err_msg=name)
+    biases = objects(both_ways=True)
+    for name, found in by_position_and_distance(biases, rows, columns, d).items():
+        for values in found:
+            np.testing.assert_allclose(values, formula(biases[name], d), atol=2e-5, err_msg=name)
 
 
 def positions_of(mask, keys=T):
@@ -118,20 +123,25 @@ def test_blocks_with_an_object_equal_the_dense_form_with_its_array(case):
     options = CASES[case]
     inputs = qkv()
 
-    def by_blocks(arrays, bias):
-        return dot_product_attention(*arrays, bias=bias, chunk_size=5, **options)
+    def by_blocks(tree):
+        return dot_product_attention(*tree[0], bias=tree[1], chunk_size=5, **options)
 
-    def dense(arrays, bias):
-        return dot_product_attention(
-            *arrays, bias=as_array(bias, options.get("mask")), implementation="dense", **options
-        )
+    def dense(tree):
+        return dot_product_attention(*tree[0], bias=tree[1], implementation="dense", **options)
+
+    def all_dense(arrays, biases):
+        """One program over the stacked arrays; a parameter's gradient is that of its array, pulled back through the formula."""
+        stack = lambda biases: jnp.stack([as_array(b, options.get("mask")) for b in biases.values()])  # noqa: E731
+        stacked, pull = jax.vjp(stack, biases)
+        out, slopes = jax.vmap(lambda array: value_and_grads(dense, (arrays, array)))(stacked)
+        (by_parameters,) = pull(slopes[-1])
+        rows = {name: jax.tree.map(lambda x, i=i: x[i], (out, slopes[:-1])) for i, name in enumerate(biases)}
+        return {n: (o, [*slopes, *jax.tree.leaves(by_parameters[n])]) for n, (o, slopes) in rows.items()}
 
     @jax.jit
     def both(arrays, biases):
-        results = []
-        for form in (by_blocks, dense):
-            results.append({n: value_and_grads(lambda tree, f=form: f(*tree), (arrays, b)) for n, b in biases.items()})
-        return results
+        blocks = {name: value_and_grads(by_blocks, (arrays, bias)) for name, bias in biases.items()}
+        return blocks, all_dense(arrays, biases)
 
     blocks, whole = both(inputs, objects(both_ways=not options["is_causal"]))
     for name in blocks:

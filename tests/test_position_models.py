@@ -76,18 +76,22 @@ def test_random_and_stretched_positions():
     """Training draws positions, evaluation counts them; a stretched table begins as it was and goes on."""
     config = ModelConfig(**SMALL, random_positions=64)
     model, tokens = LanguageModel(config, 20), jnp.asarray(TOKENS)
-    params = model.init(jax.random.key(0), tokens)["params"]
-    counted = model.apply({"params": params}, tokens)
-    drawn = [
-        model.apply({"params": params}, tokens, deterministic=False, rngs={"dropout": jax.random.key(i)})
-        for i in (1, 2)
-    ]
+
+    @jax.jit
+    def counted_and_drawn(tokens):
+        params = model.init(jax.random.key(0), tokens)
+        rngs = [{"dropout": jax.random.key(i)} for i in (1, 2)]
+        drawn = [model.apply(params, tokens, deterministic=False, rngs=rng) for rng in rngs]
+        return model.apply(params, tokens), drawn
+
+    counted, drawn = counted_and_drawn(tokens)
     assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-4 and float(jnp.abs(drawn[0] - counted).max()) > 1e-4
     learned = ModelConfig(**SMALL, positions="learned", max_length=8)
     stretched = LanguageModel(learned.at_inference(hierarchical_alpha=0.4), 20)
-    params = LanguageModel(learned, 20).init(jax.random.key(0), tokens[:, :8])["params"]
-    longer = stretched.apply({"params": params}, tokens)
-    assert_close(longer[:, :8], LanguageModel(learned, 20).apply({"params": params}, tokens[:, :8]), 1e-5)
+    params = jax.jit(LanguageModel(learned, 20).init)(jax.random.key(0), tokens[:, :8])["params"]
+    longer = jax.jit(stretched.apply)({"params": params}, tokens)
+    short = jax.jit(LanguageModel(learned, 20).apply)({"params": params}, tokens[:, :8])
+    assert_close(longer[:, :8], short, 1e-5)
     with pytest.raises(ValueError, match="at most 64 long with learned positions; got 65"):
         stretched.apply({"params": params}, jnp.ones((1, 65), jnp.int32))
 

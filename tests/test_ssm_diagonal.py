@@ -99,16 +99,17 @@ def test_angles_are_right_at_a_million_steps():
 @pytest.mark.parametrize("real", [False, True])
 def test_kernels_equal_powers(real, method):
     _, Lambda, B, C, _, step, _ = system(1, real=real)
+    kernel_of = jax.jit(ssm.diagonal_kernel, static_argnums=(4, 5))
     for length in (0, 1, 2, 17, 1000, 1023):
-        kernel = ssm.diagonal_kernel(Lambda, B, C, step, length, method)
+        kernel = kernel_of(Lambda, B, C, step, length, method)
         assert kernel.shape == (WIDTH, length)
         if length:
             impulse = np.zeros((1, length, WIDTH))
             impulse[:, 0] = 1
             expected, _ = by_hand(impulse, Lambda, B, C, np.zeros(WIDTH), step, np.zeros((1, WIDTH, PAIRS)), method)
             assert checks.rms(kernel.T - expected[0]) <= 1e-6 * checks.rms(expected[0])
-    one = ssm.diagonal_kernel(Lambda[0], B[0], C[0], step[0], 5, method)
-    np.testing.assert_allclose(one, ssm.diagonal_kernel(Lambda, B, C, step, 5, method)[0], rtol=1e-6)
+    one = kernel_of(Lambda[0], B[0], C[0], step[0], 5, method)
+    np.testing.assert_allclose(one, kernel_of(Lambda, B, C, step, 5, method)[0], rtol=1e-6)
 
 
 def test_the_hold_does_not_cancel():
@@ -155,22 +156,21 @@ def test_modes_agree_at_a_million_steps():
 def test_irregular_steps(mode):
     """Holding an input for two steps is one step twice as long; a step of 0 changes nothing; the rest is regular."""
     u, Lambda, B, C, D, step, state = system(8)
-    twice = np.repeat(u, 2, axis=1)
-    fine, last = ssm.diagonal_ssm(twice, Lambda, B, C, D, step, mode=mode, return_state=True, initial_state=state)
-    coarse, same = ssm.diagonal_ssm(u, Lambda, B, C, D, 2 * step, mode=mode, return_state=True, initial_state=state)
+    twice, call = np.repeat(u, 2, axis=1), jax.jit(functools.partial(run, mode=mode))
+    fine, last = call((twice, Lambda, B, C, D, step, state))
+    coarse, same = call((u, Lambda, B, C, D, 2 * step, state))
     checks.assert_close((coarse, same), (fine[:, 1::2], last), 1e-5)
     steps = np.broadcast_to(step, twice.shape) * np.tile([2, 0], 8)[:, None].astype(np.float32)
-    uneven, same = ssm.diagonal_ssm(twice, Lambda, B, C, D, steps, mode=mode, return_state=True, initial_state=state)
+    uneven, same = call((twice, Lambda, B, C, D, steps, state))
     checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
     assert not np.any(np.diff((uneven - D * twice).reshape(2, 8, 2, WIDTH), axis=2))
 
 
 def test_reverse_runs_from_the_end():
     arrays = system(37)
-    for form in MODES:
-        turned = (np.flip(arrays[0], 1), *arrays[1:])
-        out, state = run(turned, **form)
-        back, first = run(arrays, reverse=True, **form)
+    backwards = jax.jit(lambda arrays: [run(arrays, reverse=True, **form) for form in MODES])(arrays)
+    forwards = everywhere((np.flip(arrays[0], 1), *arrays[1:]))
+    for (back, first), (out, state) in zip(backwards, forwards):
         checks.assert_close((np.flip(back, 1), first), (out, state), 1e-6)
 
 
@@ -210,7 +210,7 @@ def test_other_sampling_rates(name):
     inputs = line.sample(jax.random.key(1), 2, 5, jnp.float32)
     step = weights.pop("step", 1.0)
     held = {key: jnp.repeat(x, 2, axis=1) for key, x in inputs.items()}
-    function = functools.partial(line.function, return_state=True, **weights)
+    function = jax.jit(functools.partial(line.function, return_state=True, **weights))
     coarse, last = function(**inputs, step=2 * step)
     if name != "rg_lru":  # which scales its inputs by the length of the step, not by holding them
         fine, same = function(**held, step=step)

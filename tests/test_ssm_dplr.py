@@ -120,44 +120,47 @@ def test_both_modes_are_the_dense_recurrence(measure, size, length):
             checks.assert_close(wide, expected, 1e-12, f"{mode} in float64")
 
 
+compiled = jax.jit(dplr_ssm, static_argnames=("mode", "reverse", "return_state"))
+
+
 def test_resume_reverse_and_segments():
     x = layer("legs", 8, 24)
-    run = jax.jit(functools.partial(dplr_ssm, mode="recurrence", return_state=True))
+    run = functools.partial(compiled, mode="recurrence", return_state=True)
     whole, last = run(**x)
     first, state = run(**{**x, "u": x["u"][:, :9]})
     second, state = run(**{**x, "u": x["u"][:, 9:], "initial_state": state})
     checks.assert_close(jnp.concatenate([first, second], 1), whole, 1e-6)
     checks.assert_close(state, last, 1e-6)
     for mode in ("recurrence", "convolution"):
-        back, start = dplr_ssm(**{**x, "u": x["u"][:, ::-1]}, mode=mode, reverse=True, return_state=True)
+        back, start = compiled(**{**x, "u": x["u"][:, ::-1]}, mode=mode, reverse=True, return_state=True)
         checks.assert_close(back[:, ::-1], whole, 2e-6)
         checks.assert_close(start, last, 2e-6)
     ids = np.repeat(np.int32([[0, 1, 0], [5, 5, 2]]), 8, axis=1)
-    packed, state = dplr_ssm(**x, segment_ids=ids, return_state=True)
+    packed, state = compiled(**x, segment_ids=ids, return_state=True)
     none = {**x, "initial_state": None}
     for row, (begin, end) in ((0, (8, 16)), (0, (16, 24)), (1, (16, 24))):
         alone, end_state = run(**{**none, "u": x["u"][row : row + 1, begin:end]})
         checks.assert_close(packed[row : row + 1, begin:end], alone, 1e-6)
     checks.assert_close(state[row : row + 1], end_state, 1e-6)
-    reverse = dplr_ssm(**{**x, "u": x["u"][:, ::-1]}, segment_ids=ids[:, ::-1], reverse=True)
+    reverse = compiled(**{**x, "u": x["u"][:, ::-1]}, segment_ids=ids[:, ::-1], reverse=True)
     checks.assert_close(reverse[:, ::-1], packed, 1e-6)
 
 
 def test_shapes_and_dtypes():
     x = layer("legs", 8, 12)
     state = x.pop("initial_state")
-    y, last = dplr_ssm(**{**x, "u": x["u"][:, :0]}, initial_state=state, return_state=True)
+    y, last = compiled(**{**x, "u": x["u"][:, :0]}, initial_state=state, return_state=True)
     assert y.shape == (2, 0, 3)
     np.testing.assert_array_equal(last, state)
-    expected = dplr_ssm(**x, mode="convolution")
-    deep = dplr_ssm(**{**x, "u": x["u"].reshape(2, 1, 12, 3)}, mode="convolution")
+    expected = compiled(**x, mode="convolution")
+    deep = compiled(**{**x, "u": x["u"].reshape(2, 1, 12, 3)}, mode="convolution")
     checks.assert_close(deep[:, 0], expected, 1e-6)
-    flat = dplr_ssm(**{**x, "u": x["u"][0]}, mode="convolution")
+    flat = compiled(**{**x, "u": x["u"][0]}, mode="convolution")
     checks.assert_close(flat, expected[0], 1e-6)
-    half = dplr_ssm(**{**x, "u": jnp.asarray(x["u"], jnp.bfloat16)})
+    half = compiled(**{**x, "u": jnp.asarray(x["u"], jnp.bfloat16)})
     assert half.dtype == jnp.bfloat16
     checks.assert_close(half.astype(jnp.float32), expected, 1e-2)
-    many = jax.vmap(lambda u: dplr_ssm(**{**x, "u": u}))(x["u"])
+    many = jax.jit(jax.vmap(lambda u: dplr_ssm(**{**x, "u": u})))(x["u"])
     checks.assert_close(many, expected, 1e-6)
 
 
@@ -199,17 +202,17 @@ def test_both_modes_lower(platform):
 
 def test_fft_convolution():
     """Against the sum; kernels longer and shorter than the row, real and complex, no batch axis, nothing at all."""
-    rng = np.random.default_rng(0)
+    rng, convolve = np.random.default_rng(0), jax.jit(fft_convolution)
     for length, taps in ((1, 1), (5, 9), (30, 7), (31, 31)):
         u, k = rng.normal(size=(2, length, 3)).astype(np.float32), rng.normal(size=(taps, 3)).astype(np.float32)
         for kernel in (k, k + 1j * k[::-1]):
             expected = np.zeros((2, length, 3), kernel.dtype)
             for lag in range(min(length, taps)):
                 expected[:, lag:] += kernel[lag] * u[:, : length - lag]
-            actual = fft_convolution(u, kernel)
+            actual = convolve(u, kernel)
             assert actual.dtype == expected.dtype
             np.testing.assert_allclose(actual, expected, atol=1e-5)
-        np.testing.assert_allclose(fft_convolution(u[0], kernel[:, :1])[:, 0], expected[0, :, 0], atol=1e-5)
+        np.testing.assert_allclose(convolve(u[0], kernel[:, :1])[:, 0], expected[0, :, 0], atol=1e-5)
     assert fft_convolution(u[:, :0], k).shape == (2, 0, 3)
     assert not np.any(fft_convolution(u, k[:0]))
     assert fft_convolution(jnp.asarray(u, jnp.bfloat16), k).dtype == jnp.bfloat16

@@ -24,10 +24,23 @@ def _chunk(tree: Any, index: jax.Array | int, size: int) -> Any:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, index * size, size, axis=1), tree)
 
 
-def _store(buffers: Any, chunks: Any, index: jax.Array, size: int) -> Any:
-    return jax.tree.map(
-        lambda b, x: lax.dynamic_update_slice_in_dim(b, x.astype(b.dtype), index * size, axis=1), buffers, chunks
-    )
+def _bits(x: jax.Array) -> jax.Array:
+    """bfloat16 as integers: XLA for CPUs has no bfloat16, and would convert a carried buffer whole for every chunk written to it."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _from_bits(buffers: Any, like: Any) -> Any:
+    """The inverse of `_bits`, of a pytree of buffers; `like` has their dtypes."""
+    return jax.tree.map(lambda b, x: lax.bitcast_convert_type(b, x.dtype) if b.dtype != x.dtype else b, buffers, like)
+
+
+def _store(buffers: Any, chunks: Any, like: Any, index: jax.Array, size: int) -> Any:
+    """Chunks written to where they belong in buffers of `_bits`; `like` has the dtypes before."""
+
+    def write(buffer, x, like):
+        return lax.dynamic_update_slice_in_dim(buffer, _bits(x.astype(like.dtype)), index * size, axis=1)
+
+    return jax.tree.map(write, buffers, chunks, like)
 
 
 def _over_time(chunks: Any, count: int) -> Any:
@@ -83,9 +96,11 @@ def scan_chunks(
         def step(i, state):
             carry, buffers = state
             carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)
-            return carry, _store(buffers, out, i, size)
+            return carry, _store(buffers, out, first, i, size)
 
-        return lax.fori_loop(0, count, step, (carry, _over_time(first, count)))
+        buffers = jax.tree.map(_bits, _over_time(first, count))
+        carry, buffers = lax.fori_loop(0, count, step, (carry, buffers))
+        return carry, _from_bits(buffers, first)
 
     def plain(arrays, aux):
         carry, inputs, *shared = arrays
@@ -114,12 +129,15 @@ def scan_chunks(
             d_carry, d_chunk, *more = (pull or partial(pull_by_vjp, body))(
                 carry, *chunks, d_carry, d_out_chunk, *shared
             )
-            return d_carry, _store(d_inputs, d_chunk, i, size), *jax.tree.map(jnp.add, d_shared, more)
+            return d_carry, _store(d_inputs, d_chunk, inputs, i, size), *jax.tree.map(jnp.add, d_shared, more)
 
         leaves, tree = jax.tree.flatten(inputs)
         buffers = jax.tree.unflatten(
-            tree, [jnp.full_like(x, fill + 100) for fill, x in enumerate(leaves)]
+            tree, [_bits(jnp.full_like(x, fill + 100)) for fill, x in enumerate(leaves)]
         )  # unlike forward's
-        return lax.fori_loop(0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared)))
+        d_carry, buffers, *d_shared = lax.fori_loop(
+            0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared))
+        )
+        return d_carry, _from_bits(buffers, inputs), *d_shared
 
     return with_backward(forward, plain, backward)((carry, inputs, *shared), aux)

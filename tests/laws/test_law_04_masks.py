@@ -166,8 +166,8 @@ def test_logits_of_any_size(subject, form):
     weights_of_one = jax.jit(functools.partial(subject.call, **form))(inputs | {"value": np.ones_like(inputs["value"])})
     np.testing.assert_allclose(weights_of_one, 1.0, atol=1e-6)
     floor = np.where(pair_mask(), 0.0, np.finfo(np.float32).min).astype(np.float32)
-    floored = subject.call(subject.inputs(length=T), bias=floor, **form)
-    masked = subject.call(subject.inputs(length=T), mask=pair_mask(), **form)
+    call = jax.jit(functools.partial(subject.call, **form))
+    floored, masked = (call(subject.inputs(length=T), **seen) for seen in ({"bias": floor}, {"mask": pair_mask()}))
     some = np.any(pair_mask() & np.tri(T, dtype=bool), axis=-1).swapaxes(1, 2)
     checks.assert_close(np.asarray(floored)[some], np.asarray(masked)[some], checks.OUTPUT)
 
