@@ -272,6 +272,7 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_unnormalised_state,
         runs_on="gated_linear",
+        exempt={"shards of heads": "its decays go by the number of the head: a shard hands in its own"},
     ),
     "delta_rule": Mixer(
         delta_rule_attention,

@@ -6,6 +6,7 @@ one, and (all but the derivative checks and the scan) split in two with the stat
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 
 import jax
 import jax.export  # jax 0.7 does not import it by itself
@@ -50,9 +51,9 @@ def kinds_of(subject: Subject) -> tuple[dict, ...]:
 def forms_of(subject: Subject, name: str) -> tuple[dict, ...]:
     """The forms that a check runs over: one of each implementation, or the last of these, which is the chunked one.
 
-    None for shards of channels where the channels of a member meet.
+    None for shards of channels where the channels of a member meet, or where it tells them apart by their number.
     """
-    if name == "shard_map, heads" and not subject.independent_channels:
+    if name == "shard_map, heads" and (not subject.independent_channels or "shards of heads" in subject.exempt):
         return ()
     return kinds_of(subject) if name in (BY_FORM if EVERYTHING else OFTEN) else kinds_of(subject)[-1:]
 
@@ -96,19 +97,20 @@ def sample(subject: Subject, *, batch=8) -> dict:
 
 
 def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LENGTH)) -> Callable:
-    """f(inputs): two calls, the second from the state of the first; one call where there is no state."""
+    """f(inputs, weights): two calls, the second from the state of the first; one call where there is no state. Weights stand for its own."""
 
-    def whole(inputs):
+    def whole(inputs, weights=MappingProxyType({})):
         known = ("mask",) if subject.is_mixer else PATTERNS  # without causality a mixer has no segments
         patterns = {name: inputs[name] for name in known if name in inputs}
-        return subject.call({name: a for name, a in inputs.items() if name not in PATTERNS}, **patterns, **form)
+        arrays = {name: a for name, a in inputs.items() if name not in PATTERNS}
+        return subject.call(arrays, **patterns, **form, **weights)
 
-    def call(inputs):
+    def call(inputs, weights=MappingProxyType({})):
         outputs, state = [], None
         for start, stop in zip(cuts, cuts[1:]):
             patterns = {name: slice_key(inputs[name], start, stop) for name in PATTERNS if name in inputs}
             arrays = time_slice({name: a for name, a in inputs.items() if name not in PATTERNS}, start, stop)
-            output, state = subject.call(arrays, initial_state=state, return_state=True, **patterns, **form)
+            output, state = subject.call(arrays, initial_state=state, return_state=True, **patterns, **form, **weights)
             outputs.append(output)
         return jnp.concatenate(outputs, axis=1)
 
@@ -285,26 +287,42 @@ def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None) 
     return {name: P(batch) if name in PATTERNS else P(batch, None, heads) for name in inputs}
 
 
+def weights_by_head(subject: Subject, inputs: dict, heads: str | None) -> tuple[dict, dict]:
+    """A mixer's weights, which a shard of heads has its part of, and their specs: an axis that halves with the heads is one of heads."""
+    if heads is None or not subject.is_mixer:
+        return {}, {}
+    half = {name: array[:, :, : array.shape[2] // 2] for name, array in inputs.items() if name not in PATTERNS}
+    weights, fewer = subject.weights(inputs), subject.weights(half)
+    return weights, {
+        name: P(*(None if a == b else heads for a, b in zip(array.shape, fewer[name].shape, strict=True)))
+        for name, array in weights.items()
+    }
+
+
 def over_shards(subject, form, shape, batch, heads):
     """The call inside shard_map (check_vma on), differentiated inside and outside of it."""
     mesh = jax.make_mesh(shape, ("data", "heads"), axis_types=(AxisType.Auto,) * 2)
     inputs, call = sample(subject), call_of(subject, form)
     spec = specs(subject, inputs, batch, heads)
-    sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec,), out_specs=P(batch, None, heads))
+    weights, weight_specs = weights_by_head(subject, inputs, heads)
+    sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec, weight_specs), out_specs=P(batch, None, heads))
     expected = expected_of(subject, form)
-    assert_same(checks.value_and_grads(sharded, inputs), expected)
+    assert_same(checks.value_and_grads(lambda inputs: sharded(inputs, weights), inputs), expected)
 
-    def pulled_back(inputs, weights):
+    def pulled_back(inputs, weights, cotangents):
         """Gradients taken inside each shard, for cotangents handed in."""
         floats, rebuild = checks.split_floats(inputs)
-        return jax.vjp(lambda floats: call(rebuild(floats)), floats)[1](weights)[0]
+        return jax.vjp(lambda floats: call(rebuild(floats), weights), floats)[1](cotangents)[0]
 
     names = sorted(name for name in inputs if name not in PATTERNS)
-    weights = jax.grad(checks.probe)(jnp.asarray(expected[0]))
+    cotangents = jax.grad(checks.probe)(jnp.asarray(expected[0]))
     inside = jax.shard_map(
-        pulled_back, mesh=mesh, in_specs=(spec, P(batch, None, heads)), out_specs=[spec[name] for name in names]
+        pulled_back,
+        mesh=mesh,
+        in_specs=(spec, weight_specs, P(batch, None, heads)),
+        out_specs=[spec[name] for name in names],
     )
-    checks.assert_close(jax.jit(inside)(inputs, weights), expected[1], checks.GRADIENT, "gradient inside")
+    checks.assert_close(jax.jit(inside)(inputs, weights, cotangents), expected[1], checks.GRADIENT, "gradient inside")
 
 
 @check("shard_map, batch", by_form=True)
