@@ -143,9 +143,11 @@ def jit(subject, form):
 def one_compile(subject, form):
     """one trace and one program for all calls of one shape, whatever the numbers, masks and ids"""
     (function, traces), inputs = plain_program(subject, kinds_of(subject).index(form)), sample(subject)
-    for shift in range(3):
+    function(inputs)
+    programs = function._cache_size()  # other checks may have called it with arrays placed otherwise
+    for shift in (1, 2):
         function(rolled(inputs, shift))
-    assert len(traces) == 1 and function._cache_size() == 1
+    assert len(traces) == 1 and function._cache_size() == programs
 
 
 @functools.cache
