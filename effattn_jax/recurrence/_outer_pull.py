@@ -4,8 +4,8 @@ With g = d num, e = d den, w the decay weights of the pairs and P = q k^T w of a
 
     ds = (g v^T + e) w       dq = ds k + (g S^T + e z) a        dk = ds^T q + (v dS'^T + dz') b        dv = P^T g + k b dS'
 
-a and b the decays from the chunk's start and to its end. What autodiff would compute again is read from the outputs (e = -do . out / den), and
-P^T and ds^T are products of their own: on a CPU a product of matrices is cheaper than moving one.
+a and b the decays from the chunk's start and to its end. What autodiff would compute again is read from the outputs (e = -do . out / den).
+P and ds are made transposed, as two of the three products that read them want them.
 """
 
 from functools import partial
@@ -71,8 +71,11 @@ def pull_chunk(
     write = keep_steps(write, into_end)
     k_end = keep_steps(k if decay is None else k * decay.to_end, into_end)
 
-    ds, p_t, ds_t, d_between = _products(options, q, k, v, g, e, decay, pairs)
-    dq = product("bkgij,bkjh->bkgih", ds, k, options) + (read if decay is None else read * decay.to_step[:, :, None])
+    p_t, ds_t, d_between = _products(options, q, k, v, g, e, decay, pairs)
+    # Groups and rows as one axis: of more axes XLA makes a transposed copy on CPU.
+    flat = ds_t.reshape(*ds_t.shape[:3], ds_t.shape[3] * ds_t.shape[4])
+    dq = product("bkjm,bkjh->bkmh", flat, k, options).reshape(q.shape)
+    dq = dq + (read if decay is None else read * decay.to_step[:, :, None])
     dk = product("bkjgi,bkgih->bkjh", ds_t, q, options) + (write if decay is None else write * decay.to_end)
     dv = product("bkjgi,bkgiv->bkjv", p_t, g, options) + product("bkjh,bkhv->bkjv", k_end, d_state, options)
 
@@ -100,20 +103,17 @@ def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _products(options, q, k, v, g, e, decay, pairs) -> tuple:
-    """ds (B, K, G, i, j), P^T and ds^T (B, K, j, G, i), and the cotangent of the decays between pairs."""
-    weight = None if decay is None else jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf))
+    """P^T and ds^T (B, K, j, G, i), and the cotangent of the decays between pairs."""
     pairs_t = jnp.swapaxes(pairs, 1, 2)[:, None, :, None]  # (B | 1, 1, j, 1, i)
-    weight_t = None if decay is None else jnp.swapaxes(weight, 2, 3)[:, :, :, None]
-    dp, p_t = product("bkgiv,bkjv->bkgij", g, v, options), product("bkjh,bkgih->bkjgi", k, q, options)
-    dp_t = product("bkjv,bkgiv->bkjgi", v, g, options)
-    if e is not None:
-        dp, dp_t = dp + e[..., None], dp_t + e[:, :, None]
+    p_t, dp_t = product("bkjh,bkgih->bkjgi", k, q, options), product("bkjv,bkgiv->bkjgi", v, g, options)
+    dp_t = dp_t if e is None else dp_t + e[:, :, None]
     d_between = None
     if decay is not None:
+        weight_t = jnp.swapaxes(jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf)), 2, 3)[:, :, :, None]
         d_between = jnp.sum(jnp.where(pairs_t, dp_t * p_t * weight_t, 0), axis=3)
         d_between = jnp.swapaxes(d_between, 2, 3)
-        dp, dp_t, p_t = dp * weight[:, :, None], dp_t * weight_t, p_t * weight_t
-    return jnp.where(pairs[:, None, None], dp, 0), jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0), d_between
+        dp_t, p_t = dp_t * weight_t, p_t * weight_t
+    return jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0), d_between
 
 
 def _no_cotangent(x: jax.Array) -> Any:
