@@ -31,11 +31,11 @@ def hippo_matrices(measure: str, size: int, **options: Any) -> tuple[np.ndarray,
         "lmu": the same in the coordinates of the Legendre memory unit, u(t - window r) = sum_i x_i P_i(2r - 1). Option window.
         "lagt": Laguerre functions, exponentially fading; option beta (1.0) scales B. "tlagt": tilted by beta (1.0). "glagt": generalised, alpha (0.0) and beta (0.01).
         "fourier": real Fourier over the last window (1.0): 1, 0, sqrt 2 cos, sqrt 2 sin, ... of 2 pi k times the age; size even. Option endpoint: "periodic" (S4's FouT,
-          whose code has window=2: the oldest value from the periodic extension's midpoint) or "decay" (S4's fourier_decay, Su's sliding Fourier).
+        whose code has window=2: the oldest value from the periodic extension's midpoint) or "decay" (S4's fourier_decay, Su's sliding Fourier).
         "fourier_scaled": exp(2 pi i n s), n = -K..K, over all history (scaled, complex); size 2K + 1.
         "cosine_scaled", "cosine": half-range cosines 1, sqrt 2 cos(pi n s), over all history (scaled) or the last window (1.0).
         "chebyshev": the best polynomial over the last window (1.0) as "legt" has it, or over all history with window=None, in Chebyshev's
-          coordinates 1, sqrt 2 T_n. (The weighted projections themselves have no such system: at the newest sample one weight is infinite and the other zero.)
+        coordinates 1, sqrt 2 T_n. (The weighted projections themselves have no such system: at the newest sample one weight is infinite and the other zero.)
         "fourier_diag", "legsd": S4's normal surrogates 2 pi S - I/2 and LegS + B B^T / 2, without a basis.
       size: P.
       normalization, for legs and legt: "orthonormal"; "plain" (u = sum_n x_n P_n, no square roots); "su" (basis orthonormal on [-1, 1]: sqrt 2 times the state).
