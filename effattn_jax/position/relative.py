@@ -67,8 +67,8 @@ def shaw_attention(
     """
 
     def rescore(call: Call, marks: Marks) -> Scores:
-        dtype, heads = accumulator(call.query, call.key, call.value), call.query.shape[2]
-        keys = _table("key_table", key_table, heads, call.query.shape[3], odd=True).astype(dtype)
+        dtype = accumulator(call.query, call.key, call.value)
+        keys = _table("key_table", key_table, call.query, call.query.shape[3], odd=True).astype(dtype)
         distance = _distances(marks, call, keys.shape[0] // 2)
         factor = 1 / math.sqrt(call.query.shape[-1]) if scale is None else scale
         query = call.query.astype(dtype) * factor
@@ -85,7 +85,7 @@ def shaw_attention(
             return jnp.einsum("bnrd,dnv->bnrv", add(weights)[0], table)
 
         if value_table is not None:
-            table = _table("value_table", value_table, heads, call.value.shape[3], odd=True).astype(dtype)
+            table = _table("value_table", value_table, call.query, call.value.shape[3], odd=True).astype(dtype)
         return Scores(
             query, call.key.astype(dtype), call.value, call.bias, scores, None if value_table is None else values
         )
@@ -147,7 +147,7 @@ def disentangled_attention(
     def rescore(call: Call, marks: Marks) -> Scores:
         dtype, (heads, dim) = accumulator(call.query, call.key, call.value), call.query.shape[2:]
         tables = [
-            None if table is None else _table(name, table, heads, dim, odd=False).astype(dtype)
+            None if table is None else _table(name, table, call.query, dim, odd=False).astype(dtype)
             for name, table in (("key_table", key_table), ("query_table", query_table))
         ]
         terms = 1 + sum(table is not None for table in tables)
@@ -188,9 +188,10 @@ def _run(rescore, arrays, is_causal, segment_ids, initial_state, return_state, i
     return (out, state) if return_state else out
 
 
-def _table(name: str, table: ArrayLike, heads: int, dim: int, *, odd: bool) -> jax.Array:
+def _table(name: str, table: ArrayLike, query: jax.Array, dim: int, *, odd: bool) -> jax.Array:
     """A table by distance as (rows, N, dim), or the ValueError that says what it should have been."""
     (table,) = floating(**{name: table})
+    heads = query.shape[2]
     full = table[:, None] if table.ndim == 2 else table
     rows = "2 D + 1" if odd else "2 D"
     if (
@@ -203,7 +204,12 @@ def _table(name: str, table: ArrayLike, heads: int, dim: int, *, odd: bool) -> j
         raise ValueError(
             f"{name} must have shape ({rows}, {dim}) or ({rows}, N, {dim}) with N={heads}; got {table.shape}"
         )
-    return jnp.broadcast_to(full, (full.shape[0], heads, dim))
+    return by_head(full, query)
+
+
+def by_head(weights: jax.Array, query: jax.Array) -> jax.Array:
+    """Weights (R, N | 1, H) as (R, N, H), sharded over heads as the queries (B, T, N, ...) are: on Explicit meshes products ask for that."""
+    return weights + jnp.sum(query[:, :0], axis=(0, 1, 3)).astype(weights.dtype)[None, :, None]
 
 
 def _distances(marks: Marks, call: Call, reach: int, *, sign: int = 1, odd: bool = True):

@@ -22,7 +22,7 @@ from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
 from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
-from effattn_jax.position.relative import _run
+from effattn_jax.position.relative import _run, by_head
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__ = ["tupe_attention", "xl_attention"]
@@ -105,7 +105,7 @@ def xl_attention(
 
 def _sinusoids(place, projection, frequencies, marks):
     """Features of queries (B, T, N, M) and of keys (B | 1, S, 1, M) whose product is place . W^T R_(i-j)."""
-    at_sine, at_cosine = jnp.split(jnp.einsum("btnh,mnh->btnm", place, projection), 2, axis=-1)
+    at_sine, at_cosine = jnp.split(jnp.einsum("btnh,mnh->btnm", place, by_head(projection, place)), 2, axis=-1)
     here = angles(wide_positions(marks.query_positions, place.dtype), frequencies)[:, :, None]
     sine, cosine = jnp.sin(here), jnp.cos(here)
     there = angles(wide_positions(marks.key_positions, place.dtype), frequencies)[:, :, None]
