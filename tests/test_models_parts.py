@@ -157,7 +157,7 @@ def test_regressor_streams_packs_and_keeps_amplitudes():
 
 def test_a_mixer_without_causal_form_is_refused_in_a_language_model():
     model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer="fnet"), 5)
-    with pytest.raises(ValueError, match="mixer must have a causal form in a language model; 'fnet' reads all tokens"):
+    with pytest.raises(ValueError, match="mixer must have a causal form in a causal model; 'fnet' reads all tokens"):
         model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
     with pytest.raises(ValueError, match="'fnet' reads all tokens"):
         model.init_state(1, 3)

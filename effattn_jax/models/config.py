@@ -121,7 +121,7 @@ class ModelConfig:
         options = self._mixer_options(causal)
         mixer = nn.MIXERS[name](**options, parent=None)
         if causal and not mixer.accepts_causal():
-            raise ValueError(f"mixer must have a causal form in a language model; {name!r} reads all tokens at once")
+            raise ValueError(f"mixer must have a causal form in a causal model; {name!r} reads all tokens at once")
         if self.window is not None and mixer.accepts_window() and not self._is_full(layer):
             options["window"] = self.window
         options["placing"] = self._placing(layer, options.get("window"))

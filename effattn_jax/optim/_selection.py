@@ -38,6 +38,7 @@ def choose(select: Select, arguments: tuple) -> tuple[list[jax.Array], Callable[
 
 
 def is_parameters(select: Select) -> bool:
+    """Whether a selection is a pattern over parameter paths, not the place of an input."""
     return isinstance(select, str)
 
 

@@ -1,6 +1,6 @@
 """What is trained: the model and the loss for each kind of dataset.
 
-To add a kind, write a class with the members of `LanguageTask` and add one line to `TASKS`.
+To add a kind, derive a class from `_Task` and add one line to `TASKS`.
 """
 
 from typing import Any
@@ -15,106 +15,95 @@ from effattn_jax.objectives import accuracy, cross_entropy, squared_error
 Batch = dict[str, jax.Array]
 
 
-class LanguageTask:
-    """Next tokens, or answers at marked positions, by a causal language model.
+class _Task:
+    """A model under an objective that gives sums over the marked places of a batch.
 
     Attributes:
       model: the Linen module.
       items_per_row: tokens in a row, what throughput counts.
+      flops_per_item: operations a token, forward.
       unit: of the loss.
+      answers: the name of the true answers in a batch.
+      objective: (outputs, answers, weights) -> (sum of losses, sum of weights).
+      score: the same of right answers, or None where there is no right and wrong.
     """
+
+    unit = "nats"
+    answers = "targets"
+    objective = staticmethod(cross_entropy)
+    score = staticmethod(accuracy)
+
+    def __init__(self, model: Any, items_per_row: int, flops_per_item: float):
+        self.model, self.items_per_row, self.flops_per_item = model, items_per_row, flops_per_item
+
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What the model is called with."""
+        return batch["inputs"], {}
+
+    def _outputs(self, params: Any, batch: Batch, **options: Any) -> jax.Array:
+        inputs, more = self._inputs(batch)
+        return self.model.apply({"params": params}, inputs, **more, **options)
+
+    def init(self, key: jax.Array, batch: Batch) -> Any:
+        """Initial parameters."""
+        return self.model.init(key, self._inputs(batch)[0])["params"]
+
+    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(sum of losses, sum of weights) in training, dropout drawn from the key."""
+        outputs = self._outputs(params, batch, deterministic=False, rngs={"dropout": key})
+        return self.objective(outputs, batch[self.answers], batch["weights"])
+
+    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Sums over one validation batch: loss, weight and, where there is a score, correct."""
+        outputs = self._outputs(params, batch)
+        loss, weight = self.objective(outputs, batch[self.answers], batch["weights"])
+        sums = {"loss": loss, "weight": weight}
+        if self.score is not None:
+            sums["correct"] = self.score(outputs, batch[self.answers], batch["weights"])[0]
+        return sums
+
+    def predict(self, params: Any, batch: Batch) -> jax.Array:
+        """Most probable answers, or the outputs where they are the answers."""
+        outputs = self._outputs(params, batch)
+        return outputs if self.score is None else jnp.argmax(outputs, axis=-1)
+
+
+class LanguageTask(_Task):
+    """Next tokens, or answers at marked positions, by a causal language model."""
 
     unit = "nats a token"
 
     def __init__(self, config: ModelConfig, dataset: Dataset):
-        self.model = LanguageModel(config, dataset.vocab_size)
-        self.items_per_row = dataset.context
-        self.flops_per_item = flops_per_token(config, dataset.vocab_size, dataset.context)
+        flops = flops_per_token(config, dataset.vocab_size, dataset.context)
+        super().__init__(LanguageModel(config, dataset.vocab_size), dataset.context, flops)
 
-    def init(self, key: jax.Array, batch: Batch) -> Any:
-        """Initial parameters."""
-        return self.model.init(key, batch["tokens"])["params"]
-
-    def _logits(self, params: Any, batch: Batch, **options: Any) -> jax.Array:
-        return self.model.apply({"params": params}, batch["tokens"], **options)
-
-    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(sum of losses in nats, sum of weights) in training, dropout drawn from the key."""
-        logits = self._logits(params, batch, deterministic=False, rngs={"dropout": key})
-        return cross_entropy(logits, batch["targets"], batch["weights"])
-
-    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over one validation batch: loss, correct, weight."""
-        logits = self._logits(params, batch)
-        loss, weight = cross_entropy(logits, batch["targets"], batch["weights"])
-        return {"loss": loss, "correct": accuracy(logits, batch["targets"], batch["weights"])[0], "weight": weight}
-
-    def predict(self, params: Any, batch: Batch) -> jax.Array:
-        """Most probable token at each position, (B, T)."""
-        return jnp.argmax(self._logits(params, batch), axis=-1)
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return batch["tokens"], {}
 
 
-class ClassificationTask:
-    """One label a sequence, by a bidirectional classifier; the members are those of `LanguageTask`."""
+class ClassificationTask(_Task):
+    """One label a sequence, by a bidirectional classifier."""
 
-    unit = "nats"
+    answers = "labels"
 
     def __init__(self, config: ModelConfig, dataset: Dataset):
-        self.model = SequenceClassifier(config, dataset.num_classes, dataset.vocab_size)
-        self.items_per_row = dataset.context
-        self.flops_per_item = flops_per_token(config, None, dataset.context, causal=False)
+        model = SequenceClassifier(config, dataset.num_classes, dataset.vocab_size)
+        super().__init__(model, dataset.context, flops_per_token(config, None, dataset.context, causal=False))
 
-    def init(self, key: jax.Array, batch: Batch) -> Any:
-        """Initial parameters."""
-        return self.model.init(key, batch["inputs"])["params"]
-
-    def _logits(self, params: Any, batch: Batch, **options: Any) -> jax.Array:
-        return self.model.apply({"params": params}, batch["inputs"], mask=batch["mask"], **options)
-
-    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(sum of losses in nats, sum of weights) in training, dropout drawn from the key."""
-        logits = self._logits(params, batch, deterministic=False, rngs={"dropout": key})
-        return cross_entropy(logits, batch["labels"], batch["weights"])
-
-    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over one validation batch: loss, correct, weight."""
-        logits = self._logits(params, batch)
-        loss, weight = cross_entropy(logits, batch["labels"], batch["weights"])
-        return {"loss": loss, "correct": accuracy(logits, batch["labels"], batch["weights"])[0], "weight": weight}
-
-    def predict(self, params: Any, batch: Batch) -> jax.Array:
-        """Most probable label, (B,)."""
-        return jnp.argmax(self._logits(params, batch), axis=-1)
+    def _inputs(self, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return batch["inputs"], {"mask": batch["mask"]}
 
 
-class RegressionTask:
-    """Numbers at marked steps from the numbers so far, by a causal regressor; the members are those of `LanguageTask`."""
+class RegressionTask(_Task):
+    """Numbers at marked steps from the numbers so far, by a causal regressor."""
 
     unit = "squared error"
+    objective = staticmethod(squared_error)
+    score = None
 
     def __init__(self, config: ModelConfig, dataset: Dataset):
-        self.model = SequenceRegressor(config, dataset.num_outputs)
-        self.items_per_row = dataset.context
-        self.flops_per_item = flops_per_token(config, dataset.num_outputs, dataset.context)
-
-    def init(self, key: jax.Array, batch: Batch) -> Any:
-        """Initial parameters."""
-        return self.model.init(key, batch["inputs"])["params"]
-
-    def loss(self, params: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(sum of squared errors, sum of weights) in training, dropout drawn from the key."""
-        options = {"deterministic": False, "rngs": {"dropout": key}}
-        outputs = self.model.apply({"params": params}, batch["inputs"], **options)
-        return squared_error(outputs, batch["targets"], batch["weights"])
-
-    def evaluate(self, params: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over one validation batch: loss, weight."""
-        loss, weight = squared_error(self.predict(params, batch), batch["targets"], batch["weights"])
-        return {"loss": loss, "weight": weight}
-
-    def predict(self, params: Any, batch: Batch) -> jax.Array:
-        """The outputs, (B, T, O)."""
-        return self.model.apply({"params": params}, batch["inputs"])
+        flops = flops_per_token(config, dataset.num_outputs, dataset.context)
+        super().__init__(SequenceRegressor(config, dataset.num_outputs), dataset.context, flops)
 
 
 TASKS = {"language": LanguageTask, "classification": ClassificationTask, "regression": RegressionTask}
