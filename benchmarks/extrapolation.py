@@ -58,12 +58,16 @@ def trainings(n: int, layers: int) -> dict[str, dict]:
         "rotary_logn": {"log_scale": "train"},
         "alibi": {"positions": "alibi"},
         "hwfa": {"window": window, "full_layers": 1, "full_rotary": False, "log_scale": "train"},
+        "hwfa2": {"window": n // 2, "full_layers": 1, "log_scale": "train"},
         "kerple_log": {"positions": "kerple_log"},
+        "kerple_power": {"positions": "kerple_power"},
         "inv_leaky": {"rerope_window": n // 4, "rerope_leak": 16.0, "log_scale": "train"},
         "random": {"random_positions": 8 * n},
         "xpos": {"positions": "xpos"},
         "t5": {"positions": "t5"},
         "sandwich": {"positions": "sandwich"},
+        "learned": {"positions": "learned", "max_length": n},
+        "sinusoidal": {"positions": "sinusoidal"},
         "none": {"positions": "none"},
     }
 
@@ -87,9 +91,13 @@ def methods(model: str, n: int) -> dict[str, dict | str]:
             "window-logn": {"window": n - 1},
         }
     if model == "inv_leaky":
-        return {"InvLeaky-logn": {"rerope_window": None}}
+        return {"InvLeaky-logn": {"rerope_window": None, "rerope_leak": 0.0}}
     if model == "random":
         return {"random": {}, "random-logn*": last}
+    if model == "hwfa2":
+        return {"HWFA2-logn": {}, "HWFA2-ReRoPE-n/2-logn": half}
+    if model == "learned":
+        return {"hierarchical-0.4": {"hierarchical_alpha": 0.4}}
     return {{"hwfa": "HWFA-logn"}.get(model, model): {}}
 
 

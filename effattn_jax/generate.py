@@ -6,7 +6,7 @@ The run folder is all that is needed: its config, its codec and one of its check
 import argparse
 import ast
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,17 +15,20 @@ import jax
 import numpy as np
 
 from effattn_jax.data import codecs
+from effattn_jax.decoding.naive_bayes import POOLING
 from effattn_jax.parallel import make_mesh, shard_tree
-from effattn_jax.training.checkpoints import Checkpoints
+from effattn_jax.training.checkpoints import restore_named
 from effattn_jax.training.cli import quiet
-from effattn_jax.training.config import Config
+from effattn_jax.training.config import Config, at_inference
 from effattn_jax.training.errors import UserError, user_errors
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.optimizer import make_optimizer
-from effattn_jax.training.sampling import sample_text
+from effattn_jax.training.sampling import sample_from_contexts, sample_text
 from effattn_jax.training.startup import use_compile_cache
 from effattn_jax.training.step import TrainState, init_state
 from effattn_jax.training.tasks import LanguageTask, make_task
+
+NAIVE_BAYES = ("pooling", "beta", "context_top_p", "transition_penalty")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
             seed=options.seed,
             step=options.step,
             settings=_settings(options.set),
+            contexts=_texts(options.contexts),
+            naive_bayes={name: getattr(options, name) for name in NAIVE_BAYES if getattr(options, name) is not None},
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,6 +67,8 @@ def sample(
     seed: int = 0,
     step: str = "best",
     settings: Mapping[str, object] | None = None,
+    contexts: Sequence[str] = (),
+    naive_bayes: Mapping[str, object] | None = None,
 ) -> str:
     """Text that a trained language model writes after a prompt.
 
@@ -72,8 +79,10 @@ def sample(
       temperature, top_k, top_p: as in `decoding.generate`; temperature 0 is greedy.
       seed: equal seeds give equal texts.
       step: "best" by validation loss, "last", or a number.
-      settings: of the model at inference alone, `ModelConfig.at_inference`: windows, scaled frequencies and so on; `context` is how many
-        tokens it then sees, the trained context by default.
+      settings: of the model at inference alone, `ModelConfig.at_inference`: windows, scaled frequencies and so on; `train_length` is the trained
+        context unless given, and `context` how many tokens the model then sees, the trained context by default.
+      contexts: texts that are each read apart, before the prompt (naive-Bayes context extension); none is the prompt alone.
+      naive_bayes: options of `decoding.NaiveBayesStep`: pooling, beta, context_top_p (its top_p), transition_penalty.
 
     Returns:
       The new text, without the prompt.
@@ -92,11 +101,16 @@ def sample(
         codec = codecs.from_spec(dataset["codec"])
         settings = dict(settings or {})
         context = int(settings.pop("context", dataset["context"]))
-        model = config.model.at_inference(**settings) if settings else config.model
+        model = at_inference(config, settings) if settings else config.model
         task = make_task(model, SimpleNamespace(**dataset))
         params = _restore(folder, config, task, step).params
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": jax.random.key(seed)}
-        return sample_text(task.model, params, codec, prompt, tokens, context, **options)
+        if not contexts:
+            return sample_text(task.model, params, codec, prompt, tokens, context, **options)
+        chosen = {"top_p" if name == "context_top_p" else name: x for name, x in (naive_bayes or {}).items()}
+        return sample_from_contexts(
+            task.model, params, codec, prompt, contexts, tokens, context, naive_bayes=chosen, **options
+        )
 
 
 def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -> TrainState:
@@ -108,24 +122,7 @@ def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -
     )
     shardings = shard_tree(shapes, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(abstract, _step_number(checkpoints, folder.path, step))
-    if restored is None:
-        raise UserError(f"{folder.path} has no whole checkpoint.")
-    return restored[0]
-
-
-def _step_number(checkpoints: Checkpoints, path: Path, step: str) -> int | None:
-    known = checkpoints.steps()
-    if step == "best":
-        return checkpoints.best()
-    if step == "last":
-        return None
-    if not step.isdigit() or int(step) not in known:
-        raise UserError(
-            f"--step must be best, last or a step that {path} holds ({', '.join(map(str, known))}), got {step!r}."
-        )
-    return int(step)
+    return restore_named(folder, abstract, step)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,8 +136,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: %(default)s)")
     parser.add_argument("--step", default="best", help="best, last or a number (default: %(default)s)")
     note = "a setting of the model at inference, such as rotary_scaling=ntk_mixed, rotary_factor=8 or context=1024; repeatable"
+    files = "texts that are each read apart before the prompt (naive-Bayes context extension), so that together they may be longer than the model reads"
+    parser.add_argument("--contexts", nargs="+", default=[], metavar="FILE", help=files)
+    parser.add_argument(
+        "--pooling", choices=POOLING, help="of contexts: the one of least entropy (default), or token by token"
+    )
+    parser.add_argument("--beta", type=float, help="weight of what the model says without a context (default: 0.25)")
+    parser.add_argument(
+        "--context-top-p", type=float, help="nucleus of each context, cut before entropies (default: 0.95)"
+    )
+    parser.add_argument("--transition-penalty", type=float, help="what leaving the last context costs (default: 0.1)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=note)
     return parser
+
+
+def _texts(files: list[str]) -> list[str]:
+    with user_errors("--contexts"):
+        return [Path(file).read_text(encoding="utf-8") for file in files]
 
 
 def _settings(given: list[str]) -> dict[str, object]:

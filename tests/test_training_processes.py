@@ -12,6 +12,7 @@ import pytest
 from training_runs import final_state, rows
 
 from benchmarks import kill_resume
+from effattn_jax.evaluate import main as evaluate
 from effattn_jax.generate import main as generate
 from effattn_jax.training import cli
 
@@ -106,10 +107,55 @@ def test_generate_from_a_run(alone, capsys):
     assert texts[0] == texts[1] != texts[2] and all(text.startswith("The ") and len(text) > 20 for text in texts)
 
 
+def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
+    """A finished run evaluated at another length by settings of inference, and text from several contexts."""
+    folder, _ = alone
+    conditions = [
+        "data.context=96, model.rerope_window=8, model.log_scale=inference",
+        "data.context=96, model.window=15, model.sinks=2",
+    ]
+    assert evaluate([str(folder), *conditions, "--batches", "1", "--step", "last"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": validation loss ")[0] for line in lines] == ["as trained", *conditions]
+    assert len({line.partition(": validation loss ")[2] for line in lines}) == 3
+    texts = []
+    for number, text in enumerate(("first fact. ", "another one. ")):
+        (tmp_path / str(number)).write_text(text)
+    files = [str(tmp_path / "0"), str(tmp_path / "1")]
+    for options in (
+        [],
+        ["--pooling", "mean", "--beta", "1", "--context-top-p", "0.5", "--transition-penalty", "0"],
+        [],
+    ):
+        asked = ["--prompt", "The ", "--tokens", "12", "--contexts", *files, "--temperature", "0"]
+        assert generate([str(folder), *asked, *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] and all(text.startswith("The ") and len(text) > 5 for text in texts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["no/such/run"], "is no run folder"),
+        (["RUN", "model.window"], 'must hold texts "NAME=value, ..."'),
+        (["RUN", "model.width=4"], "a setting of inference is 'width'"),
+        (["RUN", "model.rotary_factor=4"], "rotary_factor must be 1 without rotary_scaling; got 4"),
+        (["RUN", "--data-path", "no.txt"], "no.txt"),
+    ],
+)
+def test_evaluate_mistakes(alone, capsys, arguments, message):
+    assert evaluate([str(alone[0]) if word == "RUN" else word for word in arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no/such/run"], "is no run folder"),
+        (["RUN", "--contexts", "no/such/file"], "--contexts: No such file or directory: no/such/file"),
+        (["RUN", "--contexts", __file__], "each context must fit the"),
+        (["RUN", "--set", "random_positions=9"], "a setting of inference is 'random_positions'"),
         (["RUN", "--step", "77"], "must be best, last or a step that"),
         (["RUN", "--prompt", ""], "the prompt is empty"),
         (["RUN", "--temperature", "-1"], "temperature must be at least 0"),

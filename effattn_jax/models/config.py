@@ -232,6 +232,8 @@ class ModelConfig:
         relative = self.log_scale != "none" or self.rotary_scaling == "yarn"
         known = self.train_length is not None and self.train_length > 1
         _require(known or not relative, "train_length", self.train_length, "above 1 with log_scale or yarn")
+        scaled = self.rotary_scaling != "none"
+        _require(scaled or self.rotary_factor == 1, "rotary_factor", self.rotary_factor, "1 without rotary_scaling")
         turned = self.positions == "rotary"
         _require(turned or self.rotary_scaling == "none", "rotary_scaling", self.rotary_scaling, "none without rotary")
         window = self.rerope_window
@@ -239,6 +241,8 @@ class ModelConfig:
             window is None or (turned and window >= 1), "rerope_window", window, "None without rotary, else at least 1"
         )
         _require(self.rerope_leak >= 0, "rerope_leak", self.rerope_leak, "at least 0")
+        read = window is not None or "rerope" in self.layer_mixers()
+        _require(read or self.rerope_leak == 0, "rerope_leak", self.rerope_leak, "0 without rerope_window")
         _require(
             self.sinks >= 0 and (not self.sinks or self.window is not None), "sinks", self.sinks, "0 without a window"
         )
@@ -309,7 +313,7 @@ class ModelConfig:
 
 
 INFERENCE_FIELDS = (
-    "window", "sinks", "full_layers", "rotary_base", "rotary_scaling", "rotary_factor", "train_length", "log_scale", "rerope_window",
+    "window", "sinks", "full_layers", "full_rotary", "rotary_base", "rotary_scaling", "rotary_factor", "train_length", "log_scale", "rerope_window",
     "rerope_leak", "hierarchical_alpha", "chunk_size", "rate",
 )  # fmt: skip
 

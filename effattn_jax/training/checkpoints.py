@@ -135,6 +135,24 @@ class Checkpoints:
         return _Writing(self, step)
 
 
+def restore_named(folder: RunFolder, abstract_state: Any, step: str) -> Any:
+    """The state of a step that a person names: "best" by validation loss, "last", or a number.
+
+    Raises:
+      UserError: no such step, or no whole checkpoint.
+    """
+    with Checkpoints(folder) as checkpoints:
+        known = checkpoints.steps()
+        if step not in ("best", "last", *map(str, known)):
+            held = f"a step that {folder.path} holds ({', '.join(map(str, known))})"
+            raise UserError(f"--step must be best, last or {held}, got {step!r}.")
+        number = checkpoints.best() if step == "best" else None if step == "last" else int(step)
+        restored = checkpoints.restore(abstract_state, number)
+    if restored is None:
+        raise UserError(f"{folder.path} has no whole checkpoint.")
+    return restored[0]
+
+
 class _Writing:
     """Turns whatever fails while a checkpoint is written into one line that says what is still safe."""
 

@@ -199,7 +199,19 @@ def changed(config: Config, text: str) -> Config:
     if not options:
         raise ValueError(f'train.eval_also must hold texts "NAME=value, ...", got {text!r}.')
     data = dataclasses.replace(config.data, **rooms["data"])
-    return dataclasses.replace(config, data=data, model=config.model.at_inference(**rooms["model"]))
+    return dataclasses.replace(config, data=data, model=at_inference(config, rooms["model"]))
+
+
+def at_inference(config: Config, settings: Mapping[str, Any]) -> ModelConfig:
+    """The run's model with other settings of inference; `train_length` is the run's context unless something else is said.
+
+    Example:
+      >>> at_inference(Config(data=DataConfig(context=64)), {"log_scale": "inference"}).train_length
+      64
+    """
+    if settings and config.model.train_length is None:
+        settings = {"train_length": config.data.context, **settings}
+    return config.model.at_inference(**settings)
 
 
 def parse_options(text: str) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """What the model has learned, for people: text that it writes, or its answers beside the expected ones."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax.data import Dataset
-from effattn_jax.decoding import generate
+from effattn_jax.decoding import NaiveBayesStep, generate
 
 NUMBERS_SHOWN = 8  # the last ones of a row that is answered with numbers
 
@@ -72,6 +73,37 @@ def sample_text(model: Any, params: Any, codec: Any, prompt: str, num_tokens: in
     """`continue_tokens` from text to text; the prompt is not repeated."""
     tokens = continue_tokens(model, params, np.asarray(codec.encode(prompt)), num_tokens, context, **options)
     return codec.decode(tokens)
+
+
+def sample_from_contexts(
+    model: Any, params: Any, codec: Any, prompt: str, contexts: Sequence[str], num_tokens: int, context: int, *,
+    naive_bayes: Mapping[str, Any], **options: Any,
+) -> str:  # fmt: skip
+    """Text after a prompt that stands behind each of several contexts, which the model reads apart (`NaiveBayesStep`).
+
+    Args:
+      naive_bayes: options of `NaiveBayesStep`.
+      The others: as in `continue_tokens`, with texts for tokens.
+
+    Raises:
+      ValueError: a context that does not fit together with the prompt and what is added, or what `decoding.generate` refuses.
+    """
+    asked = np.asarray(codec.encode(prompt), np.int32)
+    rows = [asked, *(np.concatenate([np.asarray(codec.encode(text), np.int32), asked]) for text in contexts)]
+    longest = max(row.size for row in rows)
+    if asked.size == 0:
+        raise ValueError("the prompt is empty.")
+    if longest + num_tokens > context:
+        given = f"{longest} with the prompt, and {num_tokens} to add"
+        raise ValueError(f"each context must fit the {context} tokens that the model reads; the longest has {given}.")
+    padded = np.stack([np.pad(row, (longest - row.size, 0)) for row in rows])
+    mask = np.arange(longest) >= longest - np.array([[row.size] for row in rows])
+    step = NaiveBayesStep(model.step, len(contexts), **naive_bayes)
+    state = model.init_state(len(rows), longest + num_tokens)
+    tokens = generate(
+        step, params, state, jnp.asarray(padded), num_tokens, prompt_mask=jnp.asarray(mask), **options
+    )  # fmt: skip
+    return codec.decode(np.asarray(tokens)[0])
 
 
 def show_answers(task: Any, params: Any, dataset: Dataset, rows: int = 3) -> str:
