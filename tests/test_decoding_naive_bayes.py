@@ -119,6 +119,42 @@ def test_facts_spread_over_contexts_longer_than_the_model_reads():
     assert truncated < 0.4 and extended > 0.85, (truncated, extended)
 
 
+MODELS = {
+    "softmax": {"positions": "rotary"},
+    "linear": {"positions": "rotary", "mixer": "linear"},
+    "min_gru": {"positions": "none", "mixer": "min_gru"},
+    "window": {"positions": "rotary", "window": 3, "sinks": 1},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_language_model_through_its_state(name):
+    """Greedy tokens from states and left padding are those of whole rows without either, pooled with the context before."""
+    model = LanguageModel(ModelConfig(layers=1, width=16, heads=2, mlp_ratio=1.0, **MODELS[name]), 20)
+    rng = np.random.default_rng(0)
+    asked, texts = rng.integers(1, 20, 2), [rng.integers(1, 20, n) for n in (5, 3)]
+    rows = [asked, *(np.concatenate([text, asked]) for text in texts)]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 3), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: 3 * x, params)  # so that tokens differ from step to step
+    padded = np.stack([np.pad(row, (7 - row.size, 0)) for row in rows])
+    mask = jnp.asarray(np.arange(7) >= 7 - np.array([[row.size] for row in rows]))
+    options = {"pooling": "entropy", "beta": 0.5, "top_p": 0.9, "transition_penalty": 0.2}
+    step = NaiveBayesStep(model.step, 2, **options)
+    state = model.init_state(3, 12)
+    found = generate(step, params, state, jnp.asarray(padded), 6, temperature=0.0, prompt_mask=mask)
+
+    at = jax.jit(lambda row, last: model.apply({"params": params}, row[None])[0, last])
+    expected, previous = [], None
+    for _ in range(6):
+        whole = [np.concatenate([row, expected]).astype(np.int32) for row in rows]
+        last = jnp.stack(
+            [at(np.pad(row, (0, 13 - row.size)), row.size - 1) for row in whole]
+        )  # behind its end: nothing seen
+        pooled, previous = naive_bayes_logits(last, previous, **options)
+        expected.append(int(pooled.argmax()))
+    assert found.tolist() == [expected] and len(set(expected)) > 1
+
+
 def test_steps_and_mistakes():
     """Sampling, stop tokens and later steps go through `generate`; what does not fit is refused."""
 

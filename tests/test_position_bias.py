@@ -234,7 +234,7 @@ def test_any_callable_pytree_is_a_bias():
     assert_close(out, dot_product_attention(*arrays, bias=array, is_causal=True), 2e-6)
 
 
-@pytest.mark.parametrize("name", ["alibi", "t5", "sandwich"])
+@pytest.mark.parametrize("name", ["alibi", "kerple_log", "kerple_power", "t5", "sandwich"])
 def test_no_buffer_of_all_pairs(name):
     """T = 16,384: the compiled program of both passes, parameter gradients included, has no room for a T x T array."""
     length = 16_384

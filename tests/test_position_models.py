@@ -77,6 +77,30 @@ def test_steps_equal_the_whole_and_padding_nothing(name):
         assert float(jnp.abs(whole - plain).max()) > 1e-5  # the setting does something
 
 
+def test_models_at_shifted_positions():
+    """Outputs at positions from 10^3 and 10^6 on are those from 0: turned inputs, turned features, XPOS's decays, scaled frequencies."""
+    relative = {
+        "softmax": {},
+        "yarn": {"rotary_scaling": "yarn", "rotary_factor": 8.0, "train_length": 64},
+        "features": {"mixers": "linear,linear_hedgehog", "layers": 2},
+        "xpos in linear time": TRAINED["xpos in linear time"],
+        "delta rule": {"mixers": "gated_linear,gated_delta_rule,retention", "layers": 3},
+    }
+    models = {name: LanguageModel(ModelConfig(**{**SMALL, **options}), 20) for name, options in relative.items()}
+    tokens = jnp.asarray(TOKENS)
+
+    @jax.jit
+    def run(start):
+        at = start + jnp.broadcast_to(jnp.arange(12), (2, 12))
+        key = jax.random.key(0)
+        return {n: m.apply(m.init(key, tokens), tokens, positions=at) for n, m in models.items()}
+
+    here = run(0)
+    for start in (1_000, 1_000_000):
+        for name, out in run(start).items():
+            assert_close(out, here[name], 1e-5, f"{name} from {start}")
+
+
 def test_random_and_stretched_positions():
     """Training draws positions, evaluation counts them; a stretched table begins as it was and goes on."""
     config = ModelConfig(**SMALL, random_positions=64)

@@ -321,6 +321,10 @@ def test_absolute_embeddings():
             hierarchical_embedding(table, jnp.array([1]), **wrong)
     with pytest.raises(ValueError, match=r"positions must lie in \[0, n\^2\) = \[0, 36\)"):
         hierarchical_embedding(table, jnp.array([36]))
+    factors = draw(7, 5, 4)
+    np.testing.assert_allclose(
+        position.multiplicative_embedding(factors[None], factors[None]), (factors * (1 + factors))[None]
+    )
     turn = floater_embedding(jnp.array([1.0, 0.0]), lambda t, p: jnp.stack([-p[1], p[0]]), 7, step=0.5, substeps=4)
     np.testing.assert_allclose(turn, np.stack([np.cos(np.arange(7) / 2), np.sin(np.arange(7) / 2)], -1), atol=1e-5)
     r, w, theta = draw(1, 3, 5, 4), draw(2, 3, 5, 4), draw(3, 3, 5, 4)

@@ -29,7 +29,8 @@ class MultiHeadAttention(SequenceMixer):
     Rotary positions turn q and k before the kernel: scores then depend on distances only, and so do features whose products are functions of
     q . k and of lengths ("cosine", "taylor", Performer's in the mean). Features of other maps ("elu", "relu", "dpfp", "hedgehog") are turned
     themselves, in the numerator alone (`position.rotary_linear_attention`). Of "exp" and of efficient attention neither is true: there turned
-    q and k say where a token stands, not how far off another is. Kernels of `position.MIXERS` have positions of their own, and no others besides.
+    q and k say where a token stands, not how far off another is. A decay for each feature (GLA) commutes with turns where both features of a pair
+    have the same: there it is the mean of the two. Kernels of `position.MIXERS` have positions of their own, and no others besides.
 
     Attributes:
       kernel: a name of `attention.MIXERS` or `position.MIXERS`.
@@ -85,6 +86,8 @@ class MultiHeadAttention(SequenceMixer):
             inputs = {name: _unit(value) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
         inputs.update({name: self._gate(x_BxTxD, name, mask) for name in self.gates})
+        if "log_decay" in inputs and inputs["log_decay"].ndim == 4 and self._turns() == "inputs":
+            inputs["log_decay"] = _one_a_pair(inputs["log_decay"])
         inputs.update(self._weights())
         self._add_bias(inputs, mask)
         out = self._kernel(
@@ -289,6 +292,12 @@ def _unit(x: jax.Array) -> jax.Array:
     """x / |x| along the last axis; 0, with a finite gradient, for x = 0."""
     wide = _wide(x)
     return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def _one_a_pair(log_decay: jax.Array) -> jax.Array:
+    """Decays (B, T, N, H) with the mean of both for the features i and i + H/2, which a turn mixes."""
+    first, second = jnp.split(log_decay, 2, axis=-1)
+    return jnp.concatenate([(first + second) / 2] * 2, axis=-1)
 
 
 def _wide(x: jax.Array) -> jax.Array:
