@@ -69,7 +69,7 @@ class Problem(NamedTuple):
     skipped: int  # rows in front that stand for no query
 
 
-def _front(x: jax.Array | None, count: int, mode: str = "constant") -> jax.Array | None:
+def padded_in_front(x: jax.Array | None, count: int, mode: str = "constant") -> jax.Array | None:
     if x is None or count == 0:
         return x
     return jnp.pad(x, [(0, 0), (count, 0)] + [(0, 0)] * (x.ndim - 2), mode=mode)
@@ -83,9 +83,9 @@ def align(call: Call, mask: jax.Array | None, extras: tuple = ()) -> Problem:
     if missing_keys:
         mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
     segments = call.query_segments if length >= keys else call.key_segments
-    front = partial(_front, count=missing_keys)
+    front = partial(padded_in_front, count=missing_keys)
     return Problem(
-        _front(query, missing_queries), front(key), front(value), tuple(map(front, extras)), front(mask), segments, missing_queries
+        padded_in_front(query, missing_queries), front(key), front(value), tuple(map(front, extras)), front(mask), segments, missing_queries
     )  # fmt: skip
 
 

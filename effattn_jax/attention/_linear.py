@@ -69,7 +69,7 @@ def _learned(
     return over_chunks(body, (carry, weights), rows, size=min(size, value.shape[1]), key_mask=key_mask, **marks)
 
 
-def _features(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Array, jax.Array, jax.Array]:
+def features_of(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query features by key head (B, T, K, G, M), key features (B, S, K, M) and value in the accumulator's dtype, masked keys as 0."""
     dtype = accumulator(call.query, call.key, call.value)
     query, key, value = (x.astype(dtype) for x in (call.query, masked(call.key, mask), masked(call.value, mask)))
@@ -80,11 +80,11 @@ def _features(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Array
 
 def _all_keys(call: Call, mask: jax.Array | None, maps: Maps, normalize: bool) -> jax.Array:
     """Without causality or segments one state serves every query."""
-    query, key, value = _features(call, mask, maps)
+    query, key, value = features_of(call, mask, maps)
     out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
     if normalize:
         out = normalized(out, jnp.einsum("btkgm,bkm->btkg", query, key.sum(1)))
-    return _merge_heads(out).astype(call.value.dtype)
+    return merge_heads(out).astype(call.value.dtype)
 
 
 def all_pairs(
@@ -125,17 +125,17 @@ def all_pairs(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], x.shape[axis] // rows, rows, *x.shape[axis + 1 :]), axis, 0)
 
     out = lax.map(jax.checkpoint(block), (blocks(query, 1), blocks(row, 0), blocks(ids, 1)))
-    return _merge_heads(jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length])
+    return merge_heads(jnp.moveaxis(out, 0, 1).reshape(query.shape[0], length + missing, *out.shape[3:])[:, :length])
 
 
-def _merge_heads(out: jax.Array) -> jax.Array:
+def merge_heads(out: jax.Array) -> jax.Array:
     return out.reshape(*out.shape[:2], out.shape[2] * out.shape[3], out.shape[-1])
 
 
 _BLOCK = 128  # query rows at a time where all pairs are formed
 
 
-def _outside(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[Call, Maps]:
+def outside(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[Call, Maps]:
     """The call with features in place of queries and keys, for maps that close over arrays and so may not run inside a chunk."""
     dtype = accumulator(call.query, call.key)
     key = masked(maps.key(masked(call.key, mask).astype(dtype)), mask)
@@ -157,20 +157,20 @@ def _attend(
 ) -> Any:  # fmt: skip
     """The call behind both members of the family; all arrays have one batch axis."""
     length, keys = call.query.shape[1], call.key.shape[1]
-    features = _num_features(call, maps)
+    features = features_in(call, maps)
     running = normalize and maps.exponential and log_decay is None and implementation != "dense"
     parts = {"total": normalize, "maximum": running and call.query_segments is call.key_segments}
     state = _frame.check_state(state, call, features, **parts)
     if max(length, keys) == 0 or (length == 0 and not return_state):
         return _frame.nothing(call, state, features, **parts)
     if implementation == "dense" or call.query_segments is not call.key_segments:
-        return all_pairs(call, _features(call, mask, maps), is_causal, normalize), None
+        return all_pairs(call, features_of(call, mask, maps), is_causal, normalize), None
     if running:
         return _exponential.attend(call, mask, is_causal, state, size, joint=True)
     if not is_causal and call.query_segments is None and log_decay is None:
         return _all_keys(call, mask, maps, normalize), None
     if maps.inside is None and maps.weights is None:
-        call, maps = _outside(call, mask, maps)
+        call, maps = outside(call, mask, maps)
     problem = _frame.align(call, mask, (log_decay,))
     if is_causal:
         out, state = _frame.causal(_kernel(maps, normalize, False, implementation), problem, state, size)
@@ -181,7 +181,7 @@ def _attend(
     return out[:, problem.skipped :], state
 
 
-def _num_features(call: Call, maps: Maps) -> int:
+def features_in(call: Call, maps: Maps) -> int:
     x = jax.ShapeDtypeStruct(call.key.shape[2:], accumulator(call.key))
     return jax.eval_shape(maps.key, x).shape[-1]
 
@@ -203,9 +203,9 @@ def run(
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
         call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
-        if log_decay.ndim == 4 and _num_features(call, maps) != dim:
+        if log_decay.ndim == 4 and features_in(call, maps) != dim:
             raise ValueError(
-                f"log_decay must be (*B, T, N), one a head, with a feature map of H = {dim} to M = {_num_features(call, maps)} features"
+                f"log_decay must be (*B, T, N), one a head, with a feature map of H = {dim} to M = {features_in(call, maps)} features"
             )
     out, state = _attend(
         call, mask, log_decay, maps, normalize, is_causal, initial_state, return_state, chunk_size, implementation

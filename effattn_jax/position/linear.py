@@ -3,23 +3,28 @@
     o_i = sum_j (R_i phi(q_i)).(R_j phi(k_j)) v_j  /  sum_j phi(q_i).phi(k_j)
 
 Turned features have products of both signs, so a sum of them is no normaliser; the one of features as they are stays positive, and weights may be
-negative and need not add up to 1. Two passes of the outer-product recurrence; state M V + M numbers a head. Source: Su et al., arXiv:2104.09864.
+negative and need not add up to 1. One pass over chunks of time, with both sums; state M V + M numbers a head. Source: Su et al., arXiv:2104.09864.
 
 Maps whose products depend on q.k and on lengths alone ("cosine", "taylor", Performer's) keep distances, and positive weights, when queries and
 keys are turned before the map. "exp" has no form of either kind: each of its features is kept relative to a maximum of its own.
 """
 
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax._contract import ArrayLike, accumulator, choose, floating
-from effattn_jax.attention._frame import LinearState, empty_state, open_call
-from effattn_jax.attention.features import resolve
-from effattn_jax.attention.linear import linear_attention
+from effattn_jax._contract import ArrayLike, Call, accumulator, choose
+from effattn_jax.attention import _frame
+from effattn_jax.attention._frame import LinearState, empty_state
+from effattn_jax.attention._linear import all_pairs, features_in, features_of, merge_heads, outside
+from effattn_jax.attention.features import Maps, resolve
+from effattn_jax.position._turned import Turned, turn_even
+from effattn_jax.position.angles import angles, wide_positions
 from effattn_jax.position.frequencies import rotary_frequencies
-from effattn_jax.position.rotation import rotary
+from effattn_jax.recurrence._outer_chunks import Options, normalized
 
 __all__ = ["rotary_linear_attention"]
 
@@ -44,7 +49,7 @@ def rotary_linear_attention(
     scale: float | None = None,
     is_causal: bool = False,
     segment_ids: Any = None,
-    initial_state: Any = None,
+    initial_state: LinearState | None = None,
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
@@ -58,15 +63,16 @@ def rotary_linear_attention(
       normalize: False leaves the sum below out.
       query_weights, key_weights: of "hedgehog", as in `linear_attention`.
       base, frequencies: of the angles, see `rotary`; frequencies (M div 2,).
-      initial_state, return_state: the states of both passes, a pair.
+      initial_state, return_state: as in `linear_attention`; kv is the sum of turned features, total that of features as they are.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).
 
     Raises:
-      ValueError: an unknown map; what `linear_attention` and `rotary` raise.
+      ValueError: an unknown map, positions or frequencies of another shape; what `linear_attention` raises.
 
-    Cost O(T (C + M) V) a head, twice the products of queries and keys; state M V + M. Source: arXiv:2104.09864, section 3.3.
+    Cost O(T (C + M) V + T (C + 1) M) a head: one pass, whose normaliser adds M numbers a step and a second product of queries and keys; state
+    M V + M. Source: arXiv:2104.09864, section 3.3.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 4))
@@ -75,43 +81,90 @@ def rotary_linear_attention(
     True
     """
     choose("feature_map", feature_map, MAPS)
-    options = {
-        "is_causal": is_causal, "segment_ids": segment_ids, "return_state": return_state, "implementation": implementation,
-        "chunk_size": chunk_size,
-    }  # fmt: skip
-    call, keep = open_call(
-        "rotary_linear_attention", (query, key, value, bias, mask), scale=None, initial_state=initial_state, one_sequence=False, **options
+    call, keep = _frame.open_call(
+        "rotary_linear_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
+        initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=False,
     )  # fmt: skip
-    query, key, value = floating(query=query, key=key, value=value)
-    if keep is not None:  # a hidden key's features would bring its NaN into gradients
-        key = jnp.where(keep.reshape(key.shape[:-2])[..., None, None], key, 0)
-    if scale is not None:
-        query = query * jnp.asarray(scale, query.dtype)
-    maps = resolve(feature_map, query_weights, key_weights, (query.shape[-2], key.shape[-2]), query.shape[-1])
-    dtype = accumulator(query, key, value)
-    plain = maps.query(query.astype(dtype)), maps.key(key.astype(dtype))
-    even = plain[0].shape[-1] // 2 * 2
-    frequencies = rotary_frequencies(even, base=base) if frequencies is None else frequencies
-    places = (query_positions, query_positions if key_positions is None else key_positions)
-    turned = (rotary(x, jnp.asarray(at), frequencies=frequencies, dim=even) for x, at in zip(plain, places))
-    options |= {"feature_map": "identity", "normalize": False}
-    states = (None, None) if initial_state is None else initial_state
-    passes = [(turned, value.astype(dtype))] + [(plain, jnp.ones_like(value[..., :1], dtype))] * normalize
-    sums = [
-        linear_attention(*features, x, None, mask, initial_state=state, **options)
-        for (features, x), state in zip(passes, states)
-    ]
-    above, *below = [total for total, _ in sums] if return_state else sums
-    for total in below:
-        above = jnp.where(total == 0, 0, above / jnp.where(total == 0, 1, total))
-    out = above.astype(call.value.dtype)
-    return (out, tuple(state for _, state in sums)) if return_state else out
+    heads, dim = call.query.shape[2:]
+    maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
+    features = features_in(call, maps)
+    frequencies = rotary_frequencies(features // 2 * 2, base=base) if frequencies is None else frequencies
+    if frequencies.shape != (features // 2,):
+        raise ValueError(f"frequencies must have shape (M div 2,) = ({features // 2},); got {frequencies.shape}")
+    key_positions = query_positions if key_positions is None else key_positions
+    turns = (
+        _angles("query_positions", query_positions, call, call.query, frequencies),
+        _angles("key_positions", key_positions, call, call.key, frequencies),
+    )
+    state = _frame.check_state(initial_state, call, features, total=normalize)
+    out, state = _attend(
+        call, keep, maps, turns, normalize, is_causal, state, return_state, chunk_size, implementation
+    )  # fmt: skip
+    return _frame.close_call(call, out, state, return_state)
+
+
+def _angles(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencies: Any) -> jax.Array:
+    """(B, T, M div 2) from positions that broadcast to (*B, T)."""
+    positions, want = jnp.asarray(positions), (*call.batch, x.shape[1])
+    fits = positions.ndim <= len(want) and all(a in (1, b) for a, b in zip(positions.shape[::-1], want[::-1]))
+    if not fits:
+        raise ValueError(f"{name} must broadcast to (*B, T) = {want}; got {positions.shape}")
+    dtype = accumulator(call.query, call.key, call.value)
+    positions = positions.reshape((1,) * (len(want) - positions.ndim) + positions.shape)
+    places = jnp.broadcast_to(positions, want).reshape(x.shape[:2])
+    return angles(wide_positions(places, dtype), frequencies)
+
+
+def _attend(
+    call: Call, mask: jax.Array | None, maps: Maps, turns: tuple, normalize: bool, is_causal: bool, state: Any,
+    return_state: bool, size: int | None, implementation: str | None,
+) -> Any:  # fmt: skip
+    """The call behind it; all arrays have one batch axis."""
+    length, keys = call.query.shape[1], call.key.shape[1]
+    if max(length, keys) == 0 or (length == 0 and not return_state):
+        return _frame.nothing(call, state, features_in(call, maps), total=normalize)
+    apart = call.query_segments is not call.key_segments
+    if implementation == "dense" or apart or not (is_causal or call.query_segments is not None):
+        every_key = not is_causal and not apart and implementation != "dense"
+        return _by_sums(call, mask, maps, turns, normalize, is_causal, every_key), None
+    if maps.inside is None:
+        call, maps = outside(call, mask, maps)
+    split = normalize and not is_causal
+    below = Options(normalize=True, split=True) if normalize else None
+    kernel = partial(Turned(maps.inside, Options(), below, split).kernel, implementation=implementation)
+    problem = _frame.align(call, mask, (turns[1],))
+    problem = problem._replace(extras=(_frame.padded_in_front(turns[0], problem.skipped), *problem.extras))
+    if is_causal:
+        out, state = _frame.causal(kernel, problem, state, size)
+    else:
+        past, future = _frame.both_ways(kernel, problem, size)
+        out = jax.tree.map(jnp.add, past, future)
+        out = normalized(*out).astype(call.value.dtype) if split else out
+    return out[:, problem.skipped :], state
+
+
+def _by_sums(
+    call: Call, mask: jax.Array | None, maps: Maps, turns: tuple, normalize: bool, is_causal: bool, every_key: bool
+) -> jax.Array:
+    """Both sums one after the other: over all keys at once, or pair by pair."""
+    query, key, value = features_of(call, mask, maps)
+    turned = turn_even(query, turns[0][:, :, None]), turn_even(key, turns[1])
+
+    def add(query, key, value):
+        if every_key:
+            out = jnp.einsum("btkgm,bkmv->btkgv", query, jnp.einsum("bskm,bskv->bkmv", key, value))
+            return merge_heads(out)
+        return all_pairs(call._replace(value=value), (query, key, value), is_causal, normalize=False)
+
+    out = add(*turned, value)
+    if normalize:
+        out = normalized(out, add(query, key, jnp.ones_like(value[..., :1]))[..., 0])
+    return out.astype(call.value.dtype)
 
 
 def rotary_linear_state(
     batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, *, feature_map="elu", normalize=True
-) -> tuple[LinearState, ...]:
-    """The state of each pass before the first token."""
-    sizes = (batch, capacity, num_heads, num_kv_heads, head_dim)
-    widths = (value_dim, 1) if normalize else (value_dim,)
-    return tuple(empty_state(*sizes, v, dtype, feature_map=feature_map, normalize=False) for v in widths)
+) -> LinearState:
+    """The state before the first token."""
+    sizes = (batch, capacity, num_heads, num_kv_heads, head_dim, value_dim)
+    return empty_state(*sizes, dtype, feature_map=feature_map, normalize=normalize)

@@ -17,7 +17,7 @@ from effattn_jax.recurrence.diagonal import forget
 __all__: list[str] = []
 
 _DEFAULT = Options()
-_SHORT = 512  # steps up to which a handful of chunks one after the other is the best form everywhere
+SHORT = 512  # steps up to which a handful of chunks one after the other is the best form everywhere
 
 
 def runs(segment_ids: jax.Array, last_id: jax.Array | None, size: int) -> tuple[jax.Array, jax.Array]:
@@ -50,7 +50,7 @@ def outer_product(
     """
     length = query.shape[1]
     per_feature = log_decay is not None and log_decay.ndim == 4
-    if implementation is None and length > _SHORT:
+    if implementation is None and length > SHORT:
         arrays = (query, key, value, log_decay, state, segments, last_segment, key_mask)
 
         def form(name):
@@ -80,7 +80,7 @@ def outer_product(
 
     def fold(body, state, inputs, marks, *, size):
         if parallel:
-            return side_by_side(body, pull, partial(_kept, state), state, inputs, marks, size)
+            return side_by_side(body, pull, partial(kept_states, state), state, inputs, marks, size)
         return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
 
     marked = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
@@ -112,7 +112,7 @@ def over_chunks(
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
 
 
-def _kept(state: Any, inputs: Any, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
+def kept_states(state: Any, inputs: Any, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
     """The factors that each of the chunks (axis 0) puts on the two parts of the state before it."""
     log_decay = inputs[3]
     if log_decay is None:
