@@ -25,10 +25,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender
+from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, with_positions
 from benchmarks.plot import plot
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
+from effattn_jax.position import rotary_linear_attention
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
@@ -60,7 +61,7 @@ class Settings:
 
 
 def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Contender]]]:
-    """By group: every mixer of the table in its causal form, softmax with a window, and the peers."""
+    """By group: every mixer of the table in its causal form, softmax with a window, linear attention with turned features, and the peers."""
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
         if "length" in mixer.exempt or "causality" in mixer.exempt:
@@ -69,6 +70,8 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
         groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
+    turned = partial(with_positions, partial(rotary_linear_attention, is_causal=True))
+    groups["rotary_linear"] = {"effattn_jax": partial(_jax_contender, settings, turned, None)}
     for group, members in groups.items():
         for name, function in JAX_PEERS.get(group, {"jax.nn": JAX_PEERS["softmax"]["jax.nn"]}).items():
             members[name] = partial(_jax_contender, settings, function, None)

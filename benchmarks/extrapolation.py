@@ -186,6 +186,9 @@ def plot(record: dict, path: pathlib.Path) -> None:
         axes.set_xticks([r * n for r in RATIOS], [f"{r * n}" for r in RATIOS])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
+    settings, date = record["settings"], record["date"]
+    what = f"{settings['text']}: {settings['layers']} layers of width {settings['width']}, {settings['steps']} updates at N = {n}"
+    figure.suptitle(f"{what}; {record['device']}, jax {record['jax']}, {date}", fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax.attention import random_features
+from effattn_jax.attention import elu_plus_one, linear_attention, random_features
+from effattn_jax.position import rotary
 
 WINDOW = 256
 # What the members that name their pairs are measured with.
@@ -78,6 +79,24 @@ def performer_token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> 
         return (jnp.exp(exponent) + 1e-6) * projection.shape[0] ** -0.5
 
     return _scan_tokens(features(query, -1), features(key, (1, 3)), value)
+
+
+def with_positions(function: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """A kernel that takes the positions of queries."""
+    return function(query, key, value, query_positions=jnp.arange(query.shape[1]))
+
+
+def two_passes(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Linear attention with turned features as two calls: turned ones over values, and those as they are over ones, for the sum below."""
+    plain = elu_plus_one(query), elu_plus_one(key)
+    above, below = (
+        linear_attention(*features, x, is_causal=True, feature_map="identity", normalize=False)
+        for features, x in (
+            ([rotary(x, jnp.arange(x.shape[1])) for x in plain], value),
+            (plain, jnp.ones_like(value[..., :1])),
+        )
+    )
+    return above / below
 
 
 def jax_nn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -199,4 +218,5 @@ JAX_PEERS: dict[str, dict[str, Callable]] = {
     "topk": {"dense scores": dense_top},
     "linear": {"token scan": token_scan},
     "performer": {"token scan": performer_token_scan},
+    "rotary_linear": {"no positions": partial(linear_attention, is_causal=True), "two calls": two_passes},
 }

@@ -5,6 +5,8 @@ import pathlib
 
 import matplotlib
 
+from benchmarks import extrapolation
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
@@ -58,3 +60,6 @@ if __name__ == "__main__":
     for result in sorted((pathlib.Path(__file__).parent / "results").glob("*.json")):
         if "rows" in (content := json.loads(result.read_text())) and "shape" in content:
             print(plot(result).name)
+        elif "methods" in content:
+            extrapolation.plot(content, result)
+            print(result.with_suffix(".png").name)
