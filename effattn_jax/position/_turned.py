@@ -11,16 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax._contract import accumulator
 from effattn_jax._products import row_products
-from effattn_jax.position.rotation import turn
 from effattn_jax.recurrence._chunks import scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, masked, normalized
 from effattn_jax.recurrence._outer_kernel import SHORT, kept_states, over_chunks, side_by_side
 from effattn_jax.recurrence._outer_pull import pull_chunk
 
 __all__: list[str] = []
+
+_FEW = 128  # features up to which a product that swaps them costs less than what follows
 
 
 class Turned(NamedTuple):
@@ -30,11 +32,12 @@ class Turned(NamedTuple):
     above: Options  # of the sum with turned features; without a normaliser
     below: Options | None  # of the sum of features as they are; None leaves it out
     split: bool  # whether both sums are returned apart
+    by_product: bool = False  # how features are turned, see `turn_even`
 
     def kernel(
         self, query, key, value, extras, carry, *, size, strict=False, implementation=None, **marks
     ) -> tuple[Any, Any]:
-        """The recurrence as a kernel of `attention._frame`; `extras` are the angles of queries and keys, (B, T, M div 2)."""
+        """The recurrence as a kernel of `attention._frame`; `extras` are the waves of queries and of keys, or of both."""
         arrays = (query, key, value, *extras)
         state = _start(self, *arrays[:3]) if carry is None else carry[:2]
         plan = self._replace(
@@ -55,9 +58,9 @@ class Turned(NamedTuple):
         parallel, value = implementation == "parallel", arrays[2]
         wide = state[0].shape[-2] > 256  # fewer, longer chunks then cost less memory in states than they cost in pairs
         size = min(size or (128 if parallel or wide else 64), value.shape[1])
-        plan = self
+        plan = self._replace(by_product=not parallel)
         if parallel and value.dtype == jnp.bfloat16:
-            plan = self._replace(above=self.above._replace(operands=value.dtype))
+            plan = plan._replace(above=self.above._replace(operands=value.dtype))
         body, pull = partial(_chunk, plan, value.dtype), partial(_pull, plan)
 
         def fold(body, state, inputs, marks, *, size):
@@ -82,18 +85,27 @@ def _kept(state: Any, inputs: Any, marks: Marks) -> Any:
 
 def _features(plan: Turned, marks: Marks, dtype: Any, inputs: Any) -> tuple:
     """Features as they are, features turned, and values of one chunk, each (B, C, heads, ...); what is masked is 0."""
-    query, key, value, query_angles, key_angles = inputs
+    query, key, value, *waves = inputs
     key, value = (masked(x, marks.key_mask).astype(dtype) for x in (key, value))
     plain = plan.feature_map(query.astype(dtype)), masked(plan.feature_map(key), marks.key_mask)
-    turned = tuple(turn_even(x, a) for x, a in zip(plain, (query_angles, key_angles)))
+    turned = tuple(turn_even(x, w, plan.by_product) for x, w in zip(plain, (waves[0], waves[-1])))
     return plain, turned, value
 
 
-def turn_even(features: jax.Array, angles: jax.Array) -> jax.Array:
-    """Features (..., heads, M) turned by angles (..., M div 2), an odd last one left as it is."""
-    even = 2 * angles.shape[-1]
-    turned = turn(features[..., :even], angles[..., None, :].astype(features.dtype), False)
-    return turned if even == features.shape[-1] else jnp.concatenate([turned, features[..., even:]], axis=-1)
+def turn_even(features: jax.Array, waves: jax.Array, by_product: bool = False) -> jax.Array:
+    """Features (..., heads, M) turned by angles whose [cos, sin] are waves, (..., 2 (M div 2)); an odd last one is left as it is.
+
+    `by_product` swaps the halves of few features by a product with a matrix of 0 and 1: XLA for CPUs takes several times longer to join halves.
+    """
+    even = waves.shape[-1]
+    cos, sin = jnp.split(waves[..., None, :].astype(features.dtype), 2, axis=-1)
+    if by_product and features.shape[-1] == even <= _FEW:
+        half = np.eye(even // 2)
+        swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), features.dtype)
+        cos, sin = (jnp.concatenate([wave, wave], axis=-1) for wave in (cos, sin))
+        return features * cos + jnp.matmul(features, swap, precision=jax.lax.Precision.HIGHEST) * sin
+    first, second, rest = jnp.split(features, (even // 2, even), axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos, rest], axis=-1)
 
 
 def _chunk(plan: Turned, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
