@@ -21,7 +21,7 @@ def plot(path: pathlib.Path) -> pathlib.Path:
     groups = list(dict.fromkeys(r["group"] for r in rows))
     names = list(dict.fromkeys(r["name"] for r in rows))
     figure, axes = plt.subplots(
-        2, len(groups), figsize=(3.1 * len(groups) + 1, 5.6), sharex=True, sharey="row", squeeze=False
+        2, len(groups), figsize=(max(3.1 * len(groups) + 1, 7), 5.6), sharex=True, sharey="row", squeeze=False
     )
     for column, group in enumerate(groups):
         for name in names:

@@ -72,7 +72,8 @@ def rotary_linear_attention(
       ValueError: an unknown map, positions or frequencies of another shape; what `linear_attention` raises.
 
     Cost O(T (C + M) V + T (C + 1) M) a head: one pass, whose normaliser adds M numbers a step and a second product of queries and keys; state
-    M V + M. Source: arXiv:2104.09864, section 3.3.
+    M V + M. Against `linear_attention`, 8 heads of 64 at T = 16,384 on two x86-64 cores: 1.5 times the time, forward and with backward (two calls: 2.3
+    times), `python -m benchmarks.attention --groups rotary_linear`, 2026-11-27. Source: arXiv:2104.09864, section 3.3.
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 4))
