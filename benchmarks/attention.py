@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, with_positions
+from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, compiled, with_positions
 from benchmarks.plot import plot
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
@@ -99,21 +99,7 @@ def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, 
     def forward(query, key, value, more):
         return function(query, key, value, **more)
 
-    def both(query, key, value, more, cotangent):
-        out, pull = jax.vjp(forward, query, key, value, more)
-        return out, pull(cotangent)
-
-    started = time.perf_counter()
-    run_forward = jax.jit(forward).lower(query, key, value, more).compile()
-    run_both = jax.jit(both).lower(query, key, value, more, cotangent).compile()
-    seconds = time.perf_counter() - started
-    memory = tuple(run.memory_analysis().temp_size_in_bytes for run in (run_forward, run_both))
-    return Contender(
-        lambda: jax.block_until_ready(run_forward(query, key, value, more)),
-        lambda: jax.block_until_ready(run_both(query, key, value, more, cotangent)),
-        memory,
-        seconds,
-    )
+    return compiled(forward, (query, key, value, more), cotangent)
 
 
 def _timed(function: Callable[[], Any] | None) -> float:
@@ -202,30 +188,32 @@ def show(rows: list[dict], title: str, console: Console) -> None:
     console.print(table)
 
 
-def main(settings: Settings) -> None:
-    """Measures, prints, and writes JSON and plot."""
+def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[str, int], caption: str) -> None:
+    """Measures the groups, prints the table, and writes JSON and plot under the name in the settings."""
     console = Console()
     rows: list[dict] = []
     last: dict = {}
-    groups = contenders(settings)
     for length in settings.lengths:
         for group, members in groups.items():
             rows += measure(group, members, length, settings, last, console)
             console.print(f"T={length}: {group} measured")
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
-        "shape": {"batch": settings.batch, "heads": settings.heads, "dim": settings.dim}, "rounds": settings.rounds, "rows": rows,
+        "shape": shape, "caption": caption, "rounds": settings.rounds, "rows": rows,
     }  # fmt: skip
-    show(
-        rows,
-        f"causal, {settings.heads} heads of {settings.dim}, {settings.dtype}, {record['device']}, {record['date']}",
-        console,
-    )
+    show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{settings.name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
     console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
     plot(path)
+
+
+def main(settings: Settings) -> None:
+    """The contest of the attention kernels."""
+    shape = {"batch": settings.batch, "heads": settings.heads, "dim": settings.dim}
+    caption = f"causal, batch {settings.batch}, {settings.heads} heads of {settings.dim}"
+    contest(settings, contenders(settings), shape, caption)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,26 @@ class Contender(NamedTuple):
     compile_seconds: float | None
 
 
+def compiled(forward: Callable, inputs: tuple, cotangent: jax.Array) -> Contender:
+    """A function of arrays in JAX: both passes compiled, with what the compiler says of their memory."""
+
+    def both(inputs, cotangent):
+        out, pull = jax.vjp(forward, *inputs)
+        return out, pull(cotangent)
+
+    started = time.perf_counter()
+    run_forward = jax.jit(forward).lower(*inputs).compile()
+    run_both = jax.jit(both).lower(inputs, cotangent).compile()
+    seconds = time.perf_counter() - started
+    memory = tuple(run.memory_analysis().temp_size_in_bytes for run in (run_forward, run_both))
+    return Contender(
+        lambda: jax.block_until_ready(run_forward(*inputs)),
+        lambda: jax.block_until_ready(run_both(inputs, cotangent)),
+        memory,
+        seconds,
+    )
+
+
 def token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal linear attention one token at a time by lax.scan, what JAX codes do that have no chunked form."""
     query, key = (jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0))) for x in (query, key))

@@ -45,9 +45,9 @@ def plot(path: pathlib.Path) -> pathlib.Path:
     handles = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels()))
     figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=len(handles), frameon=False)
     shape = record["shape"]
+    caption = record.get("caption") or f"causal, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}"
     figure.text(
-        0.5, 0.005, f"causal, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}, {record['dtype']}; "
-        f"{record['device']}, jax {record['jax']}, {record['date']}", ha="center", fontsize=8,
+        0.5, 0.005, f"{caption}, {record['dtype']}; {record['device']}, jax {record['jax']}, {record['date']}", ha="center", fontsize=8,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.03, 1, 0.94))
     target = path.with_suffix(".png")
