@@ -5,7 +5,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn_jax.position import rotary_linear_attention
@@ -133,7 +133,7 @@ def test_states_lengths_and_the_future():
 
 
 def test_derivatives_maps_shards_and_other_devices():
-    """jvp and vmap, two shards of heads and of the batch with check_vma, and programs for cpu, cuda and tpu."""
+    """jvp and vmap, two shards of heads and of the batch with check_vma and in the types, and programs for cpu, cuda and tpu."""
     arrays = [jnp.asarray(x[:, :, ::1]) for x in draw(dtype=np.float32)]
     tangents = [jnp.cos(7 * x) for x in arrays]
     at = jnp.arange(T)
@@ -169,6 +169,18 @@ def test_derivatives_maps_shards_and_other_devices():
             return jnp.sum(jnp.sin(inside(*arrays)))
 
         assert_close(jax.jit(jax.grad(sharded, argnums=(0, 1, 2)))(*arrays), slopes, 1e-5, implementation)
+    typed = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(typed):
+        placed = [jax.device_put(x, NamedSharding(typed, spec)) for x in arrays]
+        for implementation in ("chunked", "parallel"):
+
+            def explicit(*arrays, i=implementation):
+                out = attend(arrays, at, chunk_size=4, implementation=i)
+                assert jax.typeof(out).sharding.spec[0] == "data"
+                return jnp.sum(jnp.sin(out))
+
+            found = jax.jit(jax.grad(explicit, argnums=(0, 1, 2)))(*placed)
+            assert_close(jax.tree.map(np.asarray, found), slopes, 1e-5, f"explicit, {implementation}")
     long = [jax.ShapeDtypeStruct((1, 1024, 2, 8), np.float32)] * 3
     program = jax.jit(jax.grad(lambda *x: jnp.sum(attend(x, jnp.arange(1024))), argnums=(0, 1, 2)))
     assert jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(*long).platforms == ("cpu", "cuda", "tpu")

@@ -112,6 +112,7 @@ def _waves(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencie
     dtype = accumulator(call.query, call.key, call.value)
     positions = positions.reshape((1,) * (len(want) - positions.ndim) + positions.shape)
     places = jnp.broadcast_to(positions, want).reshape(x.shape[:2])
+    places = places + jnp.zeros_like(x.sum((2, 3)), places.dtype)  # sharded over the batch as queries and keys are
     angle = angles(wide_positions(places, dtype), frequencies)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 

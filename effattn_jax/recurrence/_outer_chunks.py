@@ -134,7 +134,10 @@ def weighted_values(
     out = product("bkgij,bkjv->bkgiv", scores, jnp.where(finite, v, 0), options)
     bad = jnp.any(~finite, axis=-1)
     bad = bad if decay is None else bad | decay.bad
-    sees = jnp.broadcast_to(allowed, (v.shape[0], *allowed.shape[1:])).astype(scores.dtype)
+    none = jnp.zeros_like(v.sum((1, 3)), bool)[
+        :, None
+    ]  # sharded over the batch as values are, which the product asks for
+    sees = (allowed | none).astype(scores.dtype)
     spoiled = jnp.einsum("bij,bkj->bki", sees, bad.astype(scores.dtype)) > 0
     spoiled = spoiled if decay is None else spoiled | decay.bad
     return jnp.where(spoiled[:, :, None, :, None], jnp.nan, out)
