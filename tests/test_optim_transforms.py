@@ -238,6 +238,24 @@ def test_norms_and_ratios_are_those_of_the_whole_leaf_in_shard_map():
     assert_close(jax.jit(mapped)(tree), run(tree, None), rtol=1e-6)
 
 
+def test_devices_whose_parts_are_of_other_sizes():
+    """Each device sums as its own part needs it: 0, 1e-30, an entry whose square overflows, an infinite one."""
+    norm = jax.shard_map(
+        lambda g: global_norm(g, axis_name="d"), mesh=mesh_of_four(), in_specs=jax.P("d"), out_specs=jax.P()
+    )
+    for parts in ([0, 0, 0, 0], [0, 1e-30, 0, 2e-30], [1e-30, 3, 0, 4], [1e19, 3e19, 1, 0], [1e30, np.inf, 1, 0]):
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(jax.jit(norm)(jnp.array(parts, jnp.float32)), np.linalg.norm(parts), rtol=1e-6)
+
+
+def test_norms_of_all_leaves_are_one_decision():
+    """On a GPU each `cond` waits for the device: LAMB, clipping and logs have one, however many leaves."""
+    params = {str(i): jnp.ones((2, 3)) for i in range(5)}
+    for optimizer in (lamb(0.1), clip_by_global_norm(1.0), clip_by_block_norm(1.0), log_norms("g", per_leaf=True)):
+        state = optimizer.init(params)
+        assert str(jax.make_jaxpr(optimizer.update)(params, state, params)).count("cond[") == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, resolve_mask, wide
-from effattn_jax.optim.clipping import global_norm
+from effattn_jax.optim.clipping import norms_of
 
 
 class LayerAdaptationState(NamedTuple):
@@ -94,23 +94,33 @@ def layer_adaptation(
     def init(params: Any) -> LayerAdaptationState:
         return LayerAdaptationState(map_leaves(lambda path, p: (jnp.ones((), jnp.float32),), 1, params)[0])
 
-    def adapt(path: Path, u: jax.Array, p: jax.Array, scaled: bool) -> tuple:
-        if not is_float(u) or not scaled:
-            return u, jnp.ones((), jnp.float32)
-        size, step = global_norm(p, axis_name=axis_name), global_norm(u, axis_name=axis_name)
-        size = size if bounds is None else jnp.clip(size, *bounds)
-        usable = (size > 0) & (step > 0)
-        ratio = jnp.where(usable, coefficient * size / jnp.where(usable, step, 1), 1)
-        return (wide(u) * ratio.astype(jnp.abs(wide(u)).dtype)).astype(u.dtype), ratio.astype(jnp.float32)
-
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LayerAdaptationState]:
         del state, extra
         if params is None:
             raise ValueError("layer_adaptation needs the parameters: call update(updates, state, params).")
-        updates, ratio = map_leaves(adapt, 2, updates, params, resolve_mask(mask, params))
+        chosen = resolve_mask(mask, params)
+        pairs = map_leaves(
+            lambda path, u, p, scaled: ((p, u) if _adapts(u, scaled) else (),), 1, updates, params, chosen
+        )
+        norms = iter(norms_of([[x] for x in jax.tree.leaves(pairs)], axis_name))
+
+        def adapt(path: Path, u: jax.Array, scaled: bool) -> tuple:
+            if not _adapts(u, scaled):
+                return u, jnp.ones((), jnp.float32)
+            size, step = next(norms), next(norms)
+            size = size if bounds is None else jnp.clip(size, *bounds)
+            usable = (size > 0) & (step > 0)
+            ratio = jnp.where(usable, coefficient * size / jnp.where(usable, step, 1), 1)
+            return (wide(u) * ratio.astype(wide(u).real.dtype)).astype(u.dtype), ratio.astype(jnp.float32)
+
+        updates, ratio = map_leaves(adapt, 2, updates, chosen)
         return updates, LayerAdaptationState(ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adapts(update: jax.Array, chosen: bool) -> bool:
+    return is_float(update) and bool(chosen)
 
 
 def decoupled_weight_decay(rate: float | optax.Schedule, *, mask: Any = None) -> optax.GradientTransformationExtraArgs:
