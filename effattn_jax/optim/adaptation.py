@@ -26,7 +26,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """Run an optax transformation, and keep its state, in float32 whatever the types of parameters and gradients.
 
     Leaves go in as float32 (float64 where they are), and an update comes out in the type of its gradient: moments of
-    bfloat16 parameters do not stall, since 0.999 is 1 there.
+    bfloat16 parameters do not stall, since 0.999 is 1 there. Integer leaves pass by it.
 
     Args:
       inner: any optax transformation, a chain say.
@@ -41,13 +41,16 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """
     inner = optax.with_extra_args_support(inner)
 
+    def seen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: wide(x) if is_float(x) else optax.MaskedNode(), tree)
+
     def init(params: Any) -> Any:
-        return inner.init(jax.tree.map(wide, params))
+        return inner.init(seen(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        wide_params = None if params is None else jax.tree.map(wide, params)
-        new, state = inner.update(jax.tree.map(wide, updates), state, wide_params, **extra)
-        cast = map_leaves(lambda path, g, u: (u.astype(jnp.result_type(g)),), 1, updates, new)[0]
+        wide_params = None if params is None else seen(params)
+        new, state = inner.update(seen(updates), state, wide_params, **extra)
+        cast = map_leaves(lambda path, g, u: (u.astype(jnp.result_type(g)) if is_float(g) else g,), 1, updates, new)[0]
         return cast, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -88,7 +91,8 @@ def layer_adaptation(
     """
     if not number(coefficient) > 0:
         raise ValueError(f"coefficient must be positive, got {coefficient}.")
-    if bounds is not None and not 0 <= bounds[0] <= bounds[1]:
+    traced = isinstance(bounds, tuple) and any(isinstance(bound, jax.core.Tracer) for bound in bounds)
+    if bounds is not None and not traced and not 0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= high, got {bounds}.")
 
     def init(params: Any) -> LayerAdaptationState:
