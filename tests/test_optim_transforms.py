@@ -271,6 +271,15 @@ def test_devices_whose_parts_are_of_other_sizes():
             np.testing.assert_allclose(jax.jit(norm)(jnp.array(parts, jnp.float32)), np.linalg.norm(parts), rtol=1e-6)
 
 
+def test_norms_of_sharded_leaves_gather_nothing():
+    sharding = jax.NamedSharding(mesh_of_four(), jax.P("d"))
+    params = jax.device_put({"kernel": jnp.ones((8, 4)), "other": jnp.ones((4, 2))}, sharding)
+    optimizer = optax.chain(clip_by_global_norm(1.0), lamb(0.1))
+    state = optimizer.init(params)
+    compiled = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
+    assert "all-reduce" in compiled and "all-gather" not in compiled and "all-to-all" not in compiled
+
+
 def test_norms_of_all_leaves_are_one_decision():
     """On a GPU each `cond` waits for the device: LAMB, clipping and logs have one, however many leaves."""
     params = {str(i): jnp.ones((2, 3)) for i in range(5)}
