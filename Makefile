@@ -55,7 +55,7 @@ docs: $(VENV)/.docs$(suffix) docs/transformations.md ## the documentation, into 
 docs/transformations.md: | $(VENV)/.test$(suffix)
 	@$(BIN)/python -m tests.laws.table
 
-portability: $(VENV)/.test$(suffix) ## kernels and quickstart on Colab's jax 0.7.2 (Python 3.13) and on jax 0.12 (Python 3.12)
+portability: $(VENV)/.test$(suffix) ## kernels, optimizers and quickstart on Colab's jax 0.7.2 (Python 3.13) and on jax 0.12 (Python 3.12)
 	@$(BIN)/python scripts/portability.py $(ARGS)
 
 pins: $(VENV)/.docs$(suffix) ## print the pins of this environment, as constraints/ holds them

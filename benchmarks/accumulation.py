@@ -24,6 +24,7 @@ from rich.table import Column, Table
 
 from benchmarks.attention import RESULTS, device_name
 from effattn_jax.optim import accumulate_gradients, accumulate_updates
+from effattn_jax.training.startup import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,7 @@ def prepare_loop(settings):
 
 def main(settings: Settings) -> None:
     """Measures, prints and writes."""
+    keep_freed_memory()  # as train.py does: fresh pages for temporaries would be timed with the arithmetic
     prepared = {name: prepare(settings, *way) for name, way in ways(settings.microbatches).items()}
     prepared["bare loop, a call each"] = prepare_loop(settings)
     times = {name: [] for name in prepared}

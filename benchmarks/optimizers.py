@@ -1,14 +1,15 @@
 """Optimizers at equal wall time on the shakespeare-cpu preset, and the time of one update of a tree of 10 million parameters.
 
     python -m benchmarks.optimizers race TEXT [--steps 200] [--seeds 3] [--name NAME]
-    python -m benchmarks.optimizers update [--rounds 9] [--name NAME]
+    python -m benchmarks.optimizers update [--rounds 25] [--name NAME]
 
 race: every optimizer has the time that `steps` steps of the preset (AdamW, hard clipping) take, told from milliseconds a step measured side by side
-before; its schedule ends there. The learning rate is the best of the grid by validation loss on seed 0, every optimizer with a grid of three, and
-the figures are over `seeds` seeds. The validation loss is taken on `eval_batches` batches, evenly spaced. Writes NAME.json and NAME.png.
+before; its schedule ends there. The learning rate is the best of a grid by validation loss on seed 0: every optimizer starts with three rates, and the
+grid goes on by factors of 2 while the best lies at its border. The figures are over `seeds` seeds; the validation loss is taken on `eval_batches` batches,
+evenly spaced. Writes NAME.json after each run, and NAME.png at the end; the same command goes on where it was stopped.
 
 update: updates and parameters of a tree of 10 million parameters (a GPT of 3 layers, 512 wide, 1024 tokens), with the addition, state and parameters donated,
-in turn with optax's chain of clipping and AdamW; medians.
+in turn, round after round, with optax's chain of clipping and AdamW; medians, of the ratios of one round too.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ class Race:
 class Update:
     """Options of the timing."""
 
-    rounds: int = 9
+    rounds: int = 25
     """Timed rounds; the median counts."""
     name: str = "optimizers_update"
     """Name of the result file."""
@@ -126,38 +127,82 @@ def curve(race: Race, name: str, rate: float, steps: int, seed: int) -> list[tup
 
 
 def run_race(race: Race) -> None:
-    """Measures, prints, writes and draws."""
+    """Measures, prints, writes and draws; what the result file holds of the same settings is not run again."""
     console = Console()
     keep_freed_memory()
     path = RESULTS / f"{race.name}.json"
+    record = started(race, path)
+    for row in record["race"]:
+        for rate, seed in iter(lambda row=row: wanted(row, CONTENDERS[row["name"]][1], race.seeds), None):
+            found = curve(race, row["name"], rate, row["steps"], seed)
+            row["runs"].append({"rate": rate, "seed": seed, "curve": found})
+            console.print(f"{row['name']}, {rate:g}, seed {seed}: {found[-1][1]:.4f}")
+            path.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record, path.with_suffix(".png"))
+    console.print(race_table(record))
+
+
+def started(race: Race, path: Path) -> dict:
+    """The record to go on with: that of the file, or a new one with the steps that each contender has time for."""
+    settings = {k: v for k, v in dataclasses.asdict(race).items() if k != "text"}
+    if path.exists():
+        record = json.loads(path.read_text())
+        if record["settings"] == settings and [row["name"] for row in record["race"]] == list(CONTENDERS):
+            return record
     ms = milliseconds(race)
     budget = race.steps * ms["AdamW, hard clip"]
-    record = {
-        "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__,
-        "seconds": budget / 1e3, "settings": {k: v for k, v in dataclasses.asdict(race).items() if k != "text"}, "race": [],
-    }  # fmt: skip
-    for name, (_, grid) in CONTENDERS.items():
-        steps = round(budget / ms[name])
-        first = {rate: curve(race, name, rate, steps, 0) for rate in grid}
-        best = min(grid, key=lambda rate: first[rate][-1][1])
-        curves = [first[best], *(curve(race, name, best, steps, seed) for seed in range(1, race.seeds))]
-        grid_losses = {str(rate): points[-1][1] for rate, points in first.items()}
-        row = {"name": name, "steps": steps, "ms": ms[name], "rate": best, "grid": grid_losses, "curves": curves}
-        record["race"].append(row)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        draw(record, path.with_suffix(".png"))
-        console.print(race_table(record))
+    rows = [{"name": name, "steps": round(budget / ms[name]), "ms": ms[name], "runs": []} for name in CONTENDERS]
+    made = {"device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    return made | {"seconds": budget / 1e3, "settings": settings, "race": rows}
+
+
+def final(row: dict, rate: float, seed: int = 0) -> float:
+    """Validation loss at the end of a run."""
+    return next(run["curve"][-1][1] for run in row["runs"] if (run["rate"], run["seed"]) == (rate, seed))
+
+
+def rates(row: dict) -> list[float]:
+    """The learning rates that were tried, in order."""
+    return sorted({run["rate"] for run in row["runs"]})
+
+
+def best_rate(row: dict) -> float:
+    """The best of the grid on seed 0."""
+    return min(rates(row), key=lambda rate: final(row, rate))
+
+
+def curves(row: dict) -> list[list]:
+    """The learning curves at the best rate, one a seed."""
+    return [run["curve"] for run in row["runs"] if run["rate"] == best_rate(row)]
+
+
+def wanted(row: dict, grid: tuple[float, ...], seeds: int) -> tuple[float, int] | None:
+    """(rate, seed) of the next run: the grid on seed 0, widened by factors of 2 until its best is inside, then the other seeds."""
+    done = {(run["rate"], run["seed"]) for run in row["runs"]}
+    for rate in grid:
+        if (rate, 0) not in done:
+            return rate, 0
+    best, tried = best_rate(row), rates(row)
+    if best in (tried[0], tried[-1]):
+        return (2 * best if best == tried[-1] else best / 2), 0
+    return next(((best, seed) for seed in range(seeds) if (best, seed) not in done), None)
 
 
 def race_table(record: dict) -> Table:
     """The results as a table, best first."""
     title = f"validation loss after {record['seconds']:.0f} s of steps, {record['device']}, {record['date']}"
-    table = Table("optimizer", "rate", "ms a step", "steps", "loss, mean", "lowest", "highest", title=title)
-    finals = {row["name"]: [points[-1][1] for points in row["curves"]] for row in record["race"]}
+    table = Table("optimizer", "rate", "tried", "ms a step", "steps", "loss, mean", "lowest", "highest", title=title)
+    finals = {row["name"]: [points[-1][1] for points in curves(row)] for row in record["race"]}
     for row in sorted(record["race"], key=lambda row: statistics.mean(finals[row["name"]])):
         losses = finals[row["name"]]
         figures = (statistics.mean(losses), min(losses), max(losses))
-        cells = [f"{row['rate']:g}", f"{row['ms']:.1f}", str(row["steps"]), *(f"{x:.3f}" for x in figures)]
+        cells = [
+            f"{best_rate(row):g}",
+            f"{rates(row)[0]:g} ... {rates(row)[-1]:g}",
+            f"{row['ms']:.1f}",
+            str(row["steps"]),
+            *(f"{x:.3f}" for x in figures),
+        ]
         table.add_row(row["name"], *cells)
     return table
 
@@ -168,10 +213,10 @@ def draw(record: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for colour, row in zip(COLOURS, record["race"]):
-        seconds = [step * row["ms"] / 1e3 for step, _ in row["curves"][0]]
-        losses = np.array([[loss for _, loss in points] for points in row["curves"]])
+        seconds = [step * row["ms"] / 1e3 for step, _ in curves(row)[0]]
+        losses = np.array([[loss for _, loss in points] for points in curves(row)])
         axes.plot(
-            seconds, losses.mean(0), color=colour, marker="o", markersize=3, label=f"{row['name']}, {row['rate']:g}"
+            seconds, losses.mean(0), color=colour, marker="o", markersize=3, label=f"{row['name']}, {best_rate(row):g}"
         )
         axes.fill_between(seconds, losses.min(0), losses.max(0), color=colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="seconds of steps", ylabel="validation loss, nats a character")
@@ -226,15 +271,16 @@ def run_update(update: Update) -> None:
             if number > 1:
                 times[name].append(1e3 * (time.perf_counter() - started))
     median = {name: statistics.median(values) for name, values in times.items()}
-    reference = next(iter(median.values()))
+    base = next(iter(times.values()))
+    ratio = {name: statistics.median(t / b for t, b in zip(values, base)) for name, values in times.items()}
     size = sum(x.size for x in jax.tree.leaves(gradients))
     table = Table("chain", "ms", "ratio", title=f"one update of {size:,} parameters, {device_name()}")
     for name, value in median.items():
-        table.add_row(name, f"{value:.1f}", f"{value / reference:.2f}")
+        table.add_row(name, f"{value:.1f}", f"{ratio[name]:.2f}")
     Console().print(table)
     record = {"device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__}
     path = RESULTS / f"{update.name}.json"
-    path.write_text(json.dumps(record | {"parameters": size, "milliseconds": median}, indent=1) + "\n")
+    path.write_text(json.dumps(record | {"parameters": size, "milliseconds": median, "ratio": ratio}, indent=1) + "\n")
 
 
 def stepper(optimizer: optax.GradientTransformation, gradients: dict) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Run the kernel and quickstart tests on the oldest and the newest supported jax, each with a Python of its own.
+"""Run the tests of kernels, optimizers and quickstart on the oldest and the newest supported jax, each with a Python of its own.
 
     make portability                 both
     make portability ARGS=3.13       one of them
@@ -28,7 +28,10 @@ JOBS = (
 )
 TESTS = (
     "tests/laws",
-    *(f"tests/test_{room}*.py" for room in ("recurrence", "attention", "position", "objectives", "decoding", "models")),
+    *(
+        f"tests/test_{room}*.py"
+        for room in ("recurrence", "attention", "position", "objectives", "decoding", "models", "optim")
+    ),
     "notebooks/quickstart.ipynb",
 )
 

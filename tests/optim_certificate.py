@@ -259,6 +259,23 @@ def shard_map(subject):
     return _close(got, _reference(subject)[0][-1])
 
 
+@check("explicit mesh")
+def explicit_mesh(subject):
+    """On a mesh of four devices with explicit axes, every leaf split: as whole, and the state keeps its shardings"""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    optimizer = subject.make()
+    with jax.set_mesh(mesh):
+        params, gradients = (
+            jax.device_put(tree, jax.NamedSharding(mesh, spec))
+            for tree, spec in ((PARAMS, jax.P("d")), (GRADIENTS, jax.P(None, "d")))
+        )
+        params = subject.wrap(params)
+        carry = (params, optimizer.init(params))
+        after, _ = jax.jit(lambda carry, g: jax.lax.scan(_step(optimizer), carry, g))(carry, gradients)
+    same = jax.tree.map(lambda a, b: jax.typeof(a) == jax.typeof(b), carry, after)
+    return jax.tree.all(same) and _close(subject.unwrap(after[0]), _reference(subject)[0][-1])
+
+
 @check("bfloat16")
 def bfloat16(subject):
     """bfloat16 parameters and gradients: the 400th update within 3 % (relative RMS) of float32's, of the gradient's type, from a stable state"""

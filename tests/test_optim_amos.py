@@ -214,6 +214,16 @@ def test_no_gradient_no_update():
     assert amos(0.1).init({}).v == {}
 
 
+def test_counts_at_the_end_of_their_range():
+    """Past 2^24, where float32 has gaps, and at 2^31 - 1, where the count stays."""
+    params = {"kernel": jnp.ones((2, 3))}
+    optimizer = amos(lambda t: 1 / t)
+    update = jax.jit(optimizer.update)
+    for count in (2**24 + 1, 2**31 - 1):
+        updates, state = update(params, optimizer.init(params)._replace(count=jnp.int32(count)), params)
+        assert np.all(np.isfinite(updates["kernel"])) and state.count == min(count + 1, 2**31 - 1)
+
+
 # ---------------------------------------------------------------- shards
 
 

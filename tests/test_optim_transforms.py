@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 from effattn_jax.optim import (
+    accumulate_updates,
     amos_schedules,
     clip_by_block_norm,
     clip_by_global_norm,
@@ -29,6 +30,7 @@ from effattn_jax.optim import (
     log_norms,
     logged_norms,
     lookahead,
+    parameter_groups,
     piecewise_linear_schedule,
     skip_nonfinite,
     soft_clip_by_global_norm,
@@ -236,6 +238,54 @@ def test_norms_and_ratios_are_those_of_the_whole_leaf_in_shard_map():
     out = {name: specs for name in [*CLIPS, "ratio"]} | {"ratios": {"split": jax.P(), "same": jax.P()}}
     mapped = jax.shard_map(lambda t: run(t, "d"), mesh=mesh_of_four(), in_specs=(specs,), out_specs=out)
     assert_close(jax.jit(mapped)(tree), run(tree, None), rtol=1e-6)
+
+
+def test_integer_leaves_keep_the_types_of_the_state():
+    """In a scan, where optax.adam's first moment of an integer leaf becomes floating; also in windows."""
+    params, gradients = problem(jnp.float32, 3)
+    params, gradients = (
+        tree | {"count": jnp.zeros((*lead, 1), jnp.int32)} for tree, lead in ((params, ()), (gradients, (3,)))
+    )
+    adam = in_float32(optax.adam(0.1))
+    expected = trajectory(adam, params, gradients)[0]
+    for optimizer in (lamb(0.1), parameter_groups({"": {}}), skip_nonfinite(adam), accumulate_updates(adam, 1)):
+        path, _ = trajectory(optimizer, params, gradients)
+        assert path["count"].dtype == jnp.int32 and not np.any(path["count"])
+    assert_close(path, expected, rtol=1e-6)
+
+
+def test_bounds_may_be_injected():
+    injected = optax.inject_hyperparams(lambda low: layer_adaptation(bounds=(low, 10.0)))(low=2.0)
+    params = {"w": jnp.array([0.6, 0.8])}
+    updates, _ = jax.jit(lambda p: injected.update(p, injected.init(p), p))(params)
+    np.testing.assert_allclose(updates["w"], [1.2, 1.6], rtol=1e-6)
+
+
+def test_devices_whose_parts_are_of_other_sizes():
+    """Each device sums as its own part needs it: 0, 1e-30, an entry whose square overflows, an infinite one."""
+    norm = jax.shard_map(
+        lambda g: global_norm(g, axis_name="d"), mesh=mesh_of_four(), in_specs=jax.P("d"), out_specs=jax.P()
+    )
+    for parts in ([0, 0, 0, 0], [0, 1e-30, 0, 2e-30], [1e-30, 3, 0, 4], [1e19, 3e19, 1, 0], [1e30, np.inf, 1, 0]):
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(jax.jit(norm)(jnp.array(parts, jnp.float32)), np.linalg.norm(parts), rtol=1e-6)
+
+
+def test_norms_of_sharded_leaves_gather_nothing():
+    sharding = jax.NamedSharding(mesh_of_four(), jax.P("d"))
+    params = jax.device_put({"kernel": jnp.ones((8, 4)), "other": jnp.ones((4, 2))}, sharding)
+    optimizer = optax.chain(clip_by_global_norm(1.0), lamb(0.1))
+    state = optimizer.init(params)
+    compiled = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
+    assert "all-reduce" in compiled and "all-gather" not in compiled and "all-to-all" not in compiled
+
+
+def test_norms_of_all_leaves_are_one_decision():
+    """On a GPU each `cond` waits for the device: LAMB, clipping and logs have one, however many leaves."""
+    params = {str(i): jnp.ones((2, 3)) for i in range(5)}
+    for optimizer in (lamb(0.1), clip_by_global_norm(1.0), clip_by_block_norm(1.0), log_norms("g", per_leaf=True)):
+        state = optimizer.init(params)
+        assert str(jax.make_jaxpr(optimizer.update)(params, state, params)).count("cond[") == 1
 
 
 @pytest.mark.parametrize(

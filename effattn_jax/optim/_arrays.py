@@ -20,6 +20,19 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor.astype(x.real.dtype)
 
 
+def squared_norm(x: jax.Array) -> jax.Array:
+    """sum |x|^2 over a leaf, real.
+
+    As a product of the leaf with itself: a sum of squares takes twice the time on a CPU. All axes are contracted as they
+    are, since flattening would gather what is sharded, and the result is whole where an explicit mesh splits the leaf.
+    """
+    axes, sharding = tuple(range(x.ndim)), jax.typeof(x).sharding
+    split = any(name is not None for name in sharding.spec)
+    whole = jax.NamedSharding(sharding.mesh, jax.P()) if split else None
+    precise = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(x, jnp.conj(x), ((axes, axes), ((), ())), precision=precise, out_sharding=whole).real
+
+
 def all_finite(*trees: Any) -> jax.Array:
     """Whether no entry of any floating leaf is NaN or infinite.
 
@@ -29,7 +42,7 @@ def all_finite(*trees: Any) -> jax.Array:
     leaves = [wide_sum(x) for x in jax.tree.leaves(trees) if is_float(x)]
     if not leaves:
         return jnp.array(True)
-    squares = sum(jnp.tensordot(x, x, x.ndim).real for x in leaves)  # vdot would flatten, and gather what is sharded
+    squares = sum(squared_norm(x) for x in leaves)
     each = functools.partial(jax.tree.reduce, lambda all_so_far, x: all_so_far & jnp.all(jnp.isfinite(x)))
     return jax.lax.cond(jnp.isfinite(squares), lambda x: jnp.isfinite(squares), lambda x: each(x, True), leaves)
 

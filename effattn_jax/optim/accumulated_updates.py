@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._arrays import all_finite_everywhere, psum, scaled, vary, wide_sum
-from effattn_jax.optim._trees import Axes, number, wide
+from effattn_jax.optim._arrays import all_finite_everywhere, psum, scaled, vary
+from effattn_jax.optim._trees import Axes, is_float, number, wide
 
 
 class AccumulationState(NamedTuple):
@@ -123,8 +123,8 @@ def accumulate_updates(
       ValueError: if `every` is neither a positive integer nor a function.
 
     Cost: one multiply-add a micro-batch; the inner update once a window. State: the inner one and one float32 gradient.
-    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-26): `apply` takes 1.07 to 1.10, `update` 1.16 to 1.19 of the
-    time of a bare scan over gradients with one AdamW update; optax.MultiSteps 1.88 to 2.37.
+    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-27): `apply` takes 1.14, `update` 1.20 to 1.22 of the
+    time of a bare scan over gradients with one AdamW update; optax.MultiSteps 1.80.
 
     Source: Su, "Gradient accumulation" (kexue.fm 6794); the counting of updates, as in MaxText's loop.
 
@@ -144,16 +144,16 @@ def accumulate_updates(
 
     def init(params: Any) -> AccumulationState:
         zero = jnp.zeros((), jnp.result_type(float))
-        sums = (zero, zero, jax.tree.map(lambda p: wide_sum(jnp.zeros_like(p)), params))
+        sums = (zero, zero, jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params))
         counters = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return AccumulationState(*counters, *_vary_where_mapped(sums, late), inner.init(jax.tree.map(wide, params)))
 
     def end(ready: jax.Array, state: AccumulationState, ending: _Ending, extra: dict) -> tuple[Any, AccumulationState]:
         def run(state: AccumulationState) -> tuple:
-            weight, value, gradients = psum((state.weight, state.value, state.gradients), late)
+            weight, value, gradients = _psum_floats((state.weight, state.value, state.gradients), late)
             reciprocal = jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
             given = dict(extra, value=value * reciprocal) if "value" in extra else extra
-            mean = jax.tree.map(lambda g: scaled(g, reciprocal), gradients)
+            mean = jax.tree.map(lambda g: _times(g, reciprocal), gradients)
             if late is None:
                 return ending.run(inner, mean, state, given)
             return ending.run_where(weight > 0, inner, mean, state, given)
@@ -223,18 +223,16 @@ def accumulate_in_momentum(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> MomentumAccumulationState:
-        momentum = jax.tree.map(lambda p: wide_sum(jnp.zeros_like(p)), params)
+        momentum = jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params)
         zero = jnp.zeros((), jnp.int32)
         return MomentumAccumulationState(zero, zero, momentum, inner.init(jax.tree.map(wide, params)))
 
     def update(updates: Any, state: MomentumAccumulationState, params: Any = None, **extra: Any):
         finite = all_finite_everywhere(updates, apart=axis_name)
         share = (1 - decay) / (every if axis_name is None else every * jax.lax.psum(1, axis_name))
-        added = jax.tree.map(lambda g: jnp.where(finite, share * wide_sum(g), 0), updates)
+        added = jax.tree.map(lambda g: jnp.where(finite, _times(wide(g), share), 0), updates)
         kept = jnp.where(state.microbatch == 0, decay, 1.0)
-        momentum = jax.tree.map(
-            lambda m, g: scaled(m, kept) + g.astype(m.dtype), state.momentum, psum(added, axis_name)
-        )
+        momentum = jax.tree.map(lambda m, g: _plus(_times(m, kept), g), state.momentum, _psum_floats(added, axis_name))
         state = state._replace(microbatch=state.microbatch + 1, momentum=momentum)
         ready = state.microbatch >= every
         ending = _Ending(params, updates, axis_name)
@@ -260,14 +258,30 @@ def _add(
     weight, value = (jnp.asarray(x).astype(s.dtype) for x, s in ((weight, state.weight), (value, state.value)))
     finite, begun = all_finite_everywhere(updates, weight, value, apart=apart), state.microbatch > 0
     weight = jnp.where(finite, weight, 0)
-    added = jax.tree.map(lambda g: jnp.where(finite, scaled(wide_sum(g), weight), 0), updates)
-    added = psum((weight, jnp.where(finite, value, 0) * weight, added), axis_name)
+    added = jax.tree.map(lambda g: jnp.where(finite, _times(wide(g), weight), 0), updates)
+    added = _psum_floats((weight, jnp.where(finite, value, 0) * weight, added), axis_name)
 
     def plus(total, x):
-        return jnp.where(begun, total, 0) + x.astype(total.dtype)
+        return _plus(jnp.where(begun, total, 0), x)
 
     weight, value, gradients = jax.tree.map(plus, (state.weight, state.value, state.gradients), added)
     return state._replace(microbatch=state.microbatch + 1, weight=weight, value=value, gradients=gradients)
+
+
+# Integer leaves are no gradients: the last of them is kept, as it is.
+
+
+def _times(x: jax.Array, factor: Any) -> jax.Array:
+    return scaled(x, jnp.asarray(factor)) if is_float(x) else x
+
+
+def _plus(total: jax.Array, x: jax.Array) -> jax.Array:
+    return total + x.astype(total.dtype) if is_float(total) else x.astype(total.dtype)
+
+
+def _psum_floats(tree: Any, axis_name: Axes) -> Any:
+    summed = psum(jax.tree.map(lambda x: x if is_float(x) else None, tree), axis_name)
+    return jax.tree.map(lambda x, total: x if total is None else total, tree, summed)
 
 
 def _vary_where_mapped(tree: Any, axis_name: Axes) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, resolve_mask, wide
-from effattn_jax.optim.clipping import global_norm
+from effattn_jax.optim.clipping import norms_of
 
 
 class LayerAdaptationState(NamedTuple):
@@ -26,7 +26,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """Run an optax transformation, and keep its state, in float32 whatever the types of parameters and gradients.
 
     Leaves go in as float32 (float64 where they are), and an update comes out in the type of its gradient: moments of
-    bfloat16 parameters do not stall, since 0.999 is 1 there.
+    bfloat16 parameters do not stall, since 0.999 is 1 there. Integer leaves pass by it.
 
     Args:
       inner: any optax transformation, a chain say.
@@ -41,13 +41,16 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
     """
     inner = optax.with_extra_args_support(inner)
 
+    def seen(tree: Any) -> Any:
+        return jax.tree.map(lambda x: wide(x) if is_float(x) else optax.MaskedNode(), tree)
+
     def init(params: Any) -> Any:
-        return inner.init(jax.tree.map(wide, params))
+        return inner.init(seen(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        wide_params = None if params is None else jax.tree.map(wide, params)
-        new, state = inner.update(jax.tree.map(wide, updates), state, wide_params, **extra)
-        cast = map_leaves(lambda path, g, u: (u.astype(jnp.result_type(g)),), 1, updates, new)[0]
+        wide_params = None if params is None else seen(params)
+        new, state = inner.update(seen(updates), state, wide_params, **extra)
+        cast = map_leaves(lambda path, g, u: (u.astype(jnp.result_type(g)) if is_float(g) else g,), 1, updates, new)[0]
         return cast, state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -88,29 +91,40 @@ def layer_adaptation(
     """
     if not number(coefficient) > 0:
         raise ValueError(f"coefficient must be positive, got {coefficient}.")
-    if bounds is not None and not 0 <= bounds[0] <= bounds[1]:
+    traced = isinstance(bounds, tuple) and any(isinstance(bound, jax.core.Tracer) for bound in bounds)
+    if bounds is not None and not traced and not 0 <= bounds[0] <= bounds[1]:
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= high, got {bounds}.")
 
     def init(params: Any) -> LayerAdaptationState:
         return LayerAdaptationState(map_leaves(lambda path, p: (jnp.ones((), jnp.float32),), 1, params)[0])
 
-    def adapt(path: Path, u: jax.Array, p: jax.Array, scaled: bool) -> tuple:
-        if not is_float(u) or not scaled:
-            return u, jnp.ones((), jnp.float32)
-        size, step = global_norm(p, axis_name=axis_name), global_norm(u, axis_name=axis_name)
-        size = size if bounds is None else jnp.clip(size, *bounds)
-        usable = (size > 0) & (step > 0)
-        ratio = jnp.where(usable, coefficient * size / jnp.where(usable, step, 1), 1)
-        return (wide(u) * ratio.astype(jnp.abs(wide(u)).dtype)).astype(u.dtype), ratio.astype(jnp.float32)
-
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LayerAdaptationState]:
         del state, extra
         if params is None:
             raise ValueError("layer_adaptation needs the parameters: call update(updates, state, params).")
-        updates, ratio = map_leaves(adapt, 2, updates, params, resolve_mask(mask, params))
+        chosen = resolve_mask(mask, params)
+        pairs = map_leaves(
+            lambda path, u, p, scaled: ((p, u) if _adapts(u, scaled) else (),), 1, updates, params, chosen
+        )
+        norms = iter(norms_of([[x] for x in jax.tree.leaves(pairs)], axis_name))
+
+        def adapt(path: Path, u: jax.Array, scaled: bool) -> tuple:
+            if not _adapts(u, scaled):
+                return u, jnp.ones((), jnp.float32)
+            size, step = next(norms), next(norms)
+            size = size if bounds is None else jnp.clip(size, *bounds)
+            usable = (size > 0) & (step > 0)
+            ratio = jnp.where(usable, coefficient * size / jnp.where(usable, step, 1), 1)
+            return (wide(u) * ratio.astype(wide(u).real.dtype)).astype(u.dtype), ratio.astype(jnp.float32)
+
+        updates, ratio = map_leaves(adapt, 2, updates, chosen)
         return updates, LayerAdaptationState(ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _adapts(update: jax.Array, chosen: bool) -> bool:
+    return is_float(update) and bool(chosen)
 
 
 def decoupled_weight_decay(rate: float | optax.Schedule, *, mask: Any = None) -> optax.GradientTransformationExtraArgs:

@@ -189,9 +189,9 @@ def _step(
     s = mean_square(g)
     v = o.beta * v + (1 - o.beta) * s
     r = _debias(o.beta, count, v.dtype) / jnp.maximum(v, TINY)
-    c, d = jax.lax.rsqrt(1 + o.c_coef * jnp.sqrt(xi) * b), 1 / (1 + o.d_coef * jnp.sqrt(xi * eta) * b)
+    c, slower = jax.lax.rsqrt(1 + o.c_coef * jnp.sqrt(xi) * b), 1 + o.d_coef * jnp.sqrt(xi * eta) * b
     gamma = c * xi**2 * r * s
-    of_g, of_p = d * xi * eta * jnp.sqrt(r), d * (gamma / 2 + o.extra_l2)
+    of_g, of_p = xi * eta * jnp.sqrt(r) / slower, (gamma / 2 + o.extra_l2) / slower
     if v.size < g.size:  # once a slot; the compiler would take these roots again at each entry
         of_g, of_p = jax.lax.optimization_barrier((of_g, of_p))
     step = -(of_g * g + of_p * p)

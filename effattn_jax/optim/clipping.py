@@ -5,7 +5,7 @@ r"""Clipping by the norm, hard and soft, of the whole gradient or of each leaf.
 and hard / 2 <= soft <= hard, with equality on the left at |g| = c. Where |f''| <= L0 + L1 |f'|, the best step of gradient
 descent is 1 / (L0 + L1 |f'|): soft clipping with c = L0 / L1 and learning rate 1 / L0.
 
-Two passes over the gradient (its largest entry, then the scaled squares), O(1) state: the norm and the factor.
+Two passes over the gradient (its norm, then the scaling), O(1) state: the norm and the factor.
 Sources: Pascanu et al. 2013 (arXiv 1211.5063); Zhang et al. 2020 (arXiv 1905.11881).
 """
 
@@ -17,7 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effattn_jax.optim._arrays import psum, squared_norm
 from effattn_jax.optim._trees import Axes, is_float, map_leaves, number, varying, wide
+
+# Below it, squares that underflow may be a part of a sum that counts.
+SMALL = 2.0**-60
 
 
 class ClipState(NamedTuple):
@@ -30,8 +34,9 @@ class ClipState(NamedTuple):
 def global_norm(tree: Any, *, axis_name: Axes = None) -> jax.Array:
     r"""Euclidean norm over all floating leaves of a tree, in float32, safe at both ends of the range.
 
-    The squares are taken after division by the largest magnitude, so entries of 1e30 or 1e-30 neither overflow nor
-    vanish, and are summed in float32 (float64 for float64 leaves) whatever the leaf's dtype. The derivative at 0 is 0.
+    The squares are summed at once; only where that sum overflows, or is so small that squares may have vanished, are
+    they taken again after division by the largest magnitude: entries of 1e30 or 1e-30 neither overflow nor vanish. Sums
+    are float32 (float64 for float64 leaves) whatever the leaf's dtype. The derivative at 0 is 0.
 
     Args:
       tree: any pytree; integer and boolean leaves are left out.
@@ -41,29 +46,67 @@ def global_norm(tree: Any, *, axis_name: Axes = None) -> jax.Array:
     Returns:
       A scalar; 0 for an empty tree, Inf or NaN when a leaf holds one.
 
-    Cost: two reads of the tree, no copy.
+    Cost: one read of the tree, two more where the sum of squares does not do; no copy.
 
     Example:
       >>> print(global_norm({"w": jnp.full((4,), 1e30), "count": jnp.array(7)}))
       2e+30
     """
-    leaves = [wide(x) for x in jax.tree.leaves(tree) if is_float(x)]
-    leaves = [x for x in leaves if x.size]
-    if not leaves:
+    return norms_of([jax.tree.leaves(tree)], axis_name)[0]
+
+
+def norms_of(groups: list[list[jax.Array]], axis_name: Axes = None) -> list[jax.Array]:
+    """The joint norm of each list of leaves, as `global_norm` has it, with one decision for all: on a GPU each costs a wait."""
+    parts = []  # (place in groups, mapped axes, leaves that are split over them)
+    for place, group in enumerate(groups):
+        split = {}
+        for x in group:
+            if is_float(x) and jnp.size(x):
+                split.setdefault(varying(x, axis_name), []).append(wide(x))
+        parts += [(place, names, leaves) for names, leaves in split.items()]
+    if not parts:
+        return [jnp.zeros((), jnp.float32)] * len(groups)
+    found = [[] for _ in groups]
+    for (place, names, _), (scale, squares) in zip(parts, _squares([leaves for *_, leaves in parts])):
+        found[place].append((names, jax.lax.stop_gradient(scale), squares))
+    return [_root(of_group) for of_group in found]
+
+
+def _squares(parts: list[list[jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+    """(s, q) with s^2 q the sum of squares of each part."""
+    sums = [sum(squared_norm(x) for x in leaves) for leaves in parts]
+
+    def at_once(parts: list) -> list:
+        return [(jnp.where(q > SMALL, 1, q), q) for q in sums]  # 1, of the type that q has on mapped axes
+
+    def after_division(parts: list) -> list:
+        out = []
+        for leaves, q in zip(parts, sums):
+            largest = jnp.max(jnp.stack([jax.lax.stop_gradient(jnp.max(jnp.abs(x))) for x in leaves]))
+            scale = jnp.where(jnp.isfinite(largest), largest, 1).astype(q.dtype)
+            divisor = jnp.where(scale > 0, scale, 1)
+            out.append((scale, sum(jnp.sum(jnp.abs(x / divisor.astype(x.real.dtype)) ** 2) for x in leaves)))
+        return out
+
+    good = jnp.all(jnp.stack([jnp.isfinite(q) & (q > SMALL) for q in sums]))
+    return jax.lax.cond(good, at_once, after_division, parts)
+
+
+def _root(parts: list[tuple[tuple[str, ...], jax.Array, jax.Array]]) -> jax.Array:
+    """The root of the sum of s^2 q over parts, each summed over its mapped axes, at one scale for all."""
+    if not parts:
         return jnp.zeros((), jnp.float32)
-    largest = jnp.max(jnp.stack([jax.lax.stop_gradient(jnp.max(jnp.abs(x))) for x in leaves]))
-    axes = [varying(x, axis_name) for x in leaves]
-    everywhere = tuple(sorted({name for names in axes for name in names}))
-    if everywhere:
-        largest = jax.lax.pmax(largest, everywhere)
-    scale = jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1)
-    sums = {}
-    for x, names in zip(leaves, axes):
-        sums[names] = sums.get(names, 0) + jnp.sum(jnp.abs(x / scale.astype(x.real.dtype)) ** 2)
-    squares = sum(jax.lax.psum(s, names) if names else s for names, s in sums.items())
+    scales = [jax.lax.pmax(scale, names) if names else scale for names, scale, _ in parts]
+    scale = jnp.max(jnp.stack(scales))
+    scale = jnp.where(scale > 0, scale, 1)
+    total = 0
+    for names, own, squares in parts:
+        # A factor at a time: its square may underflow where the product does not. What is not finite stays so.
+        share = jnp.where(jnp.isfinite(squares), squares * (own / scale) * (own / scale), squares)
+        total += psum(share, names or None)
     # The inner where keeps the square root's infinite slope at 0 out of the derivative.
-    positive = squares != 0
-    return jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, squares, 1)), 0)
+    positive = total != 0
+    return jnp.where(positive, scale * jnp.sqrt(jnp.where(positive, total, 1)), 0)
 
 
 def clip_by_global_norm(max_norm: float, *, axis_name: Axes = None) -> optax.GradientTransformationExtraArgs:
@@ -146,13 +189,15 @@ def clip_by_block_norm(
     def init(params: Any) -> ClipState:
         return ClipState(*map_leaves(lambda path, x: _seen(0.0, 1.0), 2, params))
 
-    def clip(path: Any, g: jax.Array) -> tuple:
-        norm = global_norm(g, axis_name=axis_name)
-        factor = factor_of(norm)
-        return _scaled(g, factor), *_seen(norm, factor)
-
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         del state, params, extra
+        norms = iter(norms_of([[g] for g in jax.tree.leaves(updates)], axis_name))
+
+        def clip(path: Any, g: jax.Array) -> tuple:
+            norm = next(norms)
+            factor = factor_of(norm)
+            return _scaled(g, factor), *_seen(norm, factor)
+
         updates, *seen = map_leaves(clip, 3, updates)
         return updates, ClipState(*seen)
 

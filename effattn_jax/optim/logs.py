@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim._trees import Axes, map_leaves
-from effattn_jax.optim.clipping import global_norm
+from effattn_jax.optim.clipping import norms_of
 
 
 class NormsState(NamedTuple):
@@ -48,14 +48,15 @@ def log_norms(name: str, *, per_leaf: bool = False, axis_name: Axes = None) -> o
             norms[f"{name}/leaves"] = map_leaves(lambda path, p: (jnp.zeros((), jnp.float32),), 1, params)[0]
         return NormsState(norms)
 
-    def norm(tree: Any) -> jax.Array:
-        return global_norm(tree, axis_name=axis_name).astype(jnp.float32)
-
     def update(updates: Any, state: NormsState, params: Any = None, **extra: Any) -> tuple[Any, NormsState]:
         del extra
-        norms = {name: norm(updates), "params": state.norms["params"] if params is None else norm(params)}
+        leaves = jax.tree.leaves(updates)
+        groups = [leaves, jax.tree.leaves(params), *([x] for x in leaves if per_leaf)]
+        passing, of_params, *each = (x.astype(jnp.float32) for x in norms_of(groups, axis_name))
+        norms = {name: passing, "params": state.norms["params"] if params is None else of_params}
         if per_leaf:
-            norms[f"{name}/leaves"] = map_leaves(lambda path, u: (norm(u),), 1, updates)[0]
+            rest = iter(each)
+            norms[f"{name}/leaves"] = map_leaves(lambda path, u: (next(rest),), 1, updates)[0]
         return updates, NormsState(norms)
 
     return optax.GradientTransformationExtraArgs(init, update)
