@@ -1,7 +1,7 @@
 """Pallas kernels for whatever platform a program is compiled for: Mosaic on a TPU, Triton on a GPU, interpreted on a CPU.
 
-One body serves all three. It is written for what they share: a grid of one axis whose programs do not depend on each other, loops inside
-the body whose state is in registers, blocks whose sizes are powers of two, and arrays whose last two axes are one block each, so that whatever
+One body serves all three. It is written for what they share: programs that do not depend on each other, loops inside the body whose
+state is in registers, blocks whose sizes are powers of two, and arrays whose last two axes are one block each, so that whatever
 index moves at run time stands before them. Pallas is imported where a kernel is called, so that the package imports without it.
 """
 
@@ -20,16 +20,19 @@ _STAGES = 2  # blocks that a loop on a GPU has under way
 
 
 class Tile(NamedTuple):
-    """What one program sees of an array: axes that are None are left out, and `index(program)` says which block of each axis it is."""
+    """What one program sees of an array: axes that are None are left out, and `index(*program)` says which block of each axis it is."""
 
-    shape: tuple[int | None, ...]
+    shape: tuple[int | None, ...]  # Mosaic wants the last two to be those of the array, or multiples of 8 and 128
     index: Callable
 
 
 def launch(
-    platform: str, body: Callable, programs: int, inputs: Sequence[Tile], outputs: Sequence[Tile], shapes: Sequence[Any], arrays: Any
+    platform: str, body: Callable, grid: tuple[int, ...], inputs: Sequence[Tile], outputs: Sequence[Tile], shapes: Sequence[Any], arrays: Any
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs `body(*input_refs, *output_refs)` in so many programs; `shapes` are (shape, dtype) of the outputs.
+    """Runs `body(*input_refs, *output_refs)` for every program of the grid; `shapes` are (shape, dtype) of the outputs.
+
+    The first axis of the grid is parallel. A second one is for a TPU, which runs it in order: a program finds in an output that has the same
+    block for all of them what the one before it wrote there.
 
     Inside `jax.shard_map` all arrays vary over the same mesh axes, as `_derivatives.tie` makes them, and the outputs do too.
     """
@@ -40,20 +43,20 @@ def launch(
     varies = {name: getattr(kind, name)}
     return pl.pallas_call(
         body,
-        grid=(programs,),
+        grid=grid,
         in_specs=[pl.BlockSpec(*tile) for tile in inputs],
         out_specs=[pl.BlockSpec(*tile) for tile in outputs],
         out_shape=[jax.ShapeDtypeStruct(*shape, **varies) for shape in shapes],
         interpret=platform == "cpu",
-        compiler_params=_parameters(platform),
+        compiler_params=_parameters(platform, len(grid)),
     )(*arrays)
 
 
-def _parameters(platform: str) -> Any:
+def _parameters(platform: str, axes: int) -> Any:
     if platform == "tpu":
         from jax.experimental.pallas import tpu
 
-        return tpu.CompilerParams(dimension_semantics=("parallel",))
+        return tpu.CompilerParams(dimension_semantics=("parallel", *("arbitrary",) * (axes - 1)))
     if platform == "gpu":
         from jax.experimental.pallas import triton
 

@@ -93,7 +93,7 @@ def _forward(
         tiles += [_one(n, each, (rows, 1)), _all(n, each, arrays[-1].shape[1:])]
     shapes = [((groups, n, rows, v.shape[3]), value.dtype), ((groups, n, rows, 1), spec.dtype)]
     outputs = [_one(n, 1, shape[2:]) for shape, _ in shapes]
-    out, lse = launch(platform, partial(bodies.forward, s), groups * n, tiles, outputs, shapes, arrays)
+    out, lse = launch(platform, partial(bodies.forward, s), (groups * n,), tiles, outputs, shapes, arrays)
     out, lse = (x.reshape(groups, n * rows, x.shape[3])[:, :length] for x in (out, lse))
     return out[..., :width], lse[..., 0]
 
@@ -127,14 +127,14 @@ def _backward(
     tiles += of(_one, n, each, arrays[2]) + of(_all, n, each, arrays[3])
     shape = ((groups, n, *q.shape[2:]), query.dtype)
     (dq,) = launch(
-        platform, partial(bodies.query_gradient, s), groups * n, tiles, [_one(n, 1, q.shape[2:])], [shape], sum(arrays, [])
+        platform, partial(bodies.query_gradient, s), (groups * n,), tiles, [_one(n, 1, q.shape[2:])], [shape], sum(arrays, [])
     )  # fmt: skip
     arrays = [k, v, *upright(of_keys)], [q, do, *flat(of_rows)], flat(more_rows), upright(more_keys)
     tiles = of(_one, m, shared, arrays[0]) + of(_all, m, 1, arrays[1])
     tiles += of(_all, m, each, arrays[2]) + of(_one, m, each, arrays[3])
     shapes = [((groups, m, *x.shape[2:]), x.dtype if shared == 1 else spec.dtype) for x in (k, v)]
     outputs = [_one(m, 1, shape[2:]) for shape, _ in shapes]
-    grads = launch(platform, partial(bodies.key_gradients, s), groups * m, tiles, outputs, shapes, sum(arrays, []))
+    grads = launch(platform, partial(bodies.key_gradients, s), (groups * m,), tiles, outputs, shapes, sum(arrays, []))
     dq, dk, dv = (x.reshape(groups, x.shape[1] * x.shape[2], x.shape[3]) for x in (dq, *grads))
     return dq[:, :length, :dim], dk[:, :keys, :dim], dv[:, :keys, :width]
 
