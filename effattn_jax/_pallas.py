@@ -39,6 +39,11 @@ def launch(
     from jax.experimental import pallas as pl
 
     kind = jax.typeof(arrays[0])
+    if any(kind.sharding.spec):
+        raise ValueError(
+            f"implementation='pallas' takes no arrays that an Explicit mesh shards, as {kind.sharding.spec} does: a kernel sees one device. "
+            "Call it inside jax.shard_map"
+        )
     name = "vma" if hasattr(kind, "vma") else "manual_axis_type"  # its older and its newer name
     varies = {name: getattr(kind, name)}
     return pl.pallas_call(

@@ -158,7 +158,8 @@ def _prepared(arrays: Arrays, marks: Marks) -> tuple[Any, ...]:
     (key, bad_key), (value, bad_value) = finite_or_zero(key), finite_or_zero(value)
     extra = jnp.where(bad_key | bad_value, jnp.nan, jnp.zeros((), jnp.result_type(jnp.float32, dtype)))
     if marks.key_mask is not None:
-        extra = jnp.where(jnp.repeat(marks.key_mask, arrays.key.shape[2], axis=0), extra, -jnp.inf)
+        seen = marks.key_mask[:, None] & jnp.ones_like(arrays.key[..., 0], bool).swapaxes(1, 2)
+        extra = jnp.where(seen.reshape(extra.shape), extra, -jnp.inf)
     ids = () if marks.key_segments is None else (marks.query_segments, marks.key_segments)
     return query, key, value, extra, *ids
 
@@ -166,7 +167,8 @@ def _prepared(arrays: Arrays, marks: Marks) -> tuple[Any, ...]:
 def _gradients(
     spec: Spec, offset: int, size: int | None, arrays: Arrays, marks: Marks, results: Any, cotangents: Any
 ) -> Arrays:
-    """The backward pass. A row that is spoiled, or whose cotangent is, has lse NaN, which spoils what it sees and nothing else."""
+    """The backward pass. A row that is spoiled, or whose cotangent is, has lse NaN, which spoils what it sees and nothing else; one whose
+    cotangent is 0 has lse infinite, and gives no gradient whatever it holds."""
     heads, kv_heads = arrays.query.shape[2], arrays.key.shape[2]
     out, lse, d_out, d_lse = (_grouped(x) for x in (*results, *cotangents))
     query, key, value, extra, *ids = _prepared(arrays, marks)
@@ -175,6 +177,7 @@ def _gradients(
     (query, bad_query), (d_out, bad_cotangent) = finite_or_zero(query), finite_or_zero(d_out)
     extra = jnp.where(jnp.isnan(extra), 0, extra)
     lse = jnp.where(bad_query | bad_cotangent, jnp.nan, jnp.where(lse == -jnp.inf, 0, lse))
+    lse = jnp.where(jnp.all(d_out == 0, axis=-1) & ~bad_cotangent & (d_lse == 0), jnp.inf, lse)
     delta = d_lse - row_products(d_out.astype(spec.dtype), out.astype(spec.dtype))
     delta = jnp.where(jnp.isfinite(delta), delta, 0)
 

@@ -164,7 +164,7 @@ def _attend(
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     arrays, marks = ready.arrays, ready.marks
     (batch, length, heads, _), keys = arrays.query.shape, arrays.key.shape[1]
-    if ready.no_pairs:
+    if ready.no_pairs or batch == 0:
         return ready.nothing(), jnp.zeros((batch, heads, length, keys))
     small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
