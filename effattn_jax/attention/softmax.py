@@ -18,6 +18,7 @@ from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
 from effattn_jax.attention._cudnn import by_cudnn
+from effattn_jax.attention._flash import by_flash, refuse
 from effattn_jax.attention._pairs import Arrays, More, Spec, whole_rows
 
 __all__ = ["dot_product_attention"]
@@ -60,7 +61,9 @@ def dot_product_attention(
       return_weights: also return p, (*B, N, T, S), from the dense form.
       implementation: "dense" (all scores at once) or "chunked" (O(T) memory, recomputing backward pass); None picks one of them by size.
         "cudnn" is cuDNN's flash attention through jax.nn, for half-precision calls on an NVIDIA GPU that need no more than a scale, causality
-        with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits.
+        with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits. "pallas" is flash attention as
+        Pallas kernels, for TPU and GPU (on a CPU interpreted, slowly): everything but a bias, a mask over pairs, a cache of fixed size and
+        weights; chunk_size a power of two from 16 on; float64 on a CPU only. No device has measured it yet, so None does not pick it either.
 
     Returns:
       out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.
@@ -85,10 +88,12 @@ def dot_product_attention(
             "logits_soft_cap": logits_soft_cap, "return_weights": return_weights, "chunk_size": chunk_size,
         }  # fmt: skip
         return by_cudnn(query, key, value, scale, is_causal, window, refused)
+    if implementation == "pallas":
+        refuse(bias, initial_state, return_weights, chunk_size)
     out, state, weights, _ = run(
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
         return_state=return_state, window=window, cap=logits_soft_cap, chunk_size=chunk_size,
-        implementation=implementation, return_weights=return_weights,
+        implementation=implementation, return_weights=return_weights, forms=(*FORMS, "pallas"),
     )  # fmt: skip
     results = [out] + [state] * return_state + [weights] * return_weights
     return results[0] if len(results) == 1 else tuple(results)
@@ -121,6 +126,7 @@ def run(
     arguments: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: caches.Cache | None, return_state: bool,
     window: Any = None, cap: float | None = None, chunk_size: int | None = None,
     implementation: str | None = None, return_weights: bool = False, reads_key: bool = True, rescore: Callable | None = None,
+    forms: tuple[str | None, ...] = FORMS,
 ) -> tuple:  # fmt: skip
     """The call behind every softmax mixer: (out, state or None, weights or None, side).
 
@@ -128,8 +134,9 @@ def run(
       arguments: query, key, value, bias, mask, as the caller gave them.
       reads_key: False keeps the keys out of the state.
       rescore: `rescore(call, marks) -> Scores`: other scores than products, from the call over all slots; None for the products.
+      forms: the implementations that the mixer has.
     """
-    choose("implementation", implementation, FORMS)
+    choose("implementation", implementation, forms)
     positive(chunk_size=chunk_size)
     left, right = window_bounds(window, is_causal)
     ready = prepare(
@@ -157,13 +164,15 @@ def _attend(
     """out (B, T, N, V) and, where asked for, weights (B, N, T, S)."""
     arrays, marks = ready.arrays, ready.marks
     (batch, length, heads, _), keys = arrays.query.shape, arrays.key.shape[1]
-    if ready.no_pairs:
+    if ready.no_pairs or batch == 0:
         return ready.nothing(), jnp.zeros((batch, heads, length, keys))
     small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
         out, _, weights = whole_rows(spec, arrays, marks, more=more)
         return out, weights.reshape(batch, heads, length, keys)
     rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size)
+    if implementation == "pallas":
+        return by_flash(spec._replace(rows=rows), arrays, marks, ready.offset, chunk_size)[0], None
     if more is None:
         return by_blocks(spec._replace(rows=rows, columns=columns), arrays, marks)[0], None
     rows = rows if chunk_size is not None else max(1, min(length, 2**18 // max(1, batch * heads * keys)))

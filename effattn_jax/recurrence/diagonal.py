@@ -17,6 +17,7 @@ from jax import lax
 
 from effattn_jax._contract import ArrayLike, accumulator, choose
 from effattn_jax._derivatives import tie
+from effattn_jax.recurrence._diagonal_kernel import by_kernel
 
 __all__ = ["diagonal_recurrence"]
 
@@ -86,6 +87,7 @@ _FORMS: dict[str | None, Callable] = {
     "scan": _scan,
     "associative": _associative,
     "chunked": _chunked,
+    "pallas": by_kernel,
 }
 
 
@@ -130,7 +132,8 @@ def diagonal_recurrence(
       reverse: run from the last step to the first.
       return_state: also return the h at which the run ended, (B, ...).
       implementation: "scan" (sequential; the most exact, the fastest on a CPU), "associative" (parallel in time, O(T log T) work),
-        "chunked" (parallel over sqrt(T) chunks); None picks by the platform the program is compiled for.
+        "chunked" (parallel over sqrt(T) chunks); None picks by the platform the program is compiled for. "pallas" is a sequential Pallas kernel
+        for TPU and GPU (on a CPU interpreted, slowly; float64 there only): no device has measured it yet, so None does not pick it.
 
     Returns:
       h (B, T, ...) in the dtype of inputs (complex if decay is), or (h, state). Sums run in float32 at least, and the state stays so.
