@@ -57,6 +57,7 @@ def jax_contenders() -> dict[str, Callable]:
         "gated_linear": lambda q, k, v, g: gated(q, k, v, log_decay=g),
         "softmax, cudnn": lambda q, k, v, g: softmax(q, k, v, implementation="cudnn"),
         "softmax, chunked": lambda q, k, v, g: softmax(q, k, v),
+        "softmax, pallas": lambda q, k, v, g: softmax(q, k, v, implementation="pallas"),
         "jax.nn, cudnn": lambda q, k, v, g: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"
         ),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 __all__: list[str] = []
@@ -67,6 +68,16 @@ def _parameters(platform: str, axes: int) -> Any:
 
         return triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES)
     return None
+
+
+def loop(low: Any, high: Any, step: Callable, state: Any) -> Any:
+    """`lax.fori_loop` inside a body, with bounds that are not known when it is traced.
+
+    With known ones it would be a scan, whose carry, blocks included, the interpreter would find to vary over other axes of a mesh than its result.
+    """
+    from jax.experimental import pallas as pl
+
+    return lax.fori_loop(low + lax.min(pl.program_id(0), np.int32(0)), high, step, state)
 
 
 def by_platform(function: Callable, *arrays: Any) -> Any:

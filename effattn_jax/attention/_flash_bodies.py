@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effattn_jax._pallas import loop
+
 __all__: list[str] = []
 
 
@@ -66,11 +68,11 @@ def _fold(reach: tuple[Any, ...], bounded: tuple[bool, bool], segmented: bool, s
     """Folds `step(masked)(block, state)` over the blocks in reach; masked says that who sees whom must be looked at."""
     low, inner_low, inner_high, high = reach
     if segmented:
-        return lax.fori_loop(low, high, step(True), state)
+        return loop(low, high, step(True), state)
     if bounded[0]:
-        state = lax.fori_loop(low, inner_low, step(True), state)
-    state = lax.fori_loop(inner_low, inner_high, step(False), state)
-    return lax.fori_loop(inner_high, high, step(True), state) if bounded[1] else state
+        state = loop(low, inner_low, step(True), state)
+    state = loop(inner_low, inner_high, step(False), state)
+    return loop(inner_high, high, step(True), state) if bounded[1] else state
 
 
 def _scores(

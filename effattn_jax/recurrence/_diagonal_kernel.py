@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effattn_jax._pallas import Tile, by_platform, folding, launch
+from effattn_jax._pallas import Tile, by_platform, folding, launch, loop
 
 __all__: list[str] = []
 
 _STEPS = 8  # of a block: a tile of float32 on a TPU
 _CHANNELS = {"cpu": 128, "gpu": 128, "tpu": 512}  # of a program at most; not measured
-_BLOCKS = {"cpu": 2, "gpu": None, "tpu": 64}  # of steps that a program has; None: all
+_BLOCKS = {"cpu": None, "gpu": None, "tpu": 64}  # of steps that a program has; None: all
 
 
 def _parts(x: jax.Array) -> list[jax.Array]:
@@ -65,7 +65,7 @@ def _body(reverse: bool, stretches: int, parts: int, *refs: Any) -> None:
                 ref[i, t : t + 1] = h
         return state
 
-    state = lax.fori_loop(np.int32(0), np.int32(blocks), block, state)
+    state = loop(np.int32(0), np.int32(blocks), block, state)
     for ref, h in zip(after, state, strict=True):
         ref[...] = h
 
