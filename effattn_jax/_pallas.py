@@ -2,7 +2,8 @@
 
 One body serves all three. It is written for what they share: programs that do not depend on each other, loops inside the body whose
 state is in registers, blocks whose sizes are powers of two, and arrays whose last two axes are one block each, so that whatever
-index moves at run time stands before them. Pallas is imported where a kernel is called, so that the package imports without it.
+index moves at run time stands before them. Pallas is imported where a kernel is called, so that the package
+imports without it. jax 0.12 lowers for a GPU with a DeprecationWarning: its Triton backend is to go, and the GPU branch with it.
 """
 
 from collections.abc import Callable, Sequence

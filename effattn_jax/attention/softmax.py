@@ -63,7 +63,9 @@ def dot_product_attention(
         "cudnn" is cuDNN's flash attention through jax.nn, for half-precision calls on an NVIDIA GPU that need no more than a scale, causality
         with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits. "pallas" is flash attention as
         Pallas kernels, for TPU and GPU (on a CPU interpreted, slowly): everything but a bias, a mask over pairs, a cache of fixed size and
-        weights; chunk_size a power of two from 16 on; float64 on a CPU only. No device has measured it yet, so None does not pick it either.
+        weights; chunk_size a power of two from 16 on; float64 on a CPU only; on a mesh inside `jax.shard_map`; exported for one platform at a
+        time; on a TPU a head's keys and values, and in the backward pass its queries, must fit in VMEM. No device has measured it yet, so
+        None does not pick it either.
 
     Returns:
       out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.

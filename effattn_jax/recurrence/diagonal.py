@@ -133,7 +133,7 @@ def diagonal_recurrence(
       return_state: also return the h at which the run ended, (B, ...).
       implementation: "scan" (sequential; the most exact, the fastest on a CPU), "associative" (parallel in time, O(T log T) work),
         "chunked" (parallel over sqrt(T) chunks); None picks by the platform the program is compiled for. "pallas" is a sequential Pallas kernel
-        for TPU and GPU (on a CPU interpreted, slowly; float64 there only): no device has measured it yet, so None does not pick it.
+        for TPU and GPU (on a CPU interpreted, slowly; float64 there only; on a mesh inside `jax.shard_map`): no device has measured it yet, so None does not pick it.
 
     Returns:
       h (B, T, ...) in the dtype of inputs (complex if decay is), or (h, state). Sums run in float32 at least, and the state stays so.
