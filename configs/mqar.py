@@ -4,7 +4,7 @@ Reproduces: the easiest cell of Zoology's figure 2 (Arora et al. 2023, arXiv 231
 64 tokens, 4 pairs, 2 layers of width 64; with a vocabulary of 256 instead of 8,192, for a CPU, and the convolution of
 width 3 before each mixer that Zoology's later runs have. Other mixers: --model.mixer linear.
 Expected: validation accuracy of at least 0.99, measured 1.000; guessing one of the values in the context gives 0.25.
-Hardware: 2 x86 cores, less than 10 minutes; measured 53 s with compiling beside other work (2026-11-20).
+Hardware: 2 x86 cores, less than 10 minutes; measured 47 s with start and compiling (2026-11-27).
 Command: python train.py mqar
 """
 

@@ -4,7 +4,7 @@ Reproduces: the CPU command of nanoGPT's README (github.com/karpathy/nanoGPT, tr
 4 heads, 128 wide, context 64, batch 12, 2000 steps, no dropout), whose validation loss is 1.88 nats a character. The
 text is tinyshakespeare.txt of github.com/karpathy/char-rnn, its first 90 % for training; all of the rest is evaluated.
 Expected: validation loss of at most 1.88 nats a character; measured 1.867 over the whole validation text.
-Hardware: 2 x86 cores, less than 2 minutes; measured 107 s with compiling beside other work (2026-11-20).
+Hardware: 2 x86 cores, less than 2 minutes; measured 117 s with start, compiling and evaluation (2026-11-27).
 Command: python train.py shakespeare-cpu --data.path tinyshakespeare.txt
 """
 

@@ -70,6 +70,7 @@ class Problem(NamedTuple):
 
 
 def padded_in_front(x: jax.Array | None, count: int, mode: str = "constant") -> jax.Array | None:
+    """`count` steps more before the first one of (B, T, ...); None stays None."""
     if x is None or count == 0:
         return x
     return jnp.pad(x, [(0, 0), (count, 0)] + [(0, 0)] * (x.ndim - 2), mode=mode)

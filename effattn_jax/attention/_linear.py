@@ -129,6 +129,7 @@ def all_pairs(
 
 
 def merge_heads(out: jax.Array) -> jax.Array:
+    """(B, T, K, G, V) as (B, T, N, V)."""
     return out.reshape(*out.shape[:2], out.shape[2] * out.shape[3], out.shape[-1])
 
 
@@ -182,6 +183,7 @@ def _attend(
 
 
 def features_in(call: Call, maps: Maps) -> int:
+    """M, the features that the map makes of a key."""
     x = jax.ShapeDtypeStruct(call.key.shape[2:], accumulator(call.key))
     return jax.eval_shape(maps.key, x).shape[-1]
 

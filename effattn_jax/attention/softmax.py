@@ -95,7 +95,7 @@ def dot_product_attention(
     out, state, weights, _ = run(
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
         return_state=return_state, window=window, cap=logits_soft_cap, chunk_size=chunk_size,
-        implementation=implementation, return_weights=return_weights, forms=(*FORMS, "pallas"),
+        implementation=implementation, return_weights=return_weights, forms=(*FORMS, "cudnn", "pallas"),
     )  # fmt: skip
     results = [out] + [state] * return_state + [weights] * return_weights
     return results[0] if len(results) == 1 else tuple(results)

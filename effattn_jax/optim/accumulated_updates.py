@@ -123,8 +123,8 @@ def accumulate_updates(
       ValueError: if `every` is neither a positive integer nor a function.
 
     Cost: one multiply-add a micro-batch; the inner update once a window. State: the inner one and one float32 gradient.
-    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-27): `apply` takes 1.14, `update` 1.20 to 1.22 of the
-    time of a bare scan over gradients with one AdamW update; optax.MultiSteps 1.80.
+    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-27): `apply` takes 1.13 to 1.19, `update` 1.20 to 1.27 of
+    the time of a bare scan over gradients with one AdamW update, over several runs; optax.MultiSteps 1.73 to 1.84.
 
     Source: Su, "Gradient accumulation" (kexue.fm 6794); the counting of updates, as in MaxText's loop.
 
