@@ -5,7 +5,7 @@
 A ReLU MLP of `layers` square layers under AdamW; a micro-batch has `batch-size` rows, few enough that the optimizer's part shows. The bare scan is
 the least that can be done: gradients summed by `lax.scan` in one program, one AdamW update. All ways run in turn, round after round, with state
 donated; the figures are medians. "a call each" is one program called once a micro-batch (for the bare loop one that adds and one that updates),
-"scanned" the same program in a `lax.scan`; `.apply` is the form that leaves the parameters alone inside a window. Writes benchmarks/results/NAME.json.
+"scanned" the same program in a `lax.scan`; `.apply` is the form that leaves the parameters alone inside a window; "by window" is `drop_nonfinite="window"`. Writes benchmarks/results/NAME.json.
 """
 
 import dataclasses
@@ -105,6 +105,7 @@ def ways(k):
     """name -> (optimizer, step, whether the step takes one micro-batch)."""
     multi = optax.MultiSteps(optax.adamw(1e-5), k).gradient_transformation()
     ours = accumulate_updates(optax.adamw(1e-5), k)
+    by_window = accumulate_updates(optax.adamw(1e-5), k, drop_nonfinite="window")
 
     def whole(optimizer, gradients, params, state):
         return optimizer.apply(gradients, state, params)
@@ -114,9 +115,13 @@ def ways(k):
         "accumulate_gradients": (*in_one_step(k), False),
         "accumulate_updates, scanned": (*wrapped(ours, True), False),
         "accumulate_updates.apply, scanned": (*wrapped(ours, True, whole), False),
+        "accumulate_updates by window, scanned": (*wrapped(by_window, True), False),
+        "accumulate_updates.apply by window, scanned": (*wrapped(by_window, True, whole), False),
         "optax.MultiSteps, scanned": (*wrapped(multi, True), False),
         "accumulate_updates, a call each": (*wrapped(ours, False), True),
         "accumulate_updates.apply, a call each": (*wrapped(ours, False, whole), True),
+        "accumulate_updates by window, a call each": (*wrapped(by_window, False), True),
+        "accumulate_updates.apply by window, a call each": (*wrapped(by_window, False, whole), True),
         "optax.MultiSteps, a call each": (*wrapped(multi, False), True),
     }
 

@@ -117,6 +117,27 @@ def test_a_micro_batch_that_is_not_finite_has_weight_zero(place, bad):
     np.testing.assert_allclose(out[5][0], -np.mean(gradients[:3], axis=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_window_that_is_not_finite_is_no_update(place, bad):
+    """Where the decision is by window: nothing of it reaches parameters and moments, and the next begins from nothing."""
+    gradients = [jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]), jnp.array([5.0, 9.0])] * 2
+    poisoned = [g.at[0].set(bad) if i == place else g for i, g in enumerate(gradients)]
+
+    def by_window():
+        return accumulate_updates(optax.adam(1.0), 3, drop_nonfinite="window")
+
+    out = _steps(by_window(), poisoned)
+    assert not any(np.any(updates) for updates, _ in out[:5])
+    assert [int(state.count) for _, state in out] == [0, 0, 0, 0, 0, 1]
+    clean = _steps(accumulate_updates(optax.adam(1.0), 3), gradients[:3])[-1]
+    assert_identical((clean[0], clean[1].inner), (out[5][0], out[5][1].inner))
+    weights = [1, bad, 1, 1, 1, 1]
+    assert [int(state.count) for _, state in _steps(by_window(), gradients, weights)] == [0, 0, 0, 0, 0, 1]
+    updates, state = by_window().flush(_steps(by_window(), poisoned[: place + 1])[-1][1])
+    assert not np.any(updates) and state.count == 0 and state.microbatch == 0
+
+
 def test_the_inner_transformation_runs_at_ends_only():
     """One that makes NaN of half a window never sees one (D5); counts are of updates (D10 of schedules)."""
     inner = optax.chain(optax.normalize_by_update_norm(), optax.scale_by_schedule(lambda count: 1.0 + count))
@@ -232,11 +253,13 @@ def test_flush_between_windows_gives_zeros():
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
+@pytest.mark.parametrize("drop_nonfinite", ["microbatch", "window"])
 @pytest.mark.parametrize("reduce_at_end", [False, True])
 @pytest.mark.parametrize("mapped", ["shard_map", "pmap"])
-def test_each_devices_own_gradients(mapped, reduce_at_end):
+def test_each_devices_own_gradients(mapped, reduce_at_end, drop_nonfinite):
     """The mean over devices and micro-batches by weight, one of them not finite. Counters stay in step (D7)."""
-    optimizer = accumulate_updates(optax.sgd(1.0), 3, axis_name="data", reduce_at_end=reduce_at_end)
+    options = {"axis_name": "data", "reduce_at_end": reduce_at_end, "drop_nonfinite": drop_nonfinite}
+    optimizer = accumulate_updates(optax.sgd(1.0), 3, **options)
 
     def run(params, gradients, weights):
         def body(carry, inputs):
@@ -251,7 +274,7 @@ def test_each_devices_own_gradients(mapped, reduce_at_end):
     gradients, weights = rng.normal(size=(3, 4, 2)).astype(np.float32), rng.integers(1, 9, (3, 4)).astype(np.float32)
     clean = weights.copy()
     clean[1, 2] = 0
-    expected = -np.einsum("kd,kdi->i", clean, gradients) / clean.sum()
+    expected = -np.einsum("kd,kdi->i", clean, gradients) / clean.sum() * (drop_nonfinite == "microbatch")
     gradients[1, 2, 0] = np.nan
     if mapped == "pmap":
         run = jax.pmap(run, axis_name="data", in_axes=(None, 1, 1), devices=jax.devices()[:4])
@@ -261,7 +284,7 @@ def test_each_devices_own_gradients(mapped, reduce_at_end):
         split = (jax.P(), jax.P(None, "data"), jax.P(None, "data"))
         run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=jax.P()))
     params, count = run(jnp.zeros(2), gradients, weights)
-    assert np.all(np.asarray(count) == 1)
+    assert np.all(np.asarray(count) == (drop_nonfinite == "microbatch"))
     np.testing.assert_allclose(np.atleast_2d(params), np.broadcast_to(expected, np.atleast_2d(params).shape), rtol=1e-5)
 
 
@@ -346,6 +369,8 @@ def test_momentum_survives_a_bad_micro_batch():
 
 
 def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match='drop_nonfinite must be "microbatch" or "window", got \'step\''):
+        accumulate_updates(optax.sgd(1.0), 2, drop_nonfinite="step")
     with pytest.raises(ValueError, match="every must be a positive integer"):
         accumulate_updates(optax.sgd(1.0), 0)
     with pytest.raises(ValueError, match="decay must be in"):

@@ -96,14 +96,15 @@ def accumulate_updates(
     *,
     axis_name: Axes = None,
     reduce_at_end: bool = False,
+    drop_nonfinite: str = "microbatch",
 ) -> AccumulatedTransformation:
     r"""Hand the weighted mean gradient of `every` micro-batches to the inner transformation: sum w_i g_i / sum w_i.
 
     `update(gradients, state, params, weight=w)` takes the gradient of a micro-batch's *mean* loss and its weight (its
     number of tokens, say; 1 when left out), and returns zeros, or the inner updates at the end of the window. The inner
     transformation sees float32 gradients and parameters (float64 where they are) whatever the types outside; an update
-    has the type of its gradient. A micro-batch with a gradient, weight or value that is not finite has weight 0; a
-    window of weight 0 gives a zero update and is not counted. `value=` (a loss), where given, reaches the inner
+    has the type of its gradient. A micro-batch with a gradient, weight or value that is not finite has weight 0 (or its
+    window has, see `drop_nonfinite`); a window of weight 0 gives a zero update and is not counted. `value=` (a loss), where given, reaches the inner
     transformation as its weighted mean too; other extra arguments are those of the window's last call.
     `flush(state, params)` ends a window early; `apply` is `update` and `optax.apply_updates` in one, and faster.
 
@@ -115,16 +116,19 @@ def accumulate_updates(
         which leaves are split need no name under shard_map's default checks.
       reduce_at_end: False reduces over `axis_name` at every call, and the state is the same on all devices. True reduces
         once a window; `state.weight`, `.value` and `.gradients` are then each device's own (`init` inside the mapped function).
+      drop_nonfinite: "microbatch" leaves out the micro-batches that are not finite, at the price of waiting for the whole
+        gradient before any of it is added; "window" leaves out the windows they are in, by one look at their sums.
 
     Returns:
       An `AccumulatedTransformation` with state `AccumulationState`.
 
     Raises:
-      ValueError: if `every` is neither a positive integer nor a function.
+      ValueError: if `every` is neither a positive integer nor a function, or `drop_nonfinite` neither word.
 
     Cost: one multiply-add a micro-batch; the inner update once a window. State: the inner one and one float32 gradient.
-    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-27): `apply` takes 1.13 to 1.19, `update` 1.20 to 1.27 of
-    the time of a bare scan over gradients with one AdamW update, over several runs; optax.MultiSteps 1.73 to 1.84.
+    `python -m benchmarks.accumulation` (2-core x86 CPU, 2026-11-27), in times of a bare scan over gradients with one AdamW
+    update, over several runs: `apply` 1.05 to 1.14, `update` 1.14 to 1.26; by window `apply` 0.92 to 1.00 and `update` 1.06
+    to 1.16; optax.MultiSteps 1.76 to 1.93.
 
     Source: Su, "Gradient accumulation" (kexue.fm 6794); the counting of updates, as in MaxText's loop.
 
@@ -139,6 +143,9 @@ def accumulate_updates(
     """
     if not callable(every) and not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every must be a positive integer or a function of the number of updates, got {every!r}.")
+    if drop_nonfinite not in ("microbatch", "window"):
+        raise ValueError(f'drop_nonfinite must be "microbatch" or "window", got {drop_nonfinite!r}.')
+    by_window = drop_nonfinite == "window"
     inner = optax.with_extra_args_support(inner)
     late = axis_name if reduce_at_end else None
 
@@ -148,6 +155,10 @@ def accumulate_updates(
         counters = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return AccumulationState(*counters, *_vary_where_mapped(sums, late), inner.init(jax.tree.map(wide, params)))
 
+    def counts(weight: jax.Array, value: jax.Array, gradients: Any) -> jax.Array:
+        good = weight > 0
+        return good & all_finite_everywhere(gradients, weight, value, apart=axis_name) if by_window else good
+
     def end(ready: jax.Array, state: AccumulationState, ending: _Ending, extra: dict) -> tuple[Any, AccumulationState]:
         def run(state: AccumulationState) -> tuple:
             weight, value, gradients = _psum_floats((state.weight, state.value, state.gradients), late)
@@ -156,14 +167,15 @@ def accumulate_updates(
             mean = jax.tree.map(lambda g: _times(g, reciprocal), gradients)
             if late is None:
                 return ending.run(inner, mean, state, given)
-            return ending.run_where(weight > 0, inner, mean, state, given)
+            return ending.run_where(counts(weight, value, gradients), inner, mean, state, given)
 
-        if late is None:  # the weight is at hand, so that one branch is enough
-            ready &= state.weight > 0
+        if late is None:  # the sums are at hand, so that one branch is enough
+            sums = (state.weight, state.value, state.gradients)
+            ready = jax.lax.cond(ready, lambda sums: counts(*sums), lambda _: jnp.array(False), sums)
         return ending.close(jax.lax.cond(ready, run, ending.idle, state), state)
 
     def add(updates: Any, state: AccumulationState, weight: Any, extra: dict) -> tuple[jax.Array, AccumulationState]:
-        state = _add(state, updates, weight, extra.get("value", 0), None if late else axis_name, axis_name)
+        state = _add(state, updates, weight, extra.get("value", 0), reduce_at_end, axis_name, by_window)
         return state.microbatch >= (every(state.count) if callable(every) else every), state
 
     def update(updates: Any, state: AccumulationState, params: Any = None, *, weight: Any = 1, **extra: Any):
@@ -252,14 +264,21 @@ class MomentumAccumulationState(NamedTuple):
 
 
 def _add(
-    state: AccumulationState, updates: Any, weight: Any, value: Any, axis_name: Axes, apart: Axes
+    state: AccumulationState, updates: Any, weight: Any, value: Any, late: bool, axis_name: Axes, by_window: bool
 ) -> AccumulationState:
-    """The state with one micro-batch in its sums, reduced over `axis_name`; the sums of a finished window are overwritten."""
+    """The state with one micro-batch in its sums; the sums of a finished window are overwritten.
+
+    They are reduced over `axis_name` unless that comes late; a micro-batch that is not finite is left out unless that is
+    decided by window.
+    """
     weight, value = (jnp.asarray(x).astype(s.dtype) for x, s in ((weight, state.weight), (value, state.value)))
-    finite, begun = all_finite_everywhere(updates, weight, value, apart=apart), state.microbatch > 0
-    weight = jnp.where(finite, weight, 0)
-    added = jax.tree.map(lambda g: jnp.where(finite, _times(wide(g), weight), 0), updates)
-    added = _psum_floats((weight, jnp.where(finite, value, 0) * weight, added), axis_name)
+    added, begun = jax.tree.map(lambda g: _times(wide(g), weight), updates), state.microbatch > 0
+    added = (weight, value * weight, added)
+    if not by_window:
+        finite = all_finite_everywhere(updates, weight, value, apart=axis_name)
+        added = jax.tree.map(lambda x: jnp.where(finite, x, 0), added)
+    if not late:
+        added = _psum_floats(added, axis_name)
 
     def plus(total, x):
         return _plus(jnp.where(begun, total, 0), x)

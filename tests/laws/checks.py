@@ -58,7 +58,7 @@ def assert_identical(actual, expected, what: str = "output") -> None:
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, e = np.asarray(a), np.asarray(e)
         assert a.shape == e.shape and a.dtype == e.dtype, f"{what}: {a.dtype}{a.shape}, expected {e.dtype}{e.shape}"
-        changed = np.count_nonzero(a.view(np.uint8) != e.view(np.uint8)) if a.size else 0
+        changed = np.count_nonzero(a.ravel().view(np.uint8) != e.ravel().view(np.uint8))
         assert changed == 0, f"{what}: {changed} bytes differ"
 
 
