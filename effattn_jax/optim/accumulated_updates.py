@@ -143,9 +143,7 @@ def accumulate_updates(
     """
     if not callable(every) and not (isinstance(every, int) and every >= 1):
         raise ValueError(f"every must be a positive integer or a function of the number of updates, got {every!r}.")
-    if drop_nonfinite not in ("microbatch", "window"):
-        raise ValueError(f'drop_nonfinite must be "microbatch" or "window", got {drop_nonfinite!r}.')
-    by_window = drop_nonfinite == "window"
+    by_window = _is_by_window(drop_nonfinite)
     inner = optax.with_extra_args_support(inner)
     late = axis_name if reduce_at_end else None
 
@@ -170,8 +168,8 @@ def accumulate_updates(
             return ending.run_where(counts(weight, value, gradients), inner, mean, state, given)
 
         if late is None:  # the sums are at hand, so that one branch is enough
-            sums = (state.weight, state.value, state.gradients)
-            ready = jax.lax.cond(ready, lambda sums: counts(*sums), lambda _: jnp.array(False), sums)
+            sums = state.weight, state.value, state.gradients
+            ready = jax.lax.cond(ready, counts, lambda *_: jnp.array(False), *sums)
         return ending.close(jax.lax.cond(ready, run, ending.idle, state), state)
 
     def add(updates: Any, state: AccumulationState, weight: Any, extra: dict) -> tuple[jax.Array, AccumulationState]:
@@ -261,6 +259,12 @@ class MomentumAccumulationState(NamedTuple):
     count: jax.Array
     momentum: Any
     inner: Any
+
+
+def _is_by_window(drop_nonfinite: str) -> bool:
+    if drop_nonfinite not in ("microbatch", "window"):
+        raise ValueError(f'drop_nonfinite must be "microbatch" or "window", got {drop_nonfinite!r}.')
+    return drop_nonfinite == "window"
 
 
 def _add(
