@@ -155,11 +155,14 @@ def test_regressor_streams_packs_and_keeps_amplitudes():
         model.apply({"params": params}, jnp.ones((3, 5)))
 
 
-def test_a_mixer_without_causal_form_is_refused_in_a_language_model():
-    model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer="fnet"), 5)
-    with pytest.raises(ValueError, match="mixer must have a causal form in a causal model; 'fnet' reads all tokens"):
+@pytest.mark.parametrize("mixer", ["fnet", "linformer"])
+def test_a_mixer_without_causal_form_is_refused_in_a_language_model(mixer):
+    model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer=mixer), 5)
+    with pytest.raises(
+        ValueError, match=f"mixer must have a causal form in a causal model; '{mixer}' reads all tokens"
+    ):
         model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
-    with pytest.raises(ValueError, match="'fnet' reads all tokens"):
+    with pytest.raises(ValueError, match=f"'{mixer}' reads all tokens"):
         model.init_state(1, 3)
 
 
@@ -213,11 +216,12 @@ def test_flops_agree_with_the_compiler(options):
 def test_flops_of_recurrences_do_not_depend_on_the_context_and_windows_limit_it():
     for mixer in nn.MIXERS:
         config = ModelConfig(mixer=mixer)
-        causal = config.mixer != "fnet"
+        causal = nn.MIXERS[mixer](128, parent=None).accepts_causal()
         few, many = (flops_per_token(config, 65, context, causal=causal) for context in (100, 10_000))
         line = (attention.MIXERS | position.MIXERS).get(mixer)
         reads_all_keys = line is not None and line.pairwise
-        assert (few != many) == (config.fixes_length or reads_all_keys or mixer == "fnet")
+        grows = config.fixes_length or reads_all_keys or mixer == "fnet"
+        assert (few != many) == (grows and mixer != "linformer")
     windowed = ModelConfig(window=63)
     assert flops_per_token(windowed, 65, 10_000) == flops_per_token(ModelConfig(), 65, 64)
     assert flops_per_token(ModelConfig(), None, 64) == flops_per_token(ModelConfig(), 65, 64) - 2 * 128 * 65

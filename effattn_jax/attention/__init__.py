@@ -164,10 +164,13 @@ def _no_state(*sizes, **options):
     raise ValueError("linformer_attention has no state: it has no causal form")
 
 
+LINFORMER_ROWS = 64
+
+
 def _projections(rng, num_heads, num_kv_heads, head_dim):
     """E and F for up to 4,096 keys, as random projections that keep lengths."""
     del num_heads, num_kv_heads, head_dim
-    first, second = jax.random.normal(rng, (2, 64, 4096)) / 8
+    first, second = jax.random.normal(rng, (2, LINFORMER_ROWS, 4096)) / LINFORMER_ROWS**0.5
     return {"key_projection": first, "value_projection": second}
 
 
@@ -314,7 +317,8 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_no_state,
         weights=_projections,
-        exempt={"causality": "its projections mix all positions, later ones too", **_SHIFTS},
+        keys_seen=lambda context, is_causal: LINFORMER_ROWS,
+        exempt={"causality": "its projections mix all positions, later ones too"},
     ),
     "performer": Mixer(
         performer_attention,

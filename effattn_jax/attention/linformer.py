@@ -1,8 +1,8 @@
 """Linformer: attention over keys and values projected along time to a fixed number.
 
-    o_i = sum_r p_ir (F v)_r      p_i = softmax_r(scale q_i . (E k)_r)          E, F (R, L), the first S columns used
+    o_i = sum_r p_ir (F v)_r      p_i = softmax_r(scale q_i . (E k)_r)          E, F (R, L), a column for the first key, the second, ...
 
-Cost O((T + S) R) a head, memory O(T + S); no state. Source: Wang et al., arXiv:2006.04768.
+Cost O((T + S) R) a head, memory O(T + S), with a mask S R in a row; no state. Source: Wang et al., arXiv:2006.04768.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, accumulator, check_call, floating, key_mask
+from effattn_jax._places import count_positions, rows_of_table
 from effattn_jax.attention.softmax import dot_product_attention
 
 __all__ = ["linformer_attention"]
@@ -37,7 +38,8 @@ def linformer_attention(
     Args:
       query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N.
       bias: refused: a score belongs to a mixture of keys.
-      mask: boolean over keys, broadcastable to (*B, 1, 1, S); True = attend. Masked keys and values enter the projections as 0.
+      mask: boolean over keys, broadcastable to (*B, 1, 1, S); True = attend. Keys that are masked do not exist:
+        the columns of E and F are those of a key's place among the others.
       scale: factor on the scores; None is 1 / sqrt(H).
       is_causal: refused, as are segment_ids, initial_state and return_state: every row of E mixes all positions, later ones too.
       implementation: of the softmax over the R mixtures, as in `dot_product_attention`.
@@ -49,7 +51,7 @@ def linformer_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O((T + S) R (H + V)) a head, memory O(T + S). Source: arXiv:2006.04768.
+    Cost O((T + S) R (H + V)) a head, memory O(T + S), with a mask S R in a row. Source: arXiv:2006.04768.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
@@ -89,6 +91,10 @@ def _project(name: str, projection: ArrayLike, x: jax.Array, real: jax.Array | N
             f"{name} must have shape (R, L) or (K, R, L) = ({heads}, R, L) with L at least S = {length}; got shape {shape}"
         )
     dtype = accumulator(x, projection)
-    x = x.astype(dtype) if real is None else jnp.where(real[..., None, None], x, 0).astype(dtype)
-    first = projection[..., :length].astype(dtype)
-    return jnp.einsum("rs,bskh->brkh" if projection.ndim == 2 else "krs,bskh->brkh", first, x)
+    table = jnp.moveaxis(projection, -1, 0).astype(dtype)
+    if real is None:
+        columns = table[:length]
+        return jnp.einsum("sr,bskh->brkh" if projection.ndim == 2 else "skr,bskh->brkh", columns, x.astype(dtype))
+    columns = rows_of_table(table, jnp.where(real, count_positions(real.shape, real), 0))
+    x = jnp.where(real[..., None, None], x, 0).astype(dtype)
+    return jnp.einsum("bsr,bskh->brkh" if projection.ndim == 2 else "bskr,bskh->brkh", columns, x)

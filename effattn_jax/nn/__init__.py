@@ -54,6 +54,7 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "strided": partial(MultiHeadAttention, kernel="strided", options={"stride": 32}),
     "fixed": partial(MultiHeadAttention, kernel="fixed", options={"block": 32, "summary": 4}),
     "topk": partial(MultiHeadAttention, kernel="topk", options={"k": 32}),
+    "linformer": partial(MultiHeadAttention, kernel="linformer"),
     "performer": partial(MultiHeadAttention, kernel="performer", frozen=("projection",)),
     "performer_relu": partial(
         MultiHeadAttention,

@@ -43,6 +43,11 @@ def takes_window(kernel: str) -> bool:
     return "window" in arguments(kernel) and kernel != "rerope"
 
 
+def has_causal_form(kernel: str) -> bool:
+    """Whether it can look at the past alone."""
+    return "causality" not in line(kernel).exempt
+
+
 def has_tables(kernel: str) -> bool:
     """Whether its weights are tables of places."""
     make = weights(kernel)
@@ -61,14 +66,15 @@ def drawn(kernel: str, seed: int, *sizes: int) -> Mapping[str, np.ndarray]:
         return {name: np.asarray(x) for name, x in weights(kernel)(jax.random.key(seed), *sizes).items()}
 
 
-def further_flops(kernel: str, heads: int, head_dim: int, seen: int) -> int:
-    """Operations a token on the weights of positions: products with the rows of tables, and of further features for each key seen."""
+def further_flops(kernel: str, heads: int, kv_heads: int, head_dim: int, seen: int) -> int:
+    """Operations a token on weights with places: products with the rows of tables, and of further features for each key seen."""
     inner, waves = heads * head_dim, _waves(head_dim)
     return {
         "shaw": 4 * (2 * SHAW_REACH + 1) * inner,
         "disentangled": 8 * DISENTANGLED_REACH * inner,
         "xl": 2 * waves * (inner + heads * seen),
         "tupe": 2 * (head_dim + 2) * heads * seen,
+        "linformer": 4 * seen * kv_heads * head_dim,
     }.get(kernel, 0)
 
 
@@ -107,8 +113,17 @@ def _tupe(rng, num_heads, num_kv_heads, head_dim, length):
     return {"position_query": rows[:, 0], "position_key": rows[:, 1], "first_token": jnp.zeros((num_heads, 2))}
 
 
+def _linformer(rng, num_heads, num_kv_heads, head_dim, length):
+    """E and F with a column a place, shared by the heads; sums of independent keys keep the keys' size whatever the length is."""
+    del num_heads, num_kv_heads, head_dim
+    first, second = jax.random.normal(rng, (2, attention.LINFORMER_ROWS, length)) / length**0.5
+    return {"key_projection": first, "value_projection": second}
+
+
 def _waves(head_dim: int) -> int:
     return head_dim + head_dim % 2
 
 
-_WEIGHTS = {"shaw": _shaw, "disentangled": _disentangled, "xl": _transformer_xl, "tupe": _tupe}
+_WEIGHTS = {
+    "shaw": _shaw, "disentangled": _disentangled, "xl": _transformer_xl, "tupe": _tupe, "linformer": _linformer,
+}  # fmt: skip

@@ -28,7 +28,7 @@ class MultiHeadAttention(SequenceMixer):
 
     Rotary positions turn q and k before the kernel: scores then depend on distances only, and so do features whose products are functions of
     q . k and of lengths ("cosine", "taylor", Performer's in the mean). Features of other maps ("elu", "relu", "dpfp", "hedgehog") are turned
-    themselves, in the numerator alone (`position.rotary_linear_attention`). Of "exp" and of efficient attention neither is true: there turned
+    themselves, in the numerator alone (`position.rotary_linear_attention`). Of "exp", efficient attention and Linformer neither is true: there turned
     q and k say where a token stands, not how far off another is. A decay for each feature (GLA) commutes with turns where both features of a pair
     have the same: there it is the mean of the two. Kernels of `position.MIXERS` have positions of their own, and no others besides.
 
@@ -225,7 +225,7 @@ class MultiHeadAttention(SequenceMixer):
 
     @nn.nowrap
     def flops_per_token(self, context: int) -> int:
-        """Projections, and 4 H for each visible key (pairwise kernels) or 4 M H for a state of M features (others), a
+        """Projections, and 4 H for each visible key (pairwise kernels, Linformer's mixtures) or 4 M H for a state of M features (others), a
         head; the delta rule reads its state once more, 2 M H; weights of positions add their products.
 
         A causal pairwise kernel is counted over all `context` keys, as is usual for model FLOPs utilisation; a window
@@ -240,7 +240,7 @@ class MultiHeadAttention(SequenceMixer):
         if self.head_decay:
             sizes["log_decay"] = self.width * self.heads
         gates = 2 * sum(sizes[name] for name in self.gates)
-        if kernels.line(self.kernel).pairwise:
+        if kernels.line(self.kernel).pairwise or kernels.line(self.kernel).keys_seen is not None:
             reach = context if self.window is None else self.window * (1 if self.causal else 2) + 1
             seen = min(context, reach)
             if kernels.line(self.kernel).keys_seen is not None:
@@ -249,7 +249,7 @@ class MultiHeadAttention(SequenceMixer):
         else:
             seen = jax.tree.leaves(jax.eval_shape(lambda: self.init_state(1, 1)))[0].shape[-2]
         passes = 2 if self.gates and not self.causal else 1  # decays make the bidirectional form two passes
-        further = kernels.further_flops(self.kernel, self.heads, self._head_dim, seen)
+        further = kernels.further_flops(self.kernel, self.heads, self.kv_heads, self._head_dim, seen)
         return projections + gates + further + passes * (6 if "beta" in self.gates else 4) * inner * seen
 
     @nn.nowrap
@@ -261,6 +261,11 @@ class MultiHeadAttention(SequenceMixer):
     def fixes_length(self) -> bool:
         """Whether the kernel has tables of places."""
         return kernels.has_tables(self.kernel)
+
+    @nn.nowrap
+    def accepts_causal(self) -> bool:
+        """Whether the kernel has a causal form."""
+        return kernels.has_causal_form(self.kernel)
 
     @nn.nowrap
     def has_positions(self) -> bool:

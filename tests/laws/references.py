@@ -28,7 +28,7 @@ from .token_references import TOKEN_REFERENCES
 
 
 def linformer(inputs, *, key_projection, value_projection, mask=None, is_causal=False):
-    """softmax(q (E k)^T) (F v), masked keys and values 0."""
+    """softmax(q (E k)^T) (F v), E and F having a column for the first real key, the second, ..."""
     assert not is_causal
     keys = inputs["key"].shape[1]
     real = (
@@ -38,7 +38,9 @@ def linformer(inputs, *, key_projection, value_projection, mask=None, is_causal=
     )
 
     def mixed(matrix, x):
-        return jnp.einsum("rs,bskh->brkh", matrix[:, :keys], jnp.where(real[..., None, None], x, 0.0))
+        columns = jnp.stack([jnp.asarray(matrix)[:, jnp.maximum(jnp.cumsum(row) - 1, 0)] for row in real])
+        columns = jnp.broadcast_to(columns, (x.shape[0], *columns.shape[1:]))
+        return jnp.einsum("brs,bskh->brkh", columns, jnp.where(real[..., None, None], x, 0.0))
 
     mixtures = {"key": mixed(key_projection, inputs["key"]), "value": mixed(value_projection, inputs["value"])}
     return softmax(inputs | mixtures, is_causal=False)
