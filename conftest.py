@@ -26,7 +26,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(100_000, 20, 20)  # tracing makes millions of objects that live on: looking for cycles among them took a tenth of the time
+gc.set_threshold(
+    100_000, 20, 20
+)  # tracing makes millions of objects that live on: looking for cycles among them took a tenth of the time
 
 
 def pytest_configure(config: pytest.Config) -> None:

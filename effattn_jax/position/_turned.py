@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import accumulator
+from effattn_jax._derivatives import Fixed
 from effattn_jax._products import row_products
 from effattn_jax.recurrence._chunks import scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, masked, normalized
@@ -61,7 +62,7 @@ class Turned(NamedTuple):
         plan = self._replace(by_product=not parallel)
         if parallel and value.dtype == jnp.bfloat16:
             plan = plan._replace(above=self.above._replace(operands=value.dtype))
-        body, pull = partial(_chunk, plan, value.dtype), partial(_pull, plan)
+        body, pull = Fixed(_chunk, plan, value.dtype), Fixed(_pull, plan)
 
         def fold(body, state, inputs, marks, *, size):
             if parallel:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import accumulator
-from effattn_jax._derivatives import tie, with_backward
+from effattn_jax._derivatives import Fixed, tie, with_backward
 from effattn_jax.recurrence._chunks import pull_by_vjp, scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, decays_of, heads_first, keep_steps, masked
 from effattn_jax.recurrence._outer_pull import pull_chunk
@@ -75,8 +75,8 @@ def outer_product(
         )
     if parallel and value.dtype == jnp.bfloat16:
         options = options._replace(operands=value.dtype)
-    body = partial(chunk, options, value.dtype)
-    pull = partial(pull_by_vjp, body) if per_feature else partial(pull_chunk, options)
+    body = Fixed(chunk, options, value.dtype)
+    pull = Fixed(pull_by_vjp, body) if per_feature else Fixed(pull_chunk, options)
 
     def fold(body, state, inputs, marks, *, size):
         if parallel:
