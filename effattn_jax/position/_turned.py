@@ -66,7 +66,9 @@ class Turned(NamedTuple):
 
         def fold(body, state, inputs, marks, *, size):
             if parallel:
-                return side_by_side(body, pull, partial(_kept, state), state, inputs, marks, size)
+                return side_by_side(
+                    body, pull, Fixed(_kept, state[0].dtype, state[1] is not None), state, inputs, marks, size
+                )
             return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
 
         return over_chunks(body, state, arrays, size=size, fold=fold, **marks)
@@ -80,8 +82,8 @@ def _start(plan: Turned, query: jax.Array, key: jax.Array, value: jax.Array) -> 
     return state, None if plan.below is None else total
 
 
-def _kept(state: Any, inputs: Any, marks: Marks) -> Any:
-    return kept_states(state, (*inputs[:3], None), marks)
+def _kept(dtype: Any, normalized: bool, inputs: Any, marks: Marks) -> Any:
+    return kept_states(dtype, normalized, (*inputs[:3], None), marks)
 
 
 def _features(plan: Turned, marks: Marks, dtype: Any, inputs: Any) -> tuple:
