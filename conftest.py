@@ -1,5 +1,6 @@
 """What every test and doctest runs under: eight simulated CPU devices, a compilation cache, and no silent broadcasting of ranks."""
 
+import gc
 import os
 import pathlib
 from importlib.metadata import version
@@ -25,6 +26,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(
+    100_000, 20, 20
+)  # tracing makes millions of objects that live on: looking for cycles among them took a tenth of the time
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +37,12 @@ def pytest_configure(config: pytest.Config) -> None:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for category in ("DeprecationWarning", "FutureWarning"):
             config.addinivalue_line("filterwarnings", f"error::{category}:{module}")
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays, so no later collection of garbage need look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ def command(folder: Path, steps: int) -> list[str]:
 
 def start(folder: Path, steps: int, devices: int) -> subprocess.Popen:
     """Start the run on a number of simulated CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    # Of two flags the last one holds: the number of devices is this one, all else as in this process.
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         command(folder, steps), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

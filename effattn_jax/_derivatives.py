@@ -8,13 +8,20 @@ arrange the backward pass. Here the tangent map L of a kernel enters as the line
 
 given to `jax.lax.custom_linear_solve`, whose solution is differentiable to any order, batches under vmap, and whose transposed
 solution is ours to write: that is where the O(T)-memory backward pass goes.
+
+A kernel is traced many times in a program and its derivatives. Its parts are functions under `jax.jit`, so each is traced once; and a kernel
+made of the same parts again (`Fixed`) is the same kernel, whose traces of other calls serve.
 """
 
+import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 __all__: list[str] = []
 
@@ -27,8 +34,10 @@ def linear_zero(*arrays: jax.Array) -> jax.Array:
     """
     zero = jnp.float32(0)
     for array in arrays:
-        nothing = jnp.sum(jnp.atleast_1d(array)[..., :0])
-        zero = zero + (nothing if jnp.issubdtype(array.dtype, jnp.inexact) else nothing.astype(jnp.float32))
+        nothing = lax.slice_in_dim(jnp.atleast_1d(array), 0, 0, axis=-1)
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            nothing = nothing.astype(jnp.float32)
+        zero = zero + lax.reduce(nothing, np.zeros((), nothing.dtype), lax.add, range(nothing.ndim))
     return zero
 
 
@@ -52,6 +61,33 @@ def _like(zero: jax.Array, array: jax.Array) -> jax.Array:
     return (zero if jnp.iscomplexobj(array) else zero.real).astype(array.dtype)
 
 
+class Fixed:
+    """A function with its first arguments. Two with the same ones are equal, and so are what JAX has traced of them."""
+
+    def __init__(self, function: Callable, *arguments: Any):
+        self.parts = (function, *arguments)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.parts[0](*self.parts[1:], *arguments)
+
+    def __eq__(self, other: Any) -> bool:
+        return isinstance(other, Fixed) and self.parts == other.parts
+
+    def __hash__(self) -> int:
+        return hash(self.parts)
+
+
+def _lasts(part: Any) -> bool:
+    """Whether something may be kept for other calls: constants, and functions that hold no arrays (a closure may)."""
+    if isinstance(part, Fixed):
+        return _lasts(part.parts)
+    if isinstance(part, tuple):
+        return all(map(_lasts, part))
+    if isinstance(part, types.FunctionType):
+        return part.__closure__ is None
+    return part is None or isinstance(part, bool | int | float | str | type | np.dtype)
+
+
 def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Callable:
     """A function `f(arrays, aux)` computed by `forward`, differentiated backwards by `backward` and in every other way through `plain`.
 
@@ -62,10 +98,49 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
         It is traced but never compiled in a first-order gradient.
       backward: `backward(arrays, aux, out, cotangents_of_out) -> cotangents_of_arrays`.
     """
+    parts = (forward, plain, backward)
+    return _known(*parts) if _lasts(parts) else _made(*parts)
+
+
+def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:
+    @jax.jit
+    def kernel(arrays, aux):
+        return forward(arrays, aux)
+
+    @jax.jit
+    def tangent_map(arrays, aux, t):
+        return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
+
+    @jax.jit
+    def transposed(arrays, aux, out, cotangents):
+        return backward(arrays, aux, out, cotangents)
+
+    @jax.jit
+    def tangents_of_out(arrays, aux, out, tangents):
+        # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
+        # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.
+        zero = linear_zero(*jax.tree.leaves(arrays))
+
+        def matvec(x):
+            t, y = jax.tree.map(lambda leaf: leaf + _like(zero, leaf) * leaf, x)
+            return t, jax.tree.map(jnp.subtract, y, tangent_map(arrays, aux, x[0]))
+
+        def solve(_, b):
+            t, y = b
+            return t, jax.tree.map(jnp.add, y, tangent_map(arrays, aux, t))
+
+        def transpose_solve(_, c):
+            ct_in, ct_out = c
+            return jax.tree.map(jnp.add, ct_in, transposed(arrays, aux, out, ct_out)), ct_out
+
+        nothing = jax.tree.map(jnp.zeros_like, out)
+        right_side = _add_zero((tangents, nothing), linear_zero(*jax.tree.leaves(tangents)))
+        solution = jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)
+        return _add_zero(solution[1], linear_zero(*jax.tree.leaves(solution)))
 
     @jax.custom_jvp
     def call(arrays: Any, aux: Any) -> Any:
-        return forward(arrays, aux)
+        return kernel(arrays, aux)
 
     @call.defjvp
     def rule(primals, tangents):
@@ -73,29 +148,9 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
         out = call(arrays, aux)
         # Tangents that JAX fills in as zeros come without the sharding of their array (jax 0.7); the sum has it.
         tangents = jax.tree.map(lambda t, array: t + jnp.zeros_like(array), tangents, arrays)
-
-        def tangent_map(t):
-            return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
-
-        # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
-        # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.
-        zero = linear_zero(*jax.tree.leaves(arrays))
-
-        def matvec(x):
-            t, y = jax.tree.map(lambda leaf: leaf + _like(zero, leaf) * leaf, x)
-            return t, jax.tree.map(jnp.subtract, y, tangent_map(x[0]))
-
-        def solve(_, b):
-            t, y = b
-            return t, jax.tree.map(jnp.add, y, tangent_map(t))
-
-        def transpose_solve(_, c):
-            ct_in, ct_out = c
-            return jax.tree.map(jnp.add, ct_in, backward(arrays, aux, out, ct_out)), ct_out
-
-        nothing = jax.tree.map(jnp.zeros_like, out)
-        right_side = _add_zero((tangents, nothing), linear_zero(*jax.tree.leaves(tangents)))
-        solution = jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)
-        return out, _add_zero(solution[1], linear_zero(*jax.tree.leaves(solution)))
+        return out, tangents_of_out(arrays, aux, out, tangents)
 
     return call
+
+
+_known = functools.lru_cache(maxsize=256)(_made)

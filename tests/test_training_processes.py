@@ -45,10 +45,9 @@ SHORT = [
 
 def start(folder, *arguments, devices=1):
     command = [sys.executable, "train.py", "quickstart", *SMALL, *SHORT, "--train.run-dir", str(folder), *arguments]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    # The last of two flags holds, and the cheap passes of conftest.py stay.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._derivatives import tie, with_backward
+from effattn_jax._derivatives import Fixed, tie, with_backward
 from effattn_jax._products import row_products
 from effattn_jax.attention._pairs import (
     Arrays,
@@ -211,14 +211,5 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) 
 def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, V) and lse (B, T, N); T, S >= 1, block sizes at most T and S."""
     arrays, marks = tie((arrays, marks))
-
-    def forward(arrays, marks):
-        return _forward(spec, arrays, marks)
-
-    def plain(arrays, marks):
-        return by_rows(spec, arrays, marks)
-
-    def backward(arrays, marks, results, cotangents):
-        return _backward(spec, arrays, marks, results, cotangents)
-
-    return with_backward(forward, plain, backward)(arrays, marks)
+    forms = (Fixed(form, spec) for form in (_forward, by_rows, _backward))
+    return with_backward(*forms)(arrays, marks)

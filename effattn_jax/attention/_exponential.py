@@ -7,7 +7,6 @@ normaliser is sum_a exp(q_i[a]) Z_i[a]. Sums are kept divided by exp(c_i[a]), c 
 maximum rescales them by exp(c_{i-1} - c_i) <= 1. The result does not depend on c, so c is a constant to derivatives.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, accumulator
+from effattn_jax._derivatives import Fixed
 from effattn_jax.attention import _frame
 from effattn_jax.recurrence._outer_chunks import (
     Options,
@@ -103,7 +103,7 @@ def _kernel(joint: bool) -> Any:
     def kernel(query, key, value, extras, carry, *, size, **marks):
         carry = _first(key, value, accumulator(query, key, value)) if carry is None else carry
         size = min(size or _CHUNK, key.shape[1])
-        return over_chunks(partial(_chunk, joint, value.dtype), carry, (query, key, value), size=size, **marks)
+        return over_chunks(Fixed(_chunk, joint, value.dtype), carry, (query, key, value), size=size, **marks)
 
     return kernel
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._derivatives import Fixed
 from effattn_jax.attention import _frame
 from effattn_jax.recurrence._outer_chunks import (
     Options,
@@ -125,7 +126,7 @@ def _kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
     if carry is None:
         z = jnp.zeros_like(key[:, 0], dtype)
         carry = (jnp.zeros_like(z[..., None] * value[:, 0, :, None].astype(dtype)),)
-    body = partial(_chunk, Options(strict=strict), value.dtype)
+    body = Fixed(_chunk, Options(strict=strict), value.dtype)
     out, (state, _) = over_chunks(
         body, (carry[0], None), (query, key, value, *extras), size=min(size or 64, key.shape[1]), **marks
     )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import accumulator
+from effattn_jax._derivatives import Fixed
 from effattn_jax._products import row_products
 from effattn_jax.recurrence._chunks import scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, masked, normalized
@@ -61,11 +62,13 @@ class Turned(NamedTuple):
         plan = self._replace(by_product=not parallel)
         if parallel and value.dtype == jnp.bfloat16:
             plan = plan._replace(above=self.above._replace(operands=value.dtype))
-        body, pull = partial(_chunk, plan, value.dtype), partial(_pull, plan)
+        body, pull = Fixed(_chunk, plan, value.dtype), Fixed(_pull, plan)
 
         def fold(body, state, inputs, marks, *, size):
             if parallel:
-                return side_by_side(body, pull, partial(_kept, state), state, inputs, marks, size)
+                return side_by_side(
+                    body, pull, Fixed(_kept, state[0].dtype, state[1] is not None), state, inputs, marks, size
+                )
             return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
 
         return over_chunks(body, state, arrays, size=size, fold=fold, **marks)
@@ -79,8 +82,8 @@ def _start(plan: Turned, query: jax.Array, key: jax.Array, value: jax.Array) -> 
     return state, None if plan.below is None else total
 
 
-def _kept(state: Any, inputs: Any, marks: Marks) -> Any:
-    return kept_states(state, (*inputs[:3], None), marks)
+def _kept(dtype: Any, normalized: bool, inputs: Any, marks: Marks) -> Any:
+    return kept_states(dtype, normalized, (*inputs[:3], None), marks)
 
 
 def _features(plan: Turned, marks: Marks, dtype: Any, inputs: Any) -> tuple:

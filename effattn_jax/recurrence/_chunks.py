@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._derivatives import with_backward
+from effattn_jax._derivatives import Fixed, with_backward
 
 __all__: list[str] = []
 
@@ -75,6 +75,63 @@ def pull_by_vjp(
     return jax.vjp(lambda c, x, *w: body(c, x, aux, *w), carry, inputs, *weights)[1]((d_carry, d_out))
 
 
+def _forward(body: Callable, size: int, count: int, arrays: Any, aux: Any) -> tuple[Any, Any]:
+    """All chunks one after the other."""
+    carry, inputs, *shared = arrays
+    _, first = body(carry, _chunk(inputs, 0, size), _chunk(aux, 0, size), *shared)
+
+    def step(i, state):
+        carry, buffers = state
+        carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)
+        return carry, _store(buffers, out, first, i, size)
+
+    buffers = jax.tree.map(_bits, _over_time(first, count))
+    carry, buffers = lax.fori_loop(0, count, step, (carry, buffers))
+    return carry, _from_bits(buffers, first)
+
+
+def _plain(body: Callable, size: int, arrays: Any, aux: Any) -> tuple[Any, Any]:
+    """The same by `lax.scan`, which JAX differentiates to any order."""
+    carry, inputs, *shared = arrays
+    step = jax.checkpoint(lambda carry, x: body(carry, *x, *shared))
+    carry, out = lax.scan(step, carry, jax.tree.map(partial(_split, size), (inputs, aux)))
+    return carry, jax.tree.map(_join, out)
+
+
+def _backward(
+    body: Callable, pull: Callable, size: int, count: int, arrays: Any, aux: Any, results: Any, cotangents: Any
+) -> tuple[Any, ...]:
+    """Cotangents of (carry, inputs, weights): the chunks forwards for the carries at their starts, then backwards."""
+    first, inputs, *shared = arrays
+    outputs, (d_carry, d_out) = results[1], cotangents
+
+    def keep(i, state):
+        carry, kept = state
+        kept = jax.tree.map(lambda k, c: lax.dynamic_update_index_in_dim(k, c, i, axis=0), kept, carry)
+        return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)[0], kept
+
+    kept = jax.tree.map(lambda c: jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)), first)
+    _, kept = lax.fori_loop(0, count, keep, (first, kept))
+
+    def step(j, state):
+        i = count - 1 - j
+        d_carry, d_inputs, *d_shared = state
+        carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
+        chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
+        d_out_chunk = _chunk(d_out, i, size)
+        d_carry, d_chunk, *more = pull(carry, *chunks, d_carry, d_out_chunk, *shared)
+        return d_carry, _store(d_inputs, d_chunk, inputs, i, size), *jax.tree.map(jnp.add, d_shared, more)
+
+    leaves, tree = jax.tree.flatten(inputs)
+    buffers = jax.tree.unflatten(
+        tree, [_bits(jnp.full_like(x, fill + 100)) for fill, x in enumerate(leaves)]
+    )  # unlike forward's
+    d_carry, buffers, *d_shared = lax.fori_loop(
+        0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared))
+    )
+    return d_carry, _from_bits(buffers, inputs), *d_shared
+
+
 def scan_chunks(
     body: Callable, carry: Any, inputs: Any, aux: Any, *, size: int, pull: Callable | None = None, weights: Any = None
 ) -> tuple[Any, Any]:
@@ -89,55 +146,6 @@ def scan_chunks(
     if count == 1:
         return body(carry, inputs, aux, *shared)
 
-    def forward(arrays, aux):
-        carry, inputs, *shared = arrays
-        _, first = body(carry, _chunk(inputs, 0, size), _chunk(aux, 0, size), *shared)
-
-        def step(i, state):
-            carry, buffers = state
-            carry, out = body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)
-            return carry, _store(buffers, out, first, i, size)
-
-        buffers = jax.tree.map(_bits, _over_time(first, count))
-        carry, buffers = lax.fori_loop(0, count, step, (carry, buffers))
-        return carry, _from_bits(buffers, first)
-
-    def plain(arrays, aux):
-        carry, inputs, *shared = arrays
-        step = jax.checkpoint(lambda carry, x: body(carry, *x, *shared))
-        carry, out = lax.scan(step, carry, jax.tree.map(partial(_split, size), (inputs, aux)))
-        return carry, jax.tree.map(_join, out)
-
-    def backward(arrays, aux, results, cotangents):
-        first, inputs, *shared = arrays
-        outputs, (d_carry, d_out) = results[1], cotangents
-
-        def keep(i, state):
-            carry, kept = state
-            kept = jax.tree.map(lambda k, c: lax.dynamic_update_index_in_dim(k, c, i, axis=0), kept, carry)
-            return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)[0], kept
-
-        kept = jax.tree.map(lambda c: jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)), first)
-        _, kept = lax.fori_loop(0, count, keep, (first, kept))
-
-        def step(j, state):
-            i = count - 1 - j
-            d_carry, d_inputs, *d_shared = state
-            carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
-            chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
-            d_out_chunk = _chunk(d_out, i, size)
-            d_carry, d_chunk, *more = (pull or partial(pull_by_vjp, body))(
-                carry, *chunks, d_carry, d_out_chunk, *shared
-            )
-            return d_carry, _store(d_inputs, d_chunk, inputs, i, size), *jax.tree.map(jnp.add, d_shared, more)
-
-        leaves, tree = jax.tree.flatten(inputs)
-        buffers = jax.tree.unflatten(
-            tree, [_bits(jnp.full_like(x, fill + 100)) for fill, x in enumerate(leaves)]
-        )  # unlike forward's
-        d_carry, buffers, *d_shared = lax.fori_loop(
-            0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared))
-        )
-        return d_carry, _from_bits(buffers, inputs), *d_shared
-
-    return with_backward(forward, plain, backward)((carry, inputs, *shared), aux)
+    forms = Fixed(_forward, body, size, count), Fixed(_plain, body, size)
+    pull = pull or Fixed(pull_by_vjp, body)
+    return with_backward(*forms, Fixed(_backward, body, pull, size, count))((carry, inputs, *shared), aux)

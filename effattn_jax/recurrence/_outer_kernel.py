@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import accumulator
-from effattn_jax._derivatives import tie, with_backward
+from effattn_jax._derivatives import Fixed, tie, with_backward
 from effattn_jax.recurrence._chunks import pull_by_vjp, scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, decays_of, heads_first, keep_steps, masked
 from effattn_jax.recurrence._outer_pull import pull_chunk
@@ -75,12 +75,14 @@ def outer_product(
         )
     if parallel and value.dtype == jnp.bfloat16:
         options = options._replace(operands=value.dtype)
-    body = partial(chunk, options, value.dtype)
-    pull = partial(pull_by_vjp, body) if per_feature else partial(pull_chunk, options)
+    body = Fixed(chunk, options, value.dtype)
+    pull = Fixed(pull_by_vjp, body) if per_feature else Fixed(pull_chunk, options)
 
     def fold(body, state, inputs, marks, *, size):
         if parallel:
-            return side_by_side(body, pull, partial(kept_states, state), state, inputs, marks, size)
+            return side_by_side(
+                body, pull, Fixed(kept_states, state[0].dtype, state[1] is not None), state, inputs, marks, size
+            )
         return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
 
     marked = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
@@ -112,16 +114,69 @@ def over_chunks(
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
 
 
-def kept_states(state: Any, inputs: Any, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
-    """The factors that each of the chunks (axis 0) puts on the two parts of the state before it."""
+def kept_states(dtype: Any, normalized: bool, inputs: Any, marks: Marks) -> tuple[jax.Array, jax.Array | None]:
+    """The factors that each of the chunks (axis 0) puts on the two parts of the state before it, of that dtype; a normaliser is the second."""
     log_decay = inputs[3]
     if log_decay is None:
-        kept = jnp.ones_like(inputs[1][:, 0, :, :1], state[0].dtype)
+        kept = jnp.ones_like(inputs[1][:, 0, :, :1], dtype)
     else:
-        kept = decays_of(keep_steps(heads_first(log_decay, state[0].dtype), marks.key_mask)).kept
+        kept = decays_of(keep_steps(heads_first(log_decay, dtype), marks.key_mask)).kept
     if marks.run is not None:
         kept = masked(kept, (marks.run[:, -1:] == marks.run_before[:, -1:])[:, 0])
-    return kept[..., None], None if state[1] is None else kept
+    return kept[..., None], kept if normalized else None
+
+
+# The parts of `side_by_side`. Chunks are an axis of their own, not part of the batch: that may be sharded. `_every` runs a function over them.
+_every = partial(jax.vmap, in_axes=1, out_axes=1)
+
+
+def _split(tree: Any, size: int) -> Any:
+    """Arrays (B, T, ...) as (B, T / C, C, ...)."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:]), tree)
+
+
+def _join(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), tree)
+
+
+def _between(state: Any, factors: Any, sums: Any, reverse: bool = False) -> tuple[Any, Any]:
+    """The last state, and the states before each chunk (after it in reverse), from the sums that the chunks add."""
+
+    def step(state, x):
+        return jax.tree.map(lambda f, s, new: forget(f, s) + new, x[0], state, x[1]), state
+
+    over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factors, sums))
+    state, seen = jax.lax.scan(step, state, over_time, reverse=reverse)
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
+
+
+def _states(body: Callable, kept: Callable, state: Any, inputs: Any, marks: Marks) -> tuple[Any, ...]:
+    """A zero state and the factors of each chunk, the last state, the states before each chunk."""
+    count = inputs[1].shape[1]
+    zero = jax.tree.map(
+        lambda x: jnp.broadcast_to(jnp.zeros_like(x)[:, None], (x.shape[0], count, *x.shape[1:])), state
+    )
+    factors = _every(kept)(inputs, marks)
+    return zero, factors, *_between(state, factors, _every(body)(zero, inputs, marks)[0])
+
+
+def _forward(body: Callable, kept: Callable, size: int, arrays: Any, marks: Marks) -> tuple[Any, Any]:
+    state, inputs = arrays
+    inputs, marks = _split((inputs, marks), size)
+    _, _, state, before = _states(body, kept, state, inputs, marks)
+    return state, _join(_every(body)(before, inputs, marks)[1])
+
+
+def _backward(
+    body: Callable, pull: Callable, kept: Callable, size: int, arrays: Any, marks: Marks, results: Any, cotangents: Any
+) -> tuple[Any, Any]:
+    state, inputs = arrays
+    d_state, d_out = cotangents
+    inputs, marks, outputs, d_out = _split((inputs, marks, results[1], d_out), size)
+    zero, factors, _, before = _states(body, kept, state, inputs, marks)
+    sums = _every(pull)(before, inputs, marks, outputs, zero, d_out)[0]
+    d_state, after = _between(d_state, factors, sums, reverse=True)
+    return d_state, _join(_every(pull)(before, inputs, marks, outputs, after, d_out)[1])
 
 
 def side_by_side(
@@ -132,45 +187,5 @@ def side_by_side(
     The scan is over T / C states; all else is batched over chunks. Memory O(T (C + H V / C)) in both passes; the backward pass scans the
     cotangents of the states the other way. `kept(inputs, marks)` is the factor that a chunk puts on the state before it, for each part of it.
     """
-    batch, length = inputs[1].shape[:2]
-    count = length // size
-    # Chunks are an axis of their own, not part of the batch: that may be sharded. `every` runs a function over them.
-    every = partial(jax.vmap, in_axes=1, out_axes=1)
-
-    def split(x):
-        return x.reshape(batch, count, size, *x.shape[2:])
-
-    def join(x):
-        return x.reshape(batch, length, *x.shape[3:])
-
-    def between(state, factors, sums, reverse=False):
-        """The last state, and the states before each chunk (after it in reverse), from the sums that the chunks add."""
-
-        def step(state, x):
-            return jax.tree.map(lambda f, s, new: forget(f, s) + new, x[0], state, x[1]), state
-
-        over_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (factors, sums))
-        state, seen = jax.lax.scan(step, state, over_time, reverse=reverse)
-        return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), seen)
-
-    def states(state, inputs, marks):
-        zero = jax.tree.map(lambda x: jnp.broadcast_to(jnp.zeros_like(x)[:, None], (batch, count, *x.shape[1:])), state)
-        factors = every(kept)(inputs, marks)
-        return zero, factors, *between(state, factors, every(body)(zero, inputs, marks)[0])
-
-    def forward(arrays, marks):
-        state, inputs = arrays
-        inputs, marks = jax.tree.map(split, (inputs, marks))
-        _, _, state, before = states(state, inputs, marks)
-        return state, jax.tree.map(join, every(body)(before, inputs, marks)[1])
-
-    def backward(arrays, marks, results, cotangents):
-        state, inputs = arrays
-        d_state, d_out = cotangents
-        inputs, marks, outputs, d_out = jax.tree.map(split, (inputs, marks, results[1], d_out))
-        zero, factors, _, before = states(state, inputs, marks)
-        sums = every(pull)(before, inputs, marks, outputs, zero, d_out)[0]
-        d_state, after = between(d_state, factors, sums, reverse=True)
-        return d_state, jax.tree.map(join, every(pull)(before, inputs, marks, outputs, after, d_out)[1])
-
-    return with_backward(forward, forward, backward)((state, inputs), marks)
+    forward = Fixed(_forward, body, kept, size)
+    return with_backward(forward, forward, Fixed(_backward, body, pull, kept, size))((state, inputs), marks)

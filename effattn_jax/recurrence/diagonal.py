@@ -8,6 +8,7 @@ Source: Martin and Cundy, arXiv:1709.04057; Blelloch 1990 for the associative fo
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -97,6 +98,7 @@ def _shift(x: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], axis=1)
 
 
+@partial(jax.jit, static_argnames=("reverse", "form"))  # traced once a shape
 def _solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) -> jax.Array:
     """h with h - a shift(h) = x; the transposed system runs the other way with decays one step further."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._derivatives import tie
+from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.recurrence._chunks import scan_chunks
 
@@ -63,17 +63,18 @@ def scan_states(
       implementation: of `diagonal_recurrence`, inside a chunk.
     """
 
-    def body(state, inputs, begin, weights):
-        decay, new = make(inputs, weights)
-        if begin is not None:
-            decay = jnp.where(begin.reshape(begin.shape + (1,) * (new.ndim - 2)), 0, jnp.broadcast_to(decay, new.shape))
-        x, state = diagonal_recurrence(
-            decay, new, initial_state=state, return_state=True, implementation=implementation
-        )
-        return state, read(x, inputs, weights)
-
     state, inputs, begin, weights = tie((state, inputs, begin, weights))
+    body = Fixed(_chunk, make, read, implementation)
     return fold(body, state, inputs, begin, weights, size or _CHUNK)
+
+
+def _chunk(make, read, implementation, state, inputs, begin, weights):
+    """Steps of one chunk: (last state, outputs)."""
+    decay, new = make(inputs, weights)
+    if begin is not None:
+        decay = jnp.where(begin.reshape(begin.shape + (1,) * (new.ndim - 2)), 0, jnp.broadcast_to(decay, new.shape))
+    x, state = diagonal_recurrence(decay, new, initial_state=state, return_state=True, implementation=implementation)
+    return state, read(x, inputs, weights)
 
 
 def real_part(x: jax.Array, poles: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._derivatives import tie
+from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.ssm._fold import fold
 from effattn_jax.ssm._poles import long_table, powers
@@ -124,7 +124,7 @@ def in_chunks(u: jax.Array, state: jax.Array, system: tuple, method: str, size: 
     clean, first_bad = _finite(u)
     whole, outs = length - length % size, []
     tables = _tables(system, method, size)
-    state, out = fold(partial(_group, size), state, (clean[:, :whole],), None, tables, _GROUP * size)
+    state, out = fold(Fixed(_group, size), state, (clean[:, :whole],), None, tables, _GROUP * size)
     outs.append(out)
     if whole < length:
         rest = length - whole

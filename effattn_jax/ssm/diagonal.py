@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, choose
+from effattn_jax._derivatives import Fixed
 from effattn_jax.ssm import _toeplitz
 from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, require
 from effattn_jax.ssm._fold import begins, real_part, scan_states
@@ -178,7 +179,7 @@ def diagonal_ssm(
         step = as_wide(inexact("step", step, (width,)), u)
         decay, gain = transition(step[:, None], Lambda, method)
         if scanned:
-            out, state = _regular(row, Lambda, (decay, gain * B, C), state, chunk_size, implementation)
+            out, state = _regular(row, (decay, gain * B, C), state, chunk_size, implementation)
         else:
             run = _toeplitz.convolved if mode == "convolution" else _toeplitz.in_chunks
             out, state = run(u, state, (Lambda, gain * B, C, step), method, chunk_size or 32)
@@ -186,35 +187,36 @@ def diagonal_ssm(
     return row.finish(out, state, return_state)
 
 
-def _regular(row, poles, weights, state, size, implementation):
-    """One step for all of time."""
-
-    def make(inputs, weights):
-        decay, enter, _ = weights
-        return decay[None, None], inputs[0][..., None] * enter[None, None]
-
-    def read(x, inputs, weights):
-        return real_part(jnp.sum(x * weights[2][None, None], axis=-1), poles)
-
+def _regular(row, weights, state, size, implementation):
+    """One step for all of time; weights are a, what u enters by, and C."""
     state, out = scan_states(
-        make, read, state, (row.arrays["u"],), begins(row.segments), weights, size=size, implementation=implementation
-    )
+        _same_steps, _read, state, (row.arrays["u"],), begins(row.segments), weights, size=size,
+        implementation=implementation,
+    )  # fmt: skip
     return out, state
+
+
+def _same_steps(inputs, weights):
+    decay, enter, _ = weights
+    return decay[None, None], inputs[0][..., None] * enter[None, None]
+
+
+def _read(x, inputs, weights):
+    del inputs
+    return real_part(jnp.sum(x * weights[2][None, None], axis=-1), weights[0])
 
 
 def _irregular(row, poles, B, C, state, method, size, implementation):
     """A step for each time."""
-
-    def make(inputs, weights):
-        u, step = inputs
-        decay, gain = transition(step[..., None], weights[0][None, None], method)
-        return decay, gain * weights[1][None, None] * u[..., None]
-
-    def read(x, inputs, weights):
-        return real_part(jnp.sum(x * weights[2][None, None], axis=-1), poles)
-
     inputs = (row.arrays["u"], row.arrays["step"])
     state, out = scan_states(
-        make, read, state, inputs, begins(row.segments), (poles, B, C), size=size, implementation=implementation
-    )
+        Fixed(_own_steps, method), _read, state, inputs, begins(row.segments), (poles, B, C), size=size,
+        implementation=implementation,
+    )  # fmt: skip
     return out, state
+
+
+def _own_steps(method, inputs, weights):
+    u, step = inputs
+    decay, gain = transition(step[..., None], weights[0][None, None], method)
+    return decay, gain * weights[1][None, None] * u[..., None]

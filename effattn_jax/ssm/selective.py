@@ -5,14 +5,13 @@
 Cost O(T D P), state D P; states exist for one chunk at a time in both passes. Source: Gu and Dao, arXiv:2312.00752.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike
-from effattn_jax._derivatives import tie
+from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.recurrence.diagonal import forget
 from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state
@@ -83,7 +82,7 @@ def selective_scan(
 
     begin = begins(row.segments)
     state, A, inputs, begin = tie((jnp.swapaxes(state, 1, 2), A.T, tuple(row.arrays.values()), begin))
-    body, pull = (partial(f, implementation) for f in (_chunk, _pull))
+    body, pull = (Fixed(f, implementation) for f in (_chunk, _pull))
     state, out = fold(body, state, inputs, begin, A, chunk_size or _CHUNK, pull)
     state = jnp.swapaxes(state, 1, 2)
     if D is not None:

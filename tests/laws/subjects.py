@@ -101,7 +101,7 @@ class Subject:
         """The forms that take and give a state; a parallel form may refuse, by a ValueError that says so."""
         if not self.causal:
             return ()
-        inputs = self.inputs(length=3)
+        inputs = self.inputs(length=0)
         return tuple(form for form in self.forms if not _refuses(self, inputs, "state", return_state=True, **form))
 
     @functools.cached_property
@@ -212,21 +212,21 @@ class Subject:
         """Does it have a causal form, and with it a state?"""
         if self.is_mixer:
             return "causality" not in self.entry.exempt
-        return not self.is_token_mixer or not _refuses(self, self.inputs(length=3), "is_causal", is_causal=True)
+        return not self.is_token_mixer or not _refuses(self, self.inputs(length=0), "is_causal", is_causal=True)
 
     @functools.cached_property
     def packs_both_ways(self) -> bool:
         """Does its form without causality take segments?"""
-        ids = np.zeros((2, 3), np.int32)
+        ids = np.zeros((2, 0), np.int32)
         return self.bidirectional and not _refuses(
-            self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids
+            self, self.inputs(length=0), "segment_ids", is_causal=False, segment_ids=ids
         )
 
     @functools.cached_property
     def bidirectional(self) -> bool:
         """Does it have a non-causal form?"""
         mixes = self.is_mixer or self.is_token_mixer
-        return mixes and not _refuses(self, self.inputs(length=3), "is_causal", is_causal=False)
+        return mixes and not _refuses(self, self.inputs(length=0), "is_causal", is_causal=False)
 
     @functools.cached_property
     def crosswise(self) -> bool:
@@ -241,11 +241,11 @@ class Subject:
     @functools.cached_property
     def takes_pairs_of_ids(self) -> bool:
         """Does it take other segment ids for keys than for queries?"""
-        ids = tuple(np.zeros((2, 3), np.int32) for _ in "qk")
+        ids = tuple(np.zeros((2, 0), np.int32) for _ in "qk")
         return (
             self.is_mixer
             and self.bidirectional
-            and not _refuses(self, self.inputs(length=3), "segment_ids", is_causal=False, segment_ids=ids)
+            and not _refuses(self, self.inputs(length=0), "segment_ids", is_causal=False, segment_ids=ids)
         )
 
 
