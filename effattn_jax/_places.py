@@ -57,3 +57,13 @@ def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> j
     if any(spec):  # on a mesh of Explicit axes a gather wants to be told
         sharded = {"out_sharding": PartitionSpec(*spec, *(None,) * (table.ndim - 1))}
     return table.at[places].get(mode="fill", fill_value=jnp.nan, **sharded)
+
+
+def split_like(table: jax.Array, axis: int, array: jax.Array, array_axis: int) -> jax.Array:
+    """The table with one axis split over devices as an axis of the array is, which products of the two along both ask for on a mesh of Explicit axes."""
+    name = jax.typeof(array).sharding.spec[array_axis]
+    spec = list(jax.typeof(table).sharding.spec)
+    if spec[axis] == name:
+        return table
+    spec[axis] = name
+    return jax.sharding.reshard(table, PartitionSpec(*spec))

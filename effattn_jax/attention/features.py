@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, choose, floating
+from effattn_jax._places import split_like
 
 __all__ = ["FEATURE_MAPS", "cosine_features", "dpfp_features", "elu_plus_one", "hedgehog_features", "taylor_features"]
 
@@ -81,6 +82,8 @@ def dpfp_features(x: jax.Array, *, order: int = 1) -> jax.Array:
 def hedgehog(x: jax.Array, weights: jax.Array) -> jax.Array:
     """[softmax(x W), softmax(-x W)] for x (..., N, H) and weights (N, H, P) or (H, P)."""
     dtype = jnp.result_type(x, weights)
+    if weights.ndim == 3:
+        weights = split_like(weights, 0, x, x.ndim - 2)
     rule = "...nh,nhp->...np" if weights.ndim == 3 else "...h,hp->...p"
     logits = jnp.einsum(rule, x.astype(dtype), weights.astype(dtype))
     return jnp.concatenate([jax.nn.softmax(logits, axis=-1), jax.nn.softmax(-logits, axis=-1)], axis=-1)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike
-from effattn_jax._places import rows_of_table
+from effattn_jax._places import rows_of_table, split_like
 from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, size
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
@@ -203,7 +203,7 @@ def synthesizer_factorized_dense(
 
         def rows(row, count):
             some = lax.dynamic_slice_in_dim(hidden, row, count, 1)
-            factors = [jnp.einsum("brnh,anh->bnra", some, x) for x in (left, right)]
+            factors = [jnp.einsum("brnh,anh->bnra", some, split_like(x, 1, some, 2)) for x in (left, right)]
             return columns_of(factors[0], p.places.key // width) * columns_of(factors[1], p.places.key % width)
 
         return by_rows(p, rows)
