@@ -84,14 +84,15 @@ def gradient_of(call):
 
 @pytest.mark.parametrize("subject, name, differentiated", CASES)
 def test_temporaries_are_linear_in_the_length(subject, name, differentiated):
-    """Twice the length, at most 2.2 times the temporaries, and far less than one T x S array."""
+    """Twice the length, at most 2.2 times the temporaries, and less growth than one T x S array's."""
     call, extra = patterns_of(subject)[name]
     function = gradient_of(call) if differentiated else call
     sizes = {"heads": HEADS, "kv_heads": 1, "head_dim": 16, "value_dim": 16}
     used = {T: temporaries(function, shapes(subject, T, **sizes), extra and extra(T)) for T in (SHORT, LONG)}
     assert used[LONG] <= 2.2 * used[SHORT] + 2**17, used
     if subject.is_mixer:
-        assert used[LONG] < LONG * LONG, f"{used[LONG]} bytes: room for a T x S mask of one byte a pair"
+        grown = used[LONG] - used[SHORT]
+        assert grown < LONG**2 - SHORT**2, f"grown by {grown} bytes: room for a T x S mask of one byte a pair"
 
 
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
