@@ -26,9 +26,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-gc.set_threshold(
-    100_000, 20, 20
-)  # tracing makes millions of objects that live on: looking for cycles among them took a tenth of the time
+# By default a tenth of the time goes into looking for cycles among the objects that tracing makes.
+gc.set_threshold(20_000, 10, 10)
 
 
 def pytest_configure(config: pytest.Config) -> None:

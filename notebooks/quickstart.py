@@ -151,7 +151,7 @@ run_dir = pathlib.Path(tempfile.mkdtemp()) / "notebook"
 steps = 60 if QUICK else 300
 config = Config(
     model=ModelConfig(layers=2, width=128, heads=4, mixer="linear", conv_width=4),
-    data=DataConfig(batch_size=16, context=128),
+    data=DataConfig(batch_size=8, context=64) if QUICK else DataConfig(batch_size=16, context=128),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=steps // 10),
     train=TrainConfig(
         steps=steps, run_dir=str(run_dir), eval_every=steps // 3, sample_prompt="The ", tensorboard=False
