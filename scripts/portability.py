@@ -30,7 +30,7 @@ TESTS = (
     "tests/laws",
     *(
         f"tests/test_{room}*.py"
-        for room in ("recurrence", "attention", "position", "objectives", "decoding", "models", "optim")
+        for room in ("attention", "mixing", "position", "ssm", "objectives", "decoding", "models", "optim", "pallas")
     ),
     "notebooks/quickstart.ipynb",
 )

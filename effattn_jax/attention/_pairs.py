@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._places import split_like
 from effattn_jax._products import row_products
 
 __all__: list[str] = []
@@ -172,6 +173,7 @@ def poisoned(see: jax.Array, bad: jax.Array) -> jax.Array:
     """Rows (B, K, G, R) that see a key marked bad (B, K, C). Those keys enter products as 0, since 0 * NaN is NaN where they are masked."""
     if see.shape[1:3] == (1, 1):
         see = jnp.broadcast_to(see[:, 0, 0], (bad.shape[0], *see.shape[3:])).astype(jnp.float32)
+        see = split_like(see, 0, bad, 0)
         return (jnp.einsum("bij,bkj->bki", see, bad.astype(jnp.float32)) > 0)[:, :, None]
     return jnp.any(see & bad[:, :, None, None, :], axis=-1)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, accumulator, check_call, floating, key_mask
-from effattn_jax._places import count_positions, rows_of_table
+from effattn_jax._places import count_positions, rows_of_table, split_like
 from effattn_jax.attention.softmax import dot_product_attention
 
 __all__ = ["linformer_attention"]
@@ -92,9 +92,12 @@ def _project(name: str, projection: ArrayLike, x: jax.Array, real: jax.Array | N
         )
     dtype = accumulator(x, projection)
     table = jnp.moveaxis(projection, -1, 0).astype(dtype)
+    if projection.ndim == 3:
+        table = split_like(table, 1, x, 2)
     if real is None:
         columns = table[:length]
         return jnp.einsum("sr,bskh->brkh" if projection.ndim == 2 else "skr,bskh->brkh", columns, x.astype(dtype))
+    real = split_like(real, 0, x, 0)
     columns = rows_of_table(table, jnp.where(real, count_positions(real.shape, real), 0))
     x = jnp.where(real[..., None, None], x, 0).astype(dtype)
     return jnp.einsum("bsr,bskh->brkh" if projection.ndim == 2 else "bskr,bskh->brkh", columns, x)
