@@ -102,20 +102,24 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
     return _known(*parts) if _lasts(parts) else _made(*parts)
 
 
+# Before jax 0.8 a gradient of a gradient through a solve with jitted parts came out wrong; there the parts are traced each time.
+_traced_once = jax.jit if jax.__version_info__ >= (0, 8) else lambda part: part
+
+
 def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:
-    @jax.jit
+    @_traced_once
     def kernel(arrays, aux):
         return forward(arrays, aux)
 
-    @jax.jit
+    @_traced_once
     def tangent_map(arrays, aux, t):
         return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
 
-    @jax.jit
+    @_traced_once
     def transposed(arrays, aux, out, cotangents):
         return backward(arrays, aux, out, cotangents)
 
-    @jax.jit
+    @_traced_once
     def tangents_of_out(arrays, aux, out, tangents):
         # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
         # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.
