@@ -9,8 +9,8 @@ arrange the backward pass. Here the tangent map L of a kernel enters as the line
 given to `jax.lax.custom_linear_solve`, whose solution is differentiable to any order, batches under vmap, and whose transposed
 solution is ours to write: that is where the O(T)-memory backward pass goes.
 
-A kernel is traced many times in a program and its derivatives. Its parts are functions under `jax.jit`, so each is traced once; and a kernel
-made of the same parts again (`Fixed`) is the same kernel, whose traces of other calls serve.
+A kernel is traced many times in a program and its derivatives. Its parts are functions under `jax.jit` where that is right (`traced_once`), so
+each is traced once; and a kernel made of the same parts again (`Fixed`) is the same kernel, whose traces of other calls serve.
 """
 
 import functools
@@ -102,24 +102,24 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
     return _known(*parts) if _lasts(parts) else _made(*parts)
 
 
-# Before jax 0.8 a gradient of a gradient through a solve with jitted parts came out wrong; there the parts are traced each time.
-_traced_once = jax.jit if jax.__version_info__ >= (0, 8) else lambda part: part
+# With jax 0.7.2 a compiled gradient of a gradient comes out wrong where parts are jitted (not compiled, it is right); with 0.10 and 0.12 it is right.
+traced_once = jax.jit if jax.__version_info__ >= (0, 10) else lambda part, **_: part
 
 
 def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:
-    @_traced_once
+    @traced_once
     def kernel(arrays, aux):
         return forward(arrays, aux)
 
-    @_traced_once
+    @traced_once
     def tangent_map(arrays, aux, t):
         return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
 
-    @_traced_once
+    @traced_once
     def transposed(arrays, aux, out, cotangents):
         return backward(arrays, aux, out, cotangents)
 
-    @_traced_once
+    @traced_once
     def tangents_of_out(arrays, aux, out, tangents):
         # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
         # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, accumulator, choose
-from effattn_jax._derivatives import tie
+from effattn_jax._derivatives import tie, traced_once
 from effattn_jax.recurrence._diagonal_kernel import by_kernel
 
 __all__ = ["diagonal_recurrence"]
@@ -98,7 +98,7 @@ def _shift(x: jax.Array, reverse: bool) -> jax.Array:
     return jnp.concatenate([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], axis=1)
 
 
-@partial(jax.jit, static_argnames=("reverse", "form"))  # traced once a shape
+@partial(traced_once, static_argnames=("reverse", "form"))
 def _solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) -> jax.Array:
     """h with h - a shift(h) = x; the transposed system runs the other way with decays one step further."""
 
