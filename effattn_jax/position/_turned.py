@@ -38,7 +38,7 @@ class Turned(NamedTuple):
     def kernel(
         self, query, key, value, extras, carry, *, size, strict=False, implementation=None, **marks
     ) -> tuple[Any, Any]:
-        """The recurrence as a kernel of `attention._frame`; `extras` are the waves of queries and of keys, or of both."""
+        """The recurrence as a kernel of `attention._frame`; `extras` are cos and sin of queries and of keys, or of both."""
         arrays = (query, key, value, *extras)
         state = _start(self, *arrays[:3]) if carry is None else carry[:2]
         plan = self._replace(
@@ -91,17 +91,17 @@ def _features(plan: Turned, marks: Marks, dtype: Any, inputs: Any) -> tuple:
     query, key, value, *waves = inputs
     key, value = (masked(x, marks.key_mask).astype(dtype) for x in (key, value))
     plain = plan.feature_map(query.astype(dtype)), masked(plan.feature_map(key), marks.key_mask)
-    turned = tuple(turn_even(x, w, plan.by_product) for x, w in zip(plain, (waves[0], waves[-1])))
+    turned = tuple(turn_even(x, *w, plan.by_product) for x, w in zip(plain, (waves[:2], waves[-2:])))
     return plain, turned, value
 
 
-def turn_even(features: jax.Array, waves: jax.Array, by_product: bool = False) -> jax.Array:
-    """Features (..., heads, M) turned by angles whose [cos, sin] are waves, (..., 2 (M div 2)); an odd last one is left as it is.
+def turn_even(features: jax.Array, cos: jax.Array, sin: jax.Array, by_product: bool = False) -> jax.Array:
+    """Features (..., heads, M) turned by angles of these cosines and sines, (..., M div 2); an odd last one is left as it is.
 
     `by_product` swaps the halves of few features by a product with a matrix of 0 and 1: XLA for CPUs takes several times longer to join halves.
     """
-    even = waves.shape[-1]
-    cos, sin = jnp.split(waves[..., None, :].astype(features.dtype), 2, axis=-1)
+    even = 2 * cos.shape[-1]
+    cos, sin = (wave[..., None, :].astype(features.dtype) for wave in (cos, sin))
     if by_product and features.shape[-1] == even <= _FEW:
         half = np.eye(even // 2)
         swap = jnp.asarray(np.block([[0 * half, half], [-half, 0 * half]]), features.dtype)

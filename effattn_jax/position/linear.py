@@ -92,10 +92,10 @@ def rotary_linear_attention(
     frequencies = rotary_frequencies(features // 2 * 2, base=base) if frequencies is None else frequencies
     if frequencies.shape != (features // 2,):
         raise ValueError(f"frequencies must have shape (M div 2,) = ({features // 2},); got {frequencies.shape}")
-    turns = (_waves("query_positions", query_positions, call, call.query, frequencies),)
+    turns = _waves("query_positions", query_positions, call, call.query, frequencies)
     if key_positions is not None or call.key.shape[1] != call.query.shape[1]:
         key_positions = query_positions if key_positions is None else key_positions
-        turns += (_waves("key_positions", key_positions, call, call.key, frequencies),)
+        turns += _waves("key_positions", key_positions, call, call.key, frequencies)
     state = _frame.check_state(initial_state, call, features, total=normalize)
     out, state = _attend(
         call, keep, maps, turns, normalize, is_causal, state, return_state, chunk_size, implementation
@@ -103,8 +103,8 @@ def rotary_linear_attention(
     return _frame.close_call(call, out, state, return_state)
 
 
-def _waves(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencies: Any) -> jax.Array:
-    """[cos, sin] of the angles, (B, T, 2 (M div 2)), from positions that broadcast to (*B, T)."""
+def _waves(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencies: Any) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles, (B, T, M div 2) each, from positions that broadcast to (*B, T)."""
     positions, want = jnp.asarray(positions), (*call.batch, x.shape[1])
     fits = positions.ndim <= len(want) and all(a in (1, b) for a, b in zip(positions.shape[::-1], want[::-1]))
     if not fits:
@@ -114,7 +114,7 @@ def _waves(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencie
     places = jnp.broadcast_to(positions, want).reshape(x.shape[:2])
     places = places + jnp.zeros_like(x.sum((2, 3)), places.dtype)  # sharded over the batch as queries and keys are
     angle = angles(wide_positions(places, dtype), frequencies)
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def _attend(
@@ -134,8 +134,9 @@ def _attend(
     split = normalize and not is_causal
     below = Options(normalize=True, split=True) if normalize else None
     kernel = partial(Turned(maps.inside, Options(), below, split).kernel, implementation=implementation)
-    problem = _frame.align(call, mask, turns[1:])
-    problem = problem._replace(extras=(_frame.padded_in_front(turns[0], problem.skipped), *problem.extras))
+    problem = _frame.align(call, mask, turns[2:])
+    of_queries = (_frame.padded_in_front(wave, problem.skipped) for wave in turns[:2])
+    problem = problem._replace(extras=(*of_queries, *problem.extras))
     if is_causal:
         out, state = _frame.causal(kernel, problem, state, size)
     else:
@@ -150,7 +151,7 @@ def _by_sums(
 ) -> jax.Array:
     """Both sums one after the other: over all keys at once, or pair by pair."""
     query, key, value = features_of(call, mask, maps)
-    turned = turn_even(query, turns[0][:, :, None]), turn_even(key, turns[-1])
+    turned = turn_even(query, *(wave[:, :, None] for wave in turns[:2])), turn_even(key, *turns[-2:])
 
     def add(query, key, value):
         if every_key:
