@@ -11,6 +11,7 @@ from effattn_jax import attention, nn, position
 from effattn_jax._places import count_positions
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
+from tests.random_parameters import random_parameters
 
 
 @pytest.mark.parametrize(
@@ -90,9 +91,9 @@ def test_classifier_reads_both_ways_and_no_padding(mixer):
         with pytest.raises(ValueError, match="is_causal must be True: XPOS's factors grow towards the future"):
             model.init(jax.random.key(0), tokens)
         return
-    params = jax.tree.map(lambda x: 2 * x, jax.jit(model.init)(jax.random.key(0), tokens)["params"])
+    params = random_parameters(model, tokens, seed=3)  # with which every token has features above 0
     mixing = config.make_mixer(0, causal=False)
-    weights = jax.jit(mixing.init)(jax.random.key(2), jnp.zeros((1, 7, 16)))
+    weights = {"params": params["stack"]["layers_0"].get("mixer", {})}
 
     @jax.jit
     def run(params):
