@@ -19,10 +19,10 @@ SEGMENTS = np.array([[5, 5, 0, 0, 0, 2], [1, 1, 1, 1, 4, 4]], np.int32)
 KEY_MASK = np.array([[0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 0, 1]], bool)[:, None, None, :]
 
 
-def chain(subject, inputs, split: int, *, per_call=None, state=None, **options):
-    """Three calls, [0, split), [split, LENGTH) and [LENGTH, TOTAL), each from the state of the one before."""
+def chain(subject, inputs, cuts: tuple[int, ...], *, per_call=None, state=None, **options):
+    """A call for each stretch between two cuts, each from the state of the one before."""
     outputs = []
-    for start, stop in ((0, split), (split, LENGTH), (LENGTH, TOTAL)):
+    for start, stop in zip(cuts, cuts[1:]):
         now = {name: slice_key(array, start, stop) for name, array in (per_call or {}).items()}
         piece = time_slice(inputs, start, stop)
         output, state = subject.call(piece, initial_state=state, return_state=True, **now, **options)
@@ -42,25 +42,26 @@ SITUATIONS = {
     "key_mask": {"mask": KEY_MASK},
     "both": {"segment_ids": SEGMENTS, "mask": KEY_MASK},
 }
-EVERY, BRIEFLY, FEW = range(LENGTH + 1), (0, 3, LENGTH), (0, 3)
+EVERY = tuple((0, split, LENGTH, TOTAL) for split in range(LENGTH + 1))
+AT_ONCE = (0, 0, 3, 3, LENGTH, TOTAL)  # several splits in one program, calls of no steps among them
 
 
-def check(subject, variant, situation, split, form, gradients=True):
+def check(subject, variant, situation, cuts, form, gradients=True):
     inputs = subject.inputs(length=TOTAL)
-    function = functools.partial(chain, subject, split=split, per_call=SITUATIONS[situation], **variant, **form)
+    function = functools.partial(chain, subject, cuts=cuts, per_call=SITUATIONS[situation], **variant, **form)
     values, slopes = expected(subject, label(variant), situation)
     if not gradients:
-        checks.assert_close(jax.jit(function)(inputs), values, checks.OUTPUT, f"output, split at {split}")
+        checks.assert_close(jax.jit(function)(inputs), values, checks.OUTPUT, f"output, cuts {cuts}")
         return
     actual = checks.value_and_grads(function, inputs)
-    checks.assert_close(actual[0], values, checks.OUTPUT, f"output, split at {split}")
-    checks.assert_close(actual[1], slopes, checks.GRADIENT, f"gradient, split at {split}")
+    checks.assert_close(actual[0], values, checks.OUTPUT, f"output, cuts {cuts}")
+    checks.assert_close(actual[1], slopes, checks.GRADIENT, f"gradient, cuts {cuts}")
 
 
 @pytest.mark.parametrize("subject, form", by_stateful_kind())
 def test_every_split(subject, form):
-    for split in EVERY:
-        check(subject, {}, "plain", split, form, gradients=split == 1)
+    for cuts in EVERY:
+        check(subject, {}, "plain", cuts, form, gradients=cuts[1] == 1)
 
 
 @pytest.mark.parametrize("subject, form", by_stateful_kind())
@@ -70,8 +71,8 @@ def test_every_split_with_segments_and_key_masks(subject, form):
     The mask of each call covers that call's keys; masked keys stay masked in every later call.
     """
     if subject.carries_ids:
-        for split in BRIEFLY if subject.brief else EVERY:
-            check(subject, {}, "both", split, form, gradients=split == 3)
+        for cuts in (AT_ONCE,) if subject.brief else EVERY:
+            check(subject, {}, "both", cuts, form, gradients=cuts[1] == 3 or cuts == AT_ONCE)
     else:  # its state belongs to the next id, so it is handed on inside segments only
         check_inside(subject, form)
 
@@ -100,8 +101,7 @@ def check_inside(subject, form):
     "subject, variant, form", [param(s, v, f) for s in MIXER_SUBJECTS for v in s.variants[1:] for f in s.stateful_kinds]
 )
 def test_options_too(subject, variant, form):
-    for split in FEW:
-        check(subject, variant, "both", split, form, gradients=split == 3)
+    check(subject, variant, "both", AT_ONCE, form)
 
 
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
