@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from effattn_jax import attention
+from tests.laws import checks
 
 
 def distance_of(queries, keys):
@@ -94,6 +97,63 @@ def test_equals_the_dense_mask(name, is_causal, queries, keys):
     for form in ({"implementation": "dense"}, {"implementation": "chunked"}):
         output = jax.jit(functools.partial(call, **form))(query, key, value)
         np.testing.assert_allclose(output, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "is_causal, queries, keys, count", [(True, 23, 23, 3), (False, 23, 23, 3), (False, 11, 23, 1), (False, 23, 11, 40)]
+)
+def test_global_tokens_where_a_mask_says_which_keys_come_first(is_causal, queries, keys, count, x64):
+    """Padding in front, behind, between, and of everything: brought together, the first keys give what all pairs under a mask give."""
+    real = np.ones((5, keys), bool)
+    real[0, :4], real[1, -4:], real[2], real[3, ::2] = False, False, False, False
+    arrays = (
+        random(0, 5, queries, 4, 8),
+        random(1, 5, keys, 2, 8),
+        random(2, 5, keys, 2, 8),
+        random(3, 4, queries, keys),
+    )
+    arrays = tuple(jnp.asarray(x, jnp.float64) for x in arrays)
+
+    def run(form):
+        options = {"window": (2, 1), "dilation": 5, "num_global": count, "implementation": form, "chunk_size": 4}
+        options |= {"mask": real[:, None, None], "is_causal": is_causal}
+        return checks.value_and_grads(lambda arrays: attention.sparse_attention(*arrays, **options), arrays)
+
+    checks.assert_close(run("chunked"), run("dense"), 1e-12)
+
+
+def test_global_tokens_of_padded_rows_on_an_explicit_mesh():
+    """Rows and heads sharded in the types, as batches of `train.py` are: gradients as on one device."""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    mask = (jnp.arange(16)[None] >= jnp.array([0, 3, 5, 2])[:, None])[:, None, None]
+    options = {"window": 2, "dilation": 5, "num_global": 3, "implementation": "chunked", "chunk_size": 4}
+    inputs = tuple(random(seed, 4, 16, 2, 4) for seed in range(3))
+
+    def run(inputs, mask):
+        return checks.value_and_grads(lambda x: attention.sparse_attention(*x, mask=mask, **options), inputs)
+
+    expected = run(inputs, mask)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(inputs, NamedSharding(mesh, P("data", None, "heads")))
+        actual = run(placed, jax.device_put(mask, NamedSharding(mesh, P("data"))))
+        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
+        actual = jax.tree.map(np.asarray, actual)
+    checks.assert_close(actual, expected, 1e-5)
+
+
+def test_global_tokens_of_padded_rows_take_linear_memory():
+    def temporaries(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 16), np.float32)
+        mask = jax.ShapeDtypeStruct((1, 1, 1, length), bool)
+
+        def loss(query, key, value, mask):
+            options = {"window": 16, "dilation": 64, "num_global": 8, "is_causal": False, "implementation": "chunked"}
+            return attention.sparse_attention(query, key, value, mask=mask, **options).sum()
+
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, mask).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
 @EVERY

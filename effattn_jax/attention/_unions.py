@@ -1,9 +1,10 @@
 """The patterns of sparse attention: a window, every r-th key, global tokens; blocks with summary columns; the largest scores."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from effattn_jax.attention._blocks import by_rows
 from effattn_jax.attention._pairs import Arrays, whole_rows
@@ -68,10 +69,77 @@ class Union(NamedTuple):
             return [*parts, _with_nothing(some, length - rows)]
         place = documents(view)
         first = place.keys < self.num_global
+        if view.marks.key_segments is None:
+            return self._globals_of_one_document(view, first, place.queries < self.num_global)
         parts = [part(view.marked(key_mask=first), **outside)]
         if not view.is_causal:
             parts.append(part(view.marked(key_mask=~first, query_mask=place.queries < self.num_global), **outside))
         return parts
+
+    def _globals_of_one_document(self, view: View, first: jax.Array, asking: jax.Array) -> list[Part]:
+        """The same where a mask says which keys come first: so few of a row, and of its queries, that they are brought together."""
+        (length, keys), position = view.lengths, view.positions()
+        free = view._replace(spec=view.spec._replace(left=None, right=None))
+        seen = Few.of(first & view.marks.key_mask, min(self.num_global, keys))
+        distance = position[None, :, None] - seen.index[:, None]
+        see = self._elsewhere(distance) & (distance >= 0 if view.is_causal else True)
+        parts = [part(seen.keys(free, see[:, None]))]
+        if view.is_causal:
+            return parts
+        # In front of padding stand queries of their own, and more of them where keys are fewer than queries.
+        some = Few.of(asking, min(2 * self.num_global + max(length - keys, 0), length))
+        see = self._elsewhere((view.marks.offset + some.index)[..., None] - jnp.arange(keys)[None, None])
+        out, lse = part(some.queries(free.marked(key_mask=~first), see[:, None]))
+        zeros, none = jnp.zeros_like(parts[0][0]), jnp.full_like(parts[0][1], -jnp.inf)
+        return [*parts, (some.back(out, zeros), some.back(lse, none))]
+
+    def _elsewhere(self, distance: jax.Array) -> jax.Array:
+        """Whether neither the window nor the period gives a pair at this distance."""
+        see = distance % self.period != 0
+        return see if self.window is None else see & ((distance > self.window[0]) | (-distance > self.window[1]))
+
+
+class Few(NamedTuple):
+    """The marked ones of each row, brought together: `count` places, of which the last are empty where fewer are marked."""
+
+    index: jax.Array  # (B, count)
+    full: jax.Array  # (B, count): whether a marked one stands there
+
+    @classmethod
+    def of(cls, marked: jax.Array, count: int) -> "Few":
+        """Those of (B, L), in order."""
+        full, index = lax.top_k(marked.astype(jnp.int32), count)  # of equal ones the first comes first
+        return cls(index, full > 0)
+
+    def __call__(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        """(B | 1, ..., L, ...) -> (B, ..., count, ...); what stands in an empty place is any."""
+        index = self.index.reshape(len(self.index), *[1] * (axis - 1), -1, *[1] * (x.ndim - axis - 1))
+        return jnp.take_along_axis(x, index, axis)
+
+    def back(self, x: jax.Array, base: jax.Array) -> jax.Array:
+        """(B, count, ...) put in their places in (B, L, ...)."""
+        outside = base.shape[1] + jnp.arange(self.index.shape[1])[None]
+        places = jnp.where(self.full, self.index, outside)
+        return jax.vmap(lambda base, places, x: base.at[places].set(x, mode="drop", unique_indices=True))(
+            base, places, x
+        )
+
+    def keys(self, view: View, see: jax.Array) -> View:
+        """The view of these keys only, with the pairs (B, 1, T, count) that are to be seen; it has no mask of pairs of its own."""
+        marks = view.marks._replace(mask=see, key_mask=self.full, key_positions=self._or(view.marks.key_positions))
+        query, key, value, bias = view.arrays
+        return view._replace(arrays=Arrays(query, self(key), self(value), self._or(bias, 3)), marks=marks)
+
+    def queries(self, view: View, see: jax.Array) -> View:
+        """The view of these queries only, with the pairs (B, 1, count, S) that are to be seen; it has no mask of pairs of its own."""
+        marks = view.marks
+        marks = marks._replace(mask=see, query_mask=self.full, query_positions=self._or(marks.query_positions))
+        query, key, value, bias = view.arrays
+        return view._replace(arrays=Arrays(self(query), key, value, self._or(bias, 2)), marks=marks)
+
+    def _or(self, x: Any, axis: int = 1) -> Any:
+        """The same of what may be absent, a function, or of one entry."""
+        return x if x is None or callable(x) or x.shape[axis] == 1 else self(x, axis)
 
 
 def _with_nothing(some: Part, count: int) -> Part:

@@ -151,7 +151,7 @@ def sparse_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O(T (W + S / r + num_global) (H + V)) a head; with segments, a key mask or a state the global tokens cost
+    Cost O(T (W + S / r + num_global) (H + V)) a head, with a key mask too; with segments or a state the global tokens cost
     a pass over all pairs. Memory O(T); state: the cache. Sources: arXiv:1904.10509, arXiv:2004.05150.
 
     >>> import jax, jax.numpy as jnp
