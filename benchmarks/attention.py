@@ -194,18 +194,18 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
     console = Console()
     rows: list[dict] = []
     last: dict = {}
-    for length in settings.lengths:
-        for group, members in groups.items():
-            rows += measure(group, members, length, settings, last, console)
-            console.print(f"T={length}: {group} measured")
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
         "shape": shape, "caption": caption, "rounds": settings.rounds, "rows": rows,
     }  # fmt: skip
-    show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{settings.name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    for length in settings.lengths:
+        for group, members in groups.items():
+            rows += measure(group, members, length, settings, last, console)
+            console.print(f"T={length}: {group} measured")
+        path.write_text(json.dumps(record, indent=1) + "\n")  # so that what is measured stays if a longer one fails
+    show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
     plot(path)
 
