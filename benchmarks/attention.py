@@ -111,21 +111,31 @@ def _timed(function: Callable[[], Any] | None) -> float:
     return time.perf_counter() - started
 
 
+def _expected(seen: list[tuple[int, float]], length: int) -> float:
+    """Seconds that a pass over `length` steps will take, as it grew between the last two of the (length, seconds); 0 before any."""
+    if not seen:
+        return 0.0
+    (before, first), (last, seconds) = seen[-2:] if len(seen) > 1 else (seen[0], seen[0])
+    power = 2.0 if before == last else math.log(seconds / first) / math.log(last / before)
+    return seconds * (length / last) ** min(max(power, 1.0), 2.0)
+
+
 def measure(
     group: str, members: dict[str, Callable], length: int, settings: Settings, last: dict, console: Console
 ) -> list[dict]:
-    """Rows of one group at one length; `last` holds each contender's (length, slowest pass) so far."""
+    """Rows of one group at one length; `last` holds each contender's lengths and slowest passes so far."""
     ready = {}
     for name, build in members.items():
-        seen = last.get((group, name))
-        growth = (length / seen[0]) ** 2 if seen else 0
-        if seen and seen[1] * growth > settings.patience and seen[1] * length / seen[0] > settings.patience / 16:
+        if _expected(last.get((group, name), []), length) > settings.patience:
             console.print(f"  {group}, {name}: left out at T={length}, it would take too long")
             continue
         try:
             contender = build(length)
         except ImportError as error:
             console.print(f"  {group}, {name}: left out, {error.name} is not installed")
+            continue
+        except (RuntimeError, MemoryError) as error:
+            console.print(f"  {group}, {name}: left out at T={length}, {str(error).splitlines()[0]}")
             continue
         if contender.memory and max(contender.memory) > settings.memory_limit * 2**30:
             console.print(
@@ -144,7 +154,7 @@ def measure(
     for name, (forward, both) in times.items():
         contender = ready[name]
         forward, both = (1e3 * statistics.median(times) for times in (forward, both))
-        last[group, name] = (length, (forward if contender.both is None else both) / 1e3)
+        last.setdefault((group, name), []).append((length, (forward if contender.both is None else both) / 1e3))
         rows.append({
             "group": group, "name": name, "length": length,
             "forward_ms": forward, "both_ms": None if contender.both is None else both,
@@ -189,22 +199,34 @@ def show(rows: list[dict], title: str, console: Console) -> None:
     console.print(table)
 
 
+def _stopped(path: pathlib.Path, record: dict, lengths: tuple[int, ...]) -> list[dict]:
+    """The rows of the same measurement begun this day and stopped, whose first lengths are whole."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    rows = earlier.pop("rows", [])
+    done = sorted({row["length"] for row in rows})
+    same = earlier == json.loads(json.dumps(record)) and done == list(lengths[: len(done)])
+    return rows if same and len(done) < len(lengths) else []
+
+
 def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[str, int], caption: str) -> None:
-    """Measures the groups, prints the table, and writes JSON and plot under the name in the settings."""
+    """Measures the groups, prints the table, and writes JSON and plot under the name in the settings; goes on where the same was stopped."""
     console = Console()
-    rows: list[dict] = []
-    last: dict = {}
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
-        "shape": shape, "caption": caption, "rounds": settings.rounds, "rows": rows,
+        "shape": shape, "caption": caption, "rounds": settings.rounds,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{settings.name}.json"
-    for length in settings.lengths:
+    rows = _stopped(path, record, settings.lengths)
+    last: dict = {}
+    for row in rows:
+        slowest = row["forward_ms"] if row["both_ms"] is None else row["both_ms"]
+        last.setdefault((row["group"], row["name"]), []).append((row["length"], slowest / 1e3))
+    for length in settings.lengths[len({row["length"] for row in rows}) :]:
         for group, members in groups.items():
             rows += measure(group, members, length, settings, last, console)
             console.print(f"T={length}: {group} measured")
-        path.write_text(json.dumps(record, indent=1) + "\n")  # so that what is measured stays if a longer one fails
+        path.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
     plot(path)

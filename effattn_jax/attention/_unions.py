@@ -248,8 +248,7 @@ class Top(NamedTuple):
 
     def chunked(self, view: View) -> jax.Array:
         """See `Pattern`."""
-        (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
-        rows = view.chunk_size or 128
-        while view.chunk_size is None and rows > 8 and batch * heads * rows * keys > 2**19:
-            rows //= 2
-        return by_rows(view.spec._replace(top=self.count, rows=min(rows, length)), view.arrays, view.marks)[0]
+        rows = min(
+            view.chunk_size or 128, view.lengths[0]
+        )  # fewer would go through keys and values more often than they save room
+        return by_rows(view.spec._replace(top=self.count, rows=rows), view.arrays, view.marks)[0]

@@ -177,5 +177,6 @@ def _attend(
         return by_flash(spec._replace(rows=rows), arrays, marks, ready.offset, chunk_size)[0], None
     if more is None:
         return by_blocks(spec._replace(rows=rows, columns=columns), arrays, marks)[0], None
-    rows = rows if chunk_size is not None else max(1, min(length, 2**18 // max(1, batch * heads * keys)))
+    if chunk_size is None:  # fewer rows would go through keys and values more often than they save room
+        rows = min(length, max(64, 2**18 // max(1, batch * heads * keys)))
     return by_rows(spec._replace(rows=rows), arrays, marks, more)[0], None

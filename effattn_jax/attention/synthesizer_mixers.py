@@ -23,6 +23,7 @@ from effattn_jax._places import rows_of_table, split_like
 from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, size
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
+from effattn_jax.attention.synthesizer import factorized_dense_scores
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__ = [
@@ -204,6 +205,8 @@ def synthesizer_factorized_dense(
         def rows(row, count):
             some = lax.dynamic_slice_in_dim(hidden, row, count, 1)
             factors = [jnp.einsum("brnh,anh->bnra", some, split_like(x, 1, some, 2)) for x in (left, right)]
+            if p.places.plain:  # products in their order: no gather, whose derivative adds entry by entry
+                return factorized_dense_scores(*factors, p.value.shape[1])
             return columns_of(factors[0], p.places.key // width) * columns_of(factors[1], p.places.key % width)
 
         return by_rows(p, rows)
