@@ -14,46 +14,71 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
+COLUMNS = 8  # groups side by side
+
+
 def plot(path: pathlib.Path) -> pathlib.Path:
-    """One column a group: time of forward + backward above, temporaries of the compiled program below."""
+    """A panel a group: time of forward + backward above, temporaries of the compiled program below."""
     record = json.loads(path.read_text())
     rows = record["rows"]
     groups = list(dict.fromkeys(r["group"] for r in rows))
     names = list(dict.fromkeys(r["name"] for r in rows))
-    figure, axes = plt.subplots(
-        2, len(groups), figsize=(max(3.1 * len(groups) + 1, 7), 5.6), sharex=True, sharey="row", squeeze=False
-    )
-    for column, group in enumerate(groups):
-        for name in names:
-            mine = [r for r in rows if r["group"] == group and r["name"] == name]
-            style = {"color": COLOURS[names.index(name) % len(COLOURS)], "marker": "o", "markersize": 4, "label": name}
-            style["linewidth"] = 2.2 if name == "effattn_jax" else 1.2
-            for axis, field in ((axes[0, column], "both_ms"), (axes[1, column], "both_mb")):
-                points = [(r["length"], r[field]) for r in mine if r[field]]
-                if points:
-                    axis.plot(*zip(*points), **style)
-        axes[0, column].set_title(group)
-        axes[1, column].set_xlabel("sequence length T")
-        for axis in axes[:, column]:
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.grid(alpha=0.25)
-            for side in ("top", "right"):
-                axis.spines[side].set_visible(False)
-    axes[0, 0].set_ylabel("forward + backward, ms")
-    axes[1, 0].set_ylabel("temporaries, MB")
+    columns = min(COLUMNS, len(groups))
+    bands = -(-len(groups) // columns)
+    size = (max(2.5 * columns + 1, 7), 5 * bands + 0.6)
+    figure, axes = plt.subplots(2 * bands, columns, figsize=size, squeeze=False, layout="constrained")
+    fields = {"both_ms": "forward + backward, ms", "both_mb": "temporaries, MB"}
+    used = [[], []]
+    for index, group in enumerate(groups):
+        band, column = divmod(index, columns)
+        for kind, field in enumerate(fields):
+            axis = axes[2 * band + kind, column]
+            used[kind].append(axis)
+            _draw(axis, [r for r in rows if r["group"] == group and r[field]], names, field)
+            if column == 0:
+                axis.set_ylabel(fields[field])
+        axes[2 * band, column].set_title(group, fontsize=9)
+        axes[2 * band + 1, column].set_xlabel("sequence length T")
+    for kind in used:
+        _share(kind)
+    for axis in set(axes.flat) - set(used[0]) - set(used[1]):
+        axis.set_axis_off()
     handles = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels()))
-    figure.legend(handles.values(), handles.keys(), loc="upper center", ncol=len(handles), frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=min(len(handles), columns), frameon=False
+    )
     shape = record["shape"]
     caption = record.get("caption") or f"causal, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}"
-    figure.text(
-        0.5, 0.005, f"{caption}, {record['dtype']}; {record['device']}, jax {record['jax']}, {record['date']}", ha="center", fontsize=8,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.03, 1, 0.94))
+    caption = f"{caption}, {record['dtype']}; {record['device']}, jax {record['jax']}, {record['date']}"
+    figure.supxlabel(caption, fontsize=8)
     target = path.with_suffix(".png")
-    figure.savefig(target, dpi=130)
+    figure.savefig(target, dpi=100)
     plt.close(figure)
     return target
+
+
+def _draw(axis, rows: list[dict], names: list[str], field: str) -> None:
+    """One panel: a line a contender, ours the widest; contenders beyond the palette are dashed."""
+    for name in names:
+        points = [(r["length"], r[field]) for r in rows if r["name"] == name]
+        if points:
+            turn, colour = divmod(names.index(name), len(COLOURS))
+            style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[turn], "marker": "o", "markersize": 4}
+            axis.plot(*zip(*points), **style, label=name, linewidth=2.2 if name == "effattn_jax" else 1.2)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _share(axes: list) -> None:
+    """The same limits for all of them; numbers on the left of each row alone."""
+    for limits, change in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
+        low, high = zip(*(getattr(axis, limits)() for axis in axes if axis.lines))
+        for axis in axes:
+            getattr(axis, change)(min(low), max(high))
+    for axis in axes:
+        axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
 
 
 if __name__ == "__main__":
