@@ -131,18 +131,22 @@ def measure(
             continue
         try:
             contender = build(length)
+            too_large = contender.memory and max(contender.memory) > settings.memory_limit * 2**30
+            if not too_large:
+                _timed(contender.forward), _timed(contender.both)
         except ImportError as error:
             console.print(f"  {group}, {name}: left out, {error.name} is not installed")
             continue
         except (RuntimeError, MemoryError) as error:
-            console.print(f"  {group}, {name}: left out at T={length}, {str(error).splitlines()[0]}")
+            if name == "effattn_jax":
+                raise
+            console.print(f"  {group}, {name}: left out at T={length}, {[*str(error).splitlines(), repr(error)][0]}")
             continue
-        if contender.memory and max(contender.memory) > settings.memory_limit * 2**30:
+        if too_large:
             console.print(
                 f"  {group}, {name}: left out at T={length}, {max(contender.memory) / 2**30:.1f} GiB of temporaries"
             )
             continue
-        _timed(contender.forward), _timed(contender.both)
         ready[name] = contender
     times = {name: ([], []) for name in ready}
     for _ in range(settings.rounds):
@@ -203,6 +207,8 @@ def _stopped(path: pathlib.Path, record: dict, lengths: tuple[int, ...]) -> list
     """The rows of the same measurement begun this day and stopped, whose first lengths are whole."""
     earlier = json.loads(path.read_text()) if path.exists() else {}
     rows = earlier.pop("rows", [])
+    if earlier.pop("complete", True):
+        return []
     done = sorted({row["length"] for row in rows})
     same = earlier == json.loads(json.dumps(record)) and done == list(lengths[: len(done)])
     return rows if same and len(done) < len(lengths) else []
@@ -213,7 +219,7 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
     console = Console()
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
-        "shape": shape, "caption": caption, "rounds": settings.rounds,
+        "shape": shape, "caption": caption, "rounds": settings.rounds, "settings": dataclasses.asdict(settings),
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{settings.name}.json"
@@ -226,7 +232,8 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
         for group, members in groups.items():
             rows += measure(group, members, length, settings, last, console)
             console.print(f"T={length}: {group} measured")
-        path.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+        complete = {"complete": length == settings.lengths[-1]}
+        path.write_text(json.dumps(record | complete | {"rows": rows}, indent=1) + "\n")
     show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
     plot(path)

@@ -12,8 +12,6 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
 COLUMNS = 8  # groups side by side
 
 
@@ -23,7 +21,7 @@ def plot(path: pathlib.Path) -> pathlib.Path:
     rows = record["rows"]
     groups = list(dict.fromkeys(r["group"] for r in rows))
     names = list(dict.fromkeys(r["name"] for r in rows))
-    columns = min(COLUMNS, len(groups))
+    columns = max(1, min(COLUMNS, len(groups)))
     bands = -(-len(groups) // columns)
     size = (max(2.5 * columns + 1, 7), 5 * bands + 0.6)
     figure, axes = plt.subplots(2 * bands, columns, figsize=size, squeeze=False, layout="constrained")
@@ -63,7 +61,7 @@ def _draw(axis, rows: list[dict], names: list[str], field: str) -> None:
         points = [(r["length"], r[field]) for r in rows if r["name"] == name]
         if points:
             turn, colour = divmod(names.index(name), len(COLOURS))
-            style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[turn], "marker": "o", "markersize": 4}
+            style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[turn % 3], "marker": "o", "markersize": 4}
             axis.plot(*zip(*points), **style, label=name, linewidth=2.2 if name == "effattn_jax" else 1.2)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
@@ -74,9 +72,9 @@ def _draw(axis, rows: list[dict], names: list[str], field: str) -> None:
 def _share(axes: list) -> None:
     """The same limits for all of them; numbers on the left of each row alone."""
     for limits, change in (("get_xlim", "set_xlim"), ("get_ylim", "set_ylim")):
-        low, high = zip(*(getattr(axis, limits)() for axis in axes if axis.lines))
-        for axis in axes:
-            getattr(axis, change)(min(low), max(high))
+        drawn = [getattr(axis, limits)() for axis in axes if axis.lines]
+        for axis in axes if drawn else ():
+            getattr(axis, change)(min(low for low, _ in drawn), max(high for _, high in drawn))
     for axis in axes:
         axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn_jax import attention
+from effattn_jax.attention import _unions
 from tests.laws import checks
 
 
@@ -122,38 +123,48 @@ def test_global_tokens_where_a_mask_says_which_keys_come_first(is_causal, querie
     checks.assert_close(run("chunked"), run("dense"), 1e-12)
 
 
-def test_global_tokens_of_padded_rows_on_an_explicit_mesh():
-    """Rows and heads sharded in the types, as batches of `train.py` are: gradients as on one device."""
+@pytest.mark.parametrize("mask_spec", [P("data"), P()], ids=["sharded mask", "replicated mask"])
+def test_global_tokens_of_padded_rows_on_an_explicit_mesh(mask_spec):
+    """Rows and heads sharded in the types, as batches of `train.py` are, a bias of keys over heads: gradients as on one device."""
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
     mask = (jnp.arange(16)[None] >= jnp.array([0, 3, 5, 2])[:, None])[:, None, None]
     options = {"window": 2, "dilation": 5, "num_global": 3, "implementation": "chunked", "chunk_size": 4}
-    inputs = tuple(random(seed, 4, 16, 2, 4) for seed in range(3))
+    inputs = (*(random(seed, 4, 16, 2, 4) for seed in range(3)), random(3, 1, 2, 1, 16))
 
     def run(inputs, mask):
-        return checks.value_and_grads(lambda x: attention.sparse_attention(*x, mask=mask, **options), inputs)
+        return checks.value_and_grads(lambda x: attention.sparse_attention(*x, mask, **options), inputs)
 
     expected = run(inputs, mask)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(inputs, NamedSharding(mesh, P("data", None, "heads")))
-        actual = run(placed, jax.device_put(mask, NamedSharding(mesh, P("data"))))
+        specs = [P("data", None, "heads")] * 3 + [P(None, "heads")]
+        placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs))
+        actual = run(placed, jax.device_put(mask, NamedSharding(mesh, mask_spec)))
         assert jax.typeof(actual[0]).sharding.spec[0] == "data"
         actual = jax.tree.map(np.asarray, actual)
     checks.assert_close(actual, expected, 1e-5)
 
 
-def test_global_tokens_of_padded_rows_take_linear_memory():
-    def temporaries(length):
-        x = jax.ShapeDtypeStruct((1, length, 2, 16), np.float32)
-        mask = jax.ShapeDtypeStruct((1, 1, 1, length), bool)
+@BOTH
+def test_global_tokens_of_padded_rows_are_few_pairs(is_causal, monkeypatch):
+    """No part of the union has all queries against all keys but those limited to a band."""
+    seen, part = [], _unions.part
 
-        def loss(query, key, value, mask):
-            options = {"window": 16, "dilation": 64, "num_global": 8, "is_causal": False, "implementation": "chunked"}
-            return attention.sparse_attention(query, key, value, mask=mask, **options).sum()
+    def noted(view, **options):
+        if not {"left", "hole"} & set(options):
+            seen.append(view.lengths)
+        return part(view, **options)
 
-        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, mask).compile()
-        return program.memory_analysis().temp_size_in_bytes
+    monkeypatch.setattr(_unions, "part", noted)
+    x, mask = jax.ShapeDtypeStruct((2, 4096, 1, 4), np.float32), jax.ShapeDtypeStruct((2, 1, 1, 4096), bool)
+    options = {"window": 16, "dilation": 64, "num_global": 8, "is_causal": is_causal, "implementation": "chunked"}
+    jax.eval_shape(lambda x, mask: attention.sparse_attention(x, x, x, mask=mask, **options), x, mask)
+    assert seen == ([(4096, 8)] if is_causal else [(4096, 8), (16, 4096)])
 
-    assert temporaries(8192) < 2.2 * temporaries(4096)
+
+def test_global_tokens_of_an_empty_batch_with_a_mask():
+    x = jnp.ones((0, 9, 2, 4))
+    options = {"window": 2, "dilation": 3, "num_global": 2, "implementation": "chunked", "chunk_size": 4}
+    assert attention.sparse_attention(x, x, x, mask=jnp.ones((0, 1, 1, 9), bool), **options).shape == x.shape
 
 
 @EVERY

@@ -121,7 +121,7 @@ def test_state_shapes_never_change(mixer):
     model = LanguageModel(dataclasses.replace(SMALL, **options), VOCAB)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     state = model.init_state(2, 10)
-    for length in (0, 7):  # with single tokens a scan carries it in the test above
+    for length in (0, 1, 7):
         _, after = jax.eval_shape(model.step, params, jax.ShapeDtypeStruct((2, length), jnp.int32), state)
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert [(x.shape, x.dtype) for x in jax.tree.leaves(after)] == [

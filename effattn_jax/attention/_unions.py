@@ -69,7 +69,9 @@ class Union(NamedTuple):
             return [*parts, _with_nothing(some, length - rows)]
         place = documents(view)
         first = place.keys < self.num_global
-        if view.marks.key_segments is None:
+        bias = view.arrays.bias
+        of_pairs = bias is not None and not callable(bias) and min(bias.shape[2:]) > 1  # T x S work by itself
+        if view.marks.key_segments is None and not of_pairs:
             return self._globals_of_one_document(view, first, place.queries < self.num_global)
         parts = [part(view.marked(key_mask=first), **outside)]
         if not view.is_causal:
@@ -80,14 +82,14 @@ class Union(NamedTuple):
         """The same where a mask says which keys come first: so few of a row, and of its queries, that they are brought together."""
         (length, keys), position = view.lengths, view.positions()
         free = view._replace(spec=view.spec._replace(left=None, right=None))
-        seen = Few.of(first & view.marks.key_mask, min(self.num_global, keys))
+        seen = Few.of(first & view.marks.key_mask, min(self.num_global, keys), view.arrays.key)
         distance = position[None, :, None] - seen.index[:, None]
         see = self._elsewhere(distance) & (distance >= 0 if view.is_causal else True)
         parts = [part(seen.keys(free, see[:, None]))]
         if view.is_causal:
             return parts
-        # In front of padding stand queries of their own, and more of them where keys are fewer than queries.
-        some = Few.of(asking, min(2 * self.num_global + max(length - keys, 0), length))
+        # Rows in front of the first real key count as a document too, and so do queries that stand before all keys.
+        some = Few.of(asking, min(2 * self.num_global + max(length - keys, 0), length), view.arrays.query)
         see = self._elsewhere((view.marks.offset + some.index)[..., None] - jnp.arange(keys)[None, None])
         out, lse = part(some.queries(free.marked(key_mask=~first), see[:, None]))
         zeros, none = jnp.zeros_like(parts[0][0]), jnp.full_like(parts[0][1], -jnp.inf)
@@ -106,14 +108,16 @@ class Few(NamedTuple):
     full: jax.Array  # (B, count): whether a marked one stands there
 
     @classmethod
-    def of(cls, marked: jax.Array, count: int) -> "Few":
-        """Those of (B, L), in order."""
-        full, index = lax.top_k(marked.astype(jnp.int32), count)  # of equal ones the first comes first
+    def of(cls, marked: jax.Array, count: int, like: jax.Array) -> "Few":
+        """Those of (B | 1, L), in order, sharded as `like` (B, L, ...) is."""
+        marked = marked.astype(jnp.int32) + jnp.zeros_like(like.sum((2, 3)), jnp.int32)
+        full, index = lax.top_k(marked, count)  # of equal ones the first comes first
         return cls(index, full > 0)
 
     def __call__(self, x: jax.Array, axis: int = 1) -> jax.Array:
-        """(B | 1, ..., L, ...) -> (B, ..., count, ...); what stands in an empty place is any."""
-        index = self.index.reshape(len(self.index), *[1] * (axis - 1), -1, *[1] * (x.ndim - axis - 1))
+        """(B, ..., L, ...) -> (B, ..., count, ...); an empty place holds an unmarked one, to be masked."""
+        batch, count = self.index.shape
+        index = self.index.reshape(batch, *[1] * (axis - 1), count, *[1] * (x.ndim - axis - 1))
         return jnp.take_along_axis(x, index, axis)
 
     def back(self, x: jax.Array, base: jax.Array) -> jax.Array:
@@ -138,8 +142,10 @@ class Few(NamedTuple):
         return view._replace(arrays=Arrays(self(query), key, value, self._or(bias, 2)), marks=marks)
 
     def _or(self, x: Any, axis: int = 1) -> Any:
-        """The same of what may be absent, a function, or of one entry."""
-        return x if x is None or callable(x) or x.shape[axis] == 1 else self(x, axis)
+        """The same of what may be absent, a function, of one entry, or one for the whole batch."""
+        if x is None or callable(x) or x.shape[axis] == 1:
+            return x
+        return self(x + jnp.zeros_like(self.index[:, 0], x.dtype).reshape(-1, *[1] * (x.ndim - 1)), axis)
 
 
 def _with_nothing(some: Part, count: int) -> Part:
@@ -248,7 +254,8 @@ class Top(NamedTuple):
 
     def chunked(self, view: View) -> jax.Array:
         """See `Pattern`."""
-        rows = min(
-            view.chunk_size or 128, view.lengths[0]
-        )  # fewer would go through keys and values more often than they save room
-        return by_rows(view.spec._replace(top=self.count, rows=rows), view.arrays, view.marks)[0]
+        (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
+        rows = view.chunk_size or 128
+        while view.chunk_size is None and rows > 32 and batch * heads * rows * keys > 2**21:
+            rows //= 2  # fewer than 32 would go through keys and values too often
+        return by_rows(view.spec._replace(top=self.count, rows=min(rows, length)), view.arrays, view.marks)[0]

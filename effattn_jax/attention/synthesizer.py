@@ -153,7 +153,7 @@ def factorized_dense_scores(left: ArrayLike, right: ArrayLike, length: int | Non
     """
     left, right = floating(left=left, right=right)
     length = left.shape[-2] if length is None else length
-    # As a product of matrices: the derivative of a plain product is a sum that XLA for CPUs takes a hundred times longer for.
+    # As a product of matrices: the derivative of a plain one is a sum over a short axis, which XLA for CPUs does entry by entry.
     products = jnp.einsum("...u,...v->...uv", left, right, precision=lax.Precision.HIGHEST)
     products = products.reshape(*products.shape[:-2], left.shape[-1] * right.shape[-1])
     return products[..., : _columns(length, products.shape[-1], "left and right")]
