@@ -151,8 +151,8 @@ def sparse_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O(T (W + S / r + num_global) (H + V)) a head, with a key mask too; with segments or a state the global tokens cost
-    a pass over all pairs. Memory O(T); state: the cache. Sources: arXiv:1904.10509, arXiv:2004.05150.
+    Cost O(T (W + S / r + num_global) (H + V)) a head, with a key mask too; with segments, a state, or a key mask
+    beside a bias of all pairs, the global tokens cost a pass over all pairs. Memory O(T); state: the cache. Sources: arXiv:1904.10509, arXiv:2004.05150.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))
