@@ -93,6 +93,14 @@ def test_finished_run_started_again_says_so(alone, capsys):
     assert "quickstart is finished already: 6 steps" in capsys.readouterr().out
 
 
+def test_finished_run_of_other_data_is_refused(alone, tmp_path, capsys):
+    folder, _ = alone
+    (tmp_path / "other.txt").write_text("Another text than the run's own.\n" * 2000)
+    arguments = [*SMALL, *SHORT, "--train.run-dir", str(folder), "--data.path", str(tmp_path / "other.txt")]
+    assert cli.main(ROOT / "configs", arguments) == 2
+    assert "contents of the data" in capsys.readouterr().err
+
+
 def test_generate_from_a_run(alone, capsys):
     folder, _ = alone
     texts = []

@@ -52,13 +52,25 @@ def _run(folder: Path, arguments: list[str]) -> int:
     run = RunFolder(config.train.run_dir)
     summary = run.finished(config.train.steps)
     if summary is not None:
-        run.compare(config)
+        _check_finished(run, config)
         print(f"{name} is finished already: {summary}; {config.train.run_dir}")
         return 0
     from effattn_jax.training.loop import train
 
     train(config, name)
     return 0
+
+
+def _check_finished(run, config) -> None:
+    """Check that a finished run is the one that is asked for; the data are read only where another place of them is given."""
+    run.compare(config)
+    if run.config().data != config.data:
+        from effattn_jax.data import load
+        from effattn_jax.training.errors import user_errors
+
+        with user_errors():
+            config.validate()
+            run.compare(config, load(config.data))
 
 
 def presets(folder: Path) -> dict[str, str]:
