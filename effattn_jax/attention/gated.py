@@ -47,7 +47,7 @@ def gated_linear_attention(
         program is compiled for.
       feature_map: as for `linear_attention`; with a decay for each feature from H to H. "exp" is not kept from overflowing here.
       normalize: divide by the sum of weights.
-      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 16 with a decay for each feature.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 32 with a decay for each feature.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).

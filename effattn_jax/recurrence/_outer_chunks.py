@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax.recurrence._feature_pairs import decay_factors, feature_pairs
+
 __all__: list[str] = []
 
 _FLOOR = -1000.0  # exp of it is 0 in float32 and float64, and sums of it stay finite where -inf - -inf would not
@@ -35,15 +37,15 @@ class Marks(NamedTuple):
 
 
 def _between(decay: jax.Array) -> jax.Array:
-    """Sums of decays over (j, i] for every pair of a chunk: (B, K, C, ...) -> (B, K, i, j, ...).
+    """Sums of decays over (j, i] for every pair of a chunk: (B, K, C) -> (B, K, i, j).
 
     A product with ones, not a difference of cumulative sums: each entry adds only its own terms, so small sums beside large ones stay exact.
     """
     size = decay.shape[2]
-    later = jnp.tril(jnp.ones((size, size), bool), -1).reshape(size, size, *(1,) * (decay.ndim - 3))
+    later = jnp.tril(jnp.ones((size, size), bool), -1)
     terms = jnp.where(later, decay[:, :, :, None], 0)
     upto = jnp.tril(jnp.ones((size, size), decay.dtype))
-    return jnp.einsum("im,bkmj...->bkij...", upto, terms, precision=lax.Precision.HIGHEST)
+    return jnp.einsum("im,bkmj->bkij", upto, terms, precision=lax.Precision.HIGHEST)
 
 
 def allowed_pairs(marks: Marks, size: int, strict: bool) -> jax.Array:
@@ -87,9 +89,10 @@ class _Decay(NamedTuple):
 
     to_step: jax.Array  # factor on a query that reads the state, (B, K, C, 1 | H)
     to_end: jax.Array  # factor on a key that enters the state, same
-    between: jax.Array  # sums over (j, i], (B, K, i, j[, H])
+    between: jax.Array | None  # sums over (j, i], (B, K, i, j); None with a decay for each feature
     kept: jax.Array  # factor on the state, (B, K, 1 | H)
     bad: jax.Array  # steps whose decay is no number <= 0, (B, K, C): all that passes through them is NaN
+    within: Any = None  # with a decay for each feature, factors within the blocks of `feature_pairs`
 
 
 def decays_of(decay: jax.Array) -> _Decay:
@@ -97,17 +100,31 @@ def decays_of(decay: jax.Array) -> _Decay:
     decay = jnp.maximum(decay, _FLOOR)
     known = jnp.isfinite(decay)
     decay = jnp.where(known, decay, 0)
+    if decay.ndim == 4:
+        within, to_step, to_end = decay_factors(decay)
+        return _Decay(to_step, to_end, None, to_step[:, :, -1], ~known.all(-1), within)
     between, sums = _between(decay), jnp.cumsum(decay, axis=2)
-    wide = decay.ndim == 4
-    to_step, to_end = (x if wide else x[..., None] for x in (jnp.exp(sums), jnp.exp(between[:, :, -1])))
-    return _Decay(to_step, to_end, between, to_step[:, :, -1], ~(known.all(-1) if wide else known))
+    to_step, to_end = (jnp.exp(x)[..., None] for x in (sums, between[:, :, -1]))
+    return _Decay(to_step, to_end, between, to_step[:, :, -1], ~known)
 
 
 def product(equation: str, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
-    """A product of matrices with sums in the dtype of a."""
-    if options.operands is None:
-        return jnp.einsum(equation, a, b)
-    return jnp.einsum(equation, a.astype(options.operands), b.astype(options.operands), preferred_element_type=a.dtype)
+    """A product of matrices with sums in the dtype of a.
+
+    Groups and rows, the axes "gi" of an operand, enter it as one: of an operand with more axes XLA makes a transposed copy on CPU.
+    """
+    operands, axes = equation.split("->")
+    sizes = dict(zip(operands.replace(",", ""), (*a.shape, *b.shape), strict=True))
+
+    def joined(x, axes):
+        return x.reshape([sizes["g"] * sizes["i"] if c == "i" else sizes[c] for c in axes if c != "g"])
+
+    a, b = (joined(x, axes) for x, axes in zip((a, b), operands.split(","), strict=True))
+    wide = a.dtype if options.operands else None
+    if options.operands is not None:
+        a, b = a.astype(options.operands), b.astype(options.operands)
+    out = jnp.einsum(equation.replace("g", ""), a, b, preferred_element_type=wide)
+    return out.reshape([sizes[c] for c in axes])
 
 
 def weights_of_pairs(
@@ -116,12 +133,11 @@ def weights_of_pairs(
     """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
     if decay is None:
         scores = product("bkgih,bkjh->bkgij", q, k, options)
-    elif decay.between.ndim == 4:  # one decay a head
+    elif decay.within is None:
         weight = jnp.exp(jnp.where(allowed[:, None], decay.between, -jnp.inf))
         scores = product("bkgih,bkjh->bkgij", q, k, options) * weight[:, :, None]
-    else:  # one decay a feature
-        weight = jnp.exp(jnp.where(allowed[:, None, ..., None], decay.between, -jnp.inf))
-        scores = jnp.einsum("bkgih,bkijh->bkgij", q, k[:, :, None] * weight)
+    else:
+        scores = feature_pairs(q, k, decay.within)
     return jnp.where(allowed[:, None, None], scores, 0)
 
 

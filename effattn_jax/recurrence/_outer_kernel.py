@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import accumulator
 from effattn_jax._derivatives import Fixed, tie, with_backward
-from effattn_jax.recurrence._chunks import pull_by_vjp, scan_chunks
+from effattn_jax.recurrence._chunks import scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, decays_of, heads_first, keep_steps, masked
 from effattn_jax.recurrence._outer_pull import pull_chunk
 from effattn_jax.recurrence.diagonal import forget
@@ -64,7 +64,7 @@ def outer_product(
 
         return jax.lax.platform_dependent(*arrays, cpu=form("chunked"), default=form("parallel"))
     parallel = implementation == "parallel"
-    size = min(size or (16 if per_feature else 128 if parallel else 64), length)
+    size = min(size or (32 if per_feature else 128 if parallel else 64), length)
     dtype = accumulator(query, key, value)
     if state is None:
         k0 = key[:, 0] if options.feature_map is None else options.feature_map(key[:, 0].astype(dtype))
@@ -76,7 +76,7 @@ def outer_product(
     if parallel and value.dtype == jnp.bfloat16:
         options = options._replace(operands=value.dtype)
     body = Fixed(chunk, options, value.dtype)
-    pull = Fixed(pull_by_vjp, body) if per_feature else Fixed(pull_chunk, options)
+    pull = Fixed(pull_chunk, options)
 
     def fold(body, state, inputs, marks, *, size):
         if parallel:

@@ -1,4 +1,4 @@
-"""The backward pass of one chunk of the outer-product recurrence, arranged by hand for no decay or one a head.
+"""The backward pass of one chunk of the outer-product recurrence, arranged by hand.
 
 With g = d num, e = d den, w the decay weights of the pairs and P = q k^T w of a chunk, S before and S' after it:
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._products import row_products
+from effattn_jax.recurrence._feature_pairs import feature_pairs
 from effattn_jax.recurrence._outer_chunks import (
     Marks,
     Options,
@@ -71,23 +72,20 @@ def pull_chunk(
     write = keep_steps(write, into_end)
     k_end = keep_steps(k if decay is None else k * decay.to_end, into_end)
 
-    p_t, ds_t, d_between = _products(options, q, k, v, g, e, decay, pairs)
-    # Groups and rows as one axis: of more axes XLA makes a transposed copy on CPU.
-    flat = ds_t.reshape(*ds_t.shape[:3], ds_t.shape[3] * ds_t.shape[4])
-    dq = product("bkjm,bkjh->bkmh", flat, k, options).reshape(q.shape)
+    p_t, dq, dk, d_pairs = _pairs(options, q, k, v, g, e, decay, pairs)
     dq = dq + (read if decay is None else read * decay.to_step[:, :, None])
-    dk = product("bkjgi,bkgih->bkjh", ds_t, q, options) + (write if decay is None else write * decay.to_end)
+    dk = dk + (write if decay is None else write * decay.to_end)
     dv = product("bkjgi,bkgiv->bkjv", p_t, g, options) + product("bkjh,bkhv->bkjv", k_end, d_state, options)
 
     goes_on = None if marks.run is None else (marks.run[:, -1:] == marks.run_before[:, -1:])[:, 0]
     d_kept_state, d_kept_total = masked(d_state, goes_on), None if e is None else masked(d_total, goes_on)
     d_decay = None
     if decay is not None:
-        d_kept = jnp.sum(state * d_kept_state, axis=(-2, -1))[..., None]
-        d_kept = d_kept if e is None else d_kept + row_products(total, d_kept_total)[..., None]
+        d_kept = row_products(state, d_kept_state)
+        d_kept = d_kept if e is None else d_kept + total * d_kept_total
         d_decay = decay._replace(
-            to_step=jnp.sum(q * read, axis=(2, 4))[..., None], to_end=row_products(k, write)[..., None],
-            between=d_between, kept=d_kept, bad=_no_cotangent(decay.bad),
+            to_step=_as(decay.to_step, jnp.sum(q * read, axis=2)), to_end=_as(decay.to_end, k * write),
+            kept=_as(decay.kept, d_kept), bad=_no_cotangent(decay.bad), **d_pairs,
         )  # fmt: skip
         d_kept_state = d_kept_state * decay.kept[..., None]
         d_kept_total = None if e is None else d_kept_total * decay.kept
@@ -102,18 +100,29 @@ def _rows(x: jax.Array, rows: jax.Array) -> jax.Array:
     return jnp.where(rows.reshape(rows.shape[0], 1, 1, rows.shape[1], *(1,) * (x.ndim - 4)), x, 0)
 
 
-def _products(options, q, k, v, g, e, decay, pairs) -> tuple:
-    """P^T and ds^T (B, K, j, G, i), and the cotangent of the decays between pairs."""
+def _as(factor: jax.Array, d_factor: jax.Array) -> jax.Array:
+    """The cotangent of a factor (..., 1 | H) from that of each feature."""
+    return d_factor if factor.shape == d_factor.shape else row_products(d_factor, jnp.ones_like(d_factor))[..., None]
+
+
+def _pairs(options, q, k, v, g, e, decay, pairs) -> tuple:
+    """P^T (B, K, j, G, i), what q and k get through P, and the cotangents of what the decays put on pairs, by their names."""
     pairs_t = jnp.swapaxes(pairs, 1, 2)[:, None, :, None]  # (B | 1, 1, j, 1, i)
-    p_t, dp_t = product("bkjh,bkgih->bkjgi", k, q, options), product("bkjv,bkgiv->bkjgi", v, g, options)
+    dp_t = product("bkjv,bkgiv->bkjgi", v, g, options)
     dp_t = dp_t if e is None else dp_t + e[:, :, None]
-    d_between = None
+    if decay is not None and decay.within is not None:
+        p, pull = jax.vjp(feature_pairs, q, k, decay.within)
+        dq, dk, d_within = pull(jnp.moveaxis(jnp.where(pairs_t, dp_t, 0), 2, 4))
+        return jnp.where(pairs_t, jnp.moveaxis(p, 4, 2), 0), dq, dk, {"within": d_within}
+    p_t, d_pairs = product("bkjh,bkgih->bkjgi", k, q, options), {}
     if decay is not None:
         weight_t = jnp.swapaxes(jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf)), 2, 3)[:, :, :, None]
         d_between = jnp.sum(jnp.where(pairs_t, dp_t * p_t * weight_t, 0), axis=3)
-        d_between = jnp.swapaxes(d_between, 2, 3)
+        d_pairs = {"between": jnp.swapaxes(d_between, 2, 3)}
         dp_t, p_t = dp_t * weight_t, p_t * weight_t
-    return jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0), d_between
+    p_t, ds_t = jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0)
+    dq, dk = product("bkjgi,bkjh->bkgih", ds_t, k, options), product("bkjgi,bkgih->bkjh", ds_t, q, options)
+    return p_t, dq, dk, d_pairs
 
 
 def _no_cotangent(x: jax.Array) -> Any:

@@ -99,7 +99,7 @@ def outer_product_recurrence(
       segment_ids: (*B, T) integers; the state restarts wherever the id changes.
       return_state: also return the last state, in the form of `initial_state`.
       normalize: divide o_t by query_t . z_t, z_t the sum of keys under the same decay; 0 where that is 0.
-      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 16 with a decay for each feature.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), or 32 with a decay for each feature.
       implementation: "chunked" (products of matrices, one chunk after the other, O(T) memory in both passes), "parallel" (all chunks side by
         side, O(T (C + H V / C)) memory, for accelerators) or "scan" (step by step); None picks by the platform the program is compiled for.
 
