@@ -20,6 +20,7 @@ from effattn_jax.optim import (
     tiger,
 )
 from tests.laws.checks import assert_identical
+from tests.traces import counted_jit
 
 ROWS = 84
 
@@ -95,12 +96,12 @@ def _steps(optimizer, gradients, weights=None, params=None):
     """The updates of consecutive calls, and the state after each."""
     params = jax.tree.map(jnp.zeros_like, gradients[0]) if params is None else params
     state, out = optimizer.init(params), []
-    update = jax.jit(optimizer.update)
+    update = counted_jit(optimizer.update)
     for index, gradient in enumerate(gradients):
         extra = {} if weights is None else {"weight": jnp.float32(weights[index])}
         updates, state = update(gradient, state, params, **extra)
         out.append((updates, state))
-    assert update._cache_size() == 1
+    assert len(update.traces) == 1
     return out
 
 

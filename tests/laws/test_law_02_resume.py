@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.traces import counted_jit
+
 from . import checks, references
 from .subjects import CAUSAL, MASKED, MIXER_SUBJECTS, by_stateful_kind, label, param, slice_key, time_slice
 
@@ -143,7 +145,7 @@ def test_prefill_then_decode_in_constant_memory(subject, prefill, situation):
     per_call = SITUATIONS[situation]
     state = subject.empty_state(TOTAL)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
-    step = jax.jit(lambda x, now, state: subject.call(x, initial_state=state, return_state=True, **now))
+    step = counted_jit(lambda x, now, state: subject.call(x, initial_state=state, return_state=True, **now))
     outputs = []
     for start, stop in [(0, prefill)] + [(t, t + 1) for t in range(prefill, TOTAL)]:
         now = {name: slice_key(array, start, stop) for name, array in per_call.items()}
@@ -151,7 +153,7 @@ def test_prefill_then_decode_in_constant_memory(subject, prefill, situation):
         assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == shapes
         outputs.append(output)
     checks.assert_close(np.concatenate(outputs, axis=1), expected(subject, "plain", situation)[0], checks.OUTPUT)
-    assert step._cache_size() <= 2, "one program for the prefill and one for all steps"
+    assert len(step.traces) <= 2, "one program for the prefill and one for all steps"
 
 
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
