@@ -1,0 +1,54 @@
+"""The outer-product recurrence with a decay for each feature, whose pairs are products of matrices over halves of a chunk."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.recurrence import outer_product_recurrence
+
+STEPS = 70
+
+
+def sample(dtype):
+    """Query, key, value, log decays over twelve orders of magnitude, among them 0 and -inf, and segment ids."""
+    rng = np.random.default_rng(0)
+    query, key = rng.normal(size=(2, 2, STEPS, 2, 5))
+    value = rng.normal(size=(2, STEPS, 2, 3))
+    decay = -(10.0 ** rng.uniform(-8, 4, size=query.shape))
+    decay[rng.random(decay.shape) < 0.1] = 0
+    decay[rng.random(decay.shape) < 0.02] = -np.inf
+    ids = np.cumsum(rng.random((2, STEPS)) < 0.06, axis=1)
+    return [jnp.asarray(x, dtype) for x in (query, key, value, decay)], ids
+
+
+def results(arrays, ids, **options):
+    """Outputs, the last state, and the gradients of a weighted sum of both."""
+
+    def call(query, key, value, decay):
+        return outer_product_recurrence(
+            query, key, value, log_decay=decay, segment_ids=ids, return_state=True, **options
+        )
+
+    out, pull = jax.vjp(call, *arrays)
+    return out, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out))
+
+
+@pytest.mark.parametrize("segmented", [False, True], ids=["one row", "segments"])
+@pytest.mark.parametrize("size", [None, 16, 37, 48])
+def test_decays_for_each_feature_equal_the_recurrence(size, segmented, x64):
+    """Chunks that are powers of two and such that are not, several of them, the last one not full."""
+    arrays, ids = sample(jnp.float64)
+    ids = ids if segmented else None
+    expected = results(arrays, ids, implementation="scan")
+    actual = results(arrays, ids, implementation="chunked", chunk_size=size)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), actual, expected)
+
+
+def test_small_decays_beside_large_ones_stay_exact(x64):
+    """A difference of cumulative sums would lose what comes after a step that forgets nearly all."""
+    arrays, _ = sample(jnp.float32)
+    decay = jnp.full_like(arrays[3], -1e-3).at[:, 3].set(-1e4)
+    expected = results([x.astype(jnp.float64) for x in (*arrays[:3], decay)], None, implementation="scan")
+    actual = results([*arrays[:3], decay], None, implementation="chunked")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), actual, expected)
