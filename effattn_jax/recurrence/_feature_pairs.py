@@ -3,8 +3,8 @@
     P_ij = sum_h q_ih k_jh exp(g_{j+1,h} + ... + g_ih)        j <= i
 
 Halve the chunk, halve the halves, and so on: the pair j < i is parted at one border, from which query i and up to which key j decays.
-So the pairs parted at the same depth are one product of matrices, log2 C of them in all. Every exponent is a sum of terms <= 0, never
-a difference of sums.
+So the pairs parted at the same depth are one product of matrices, and log2 C such products make them all. Every exponent is a sum of
+terms <= 0, never a difference of sums.
 """
 
 import jax

@@ -120,10 +120,8 @@ def product(equation: str, a: jax.Array, b: jax.Array, options: Options) -> jax.
         return x.reshape([sizes["g"] * sizes["i"] if c == "i" else sizes[c] for c in axes if c != "g"])
 
     a, b = (joined(x, axes) for x, axes in zip((a, b), operands.split(","), strict=True))
-    wide = a.dtype if options.operands else None
-    if options.operands is not None:
-        a, b = a.astype(options.operands), b.astype(options.operands)
-    out = jnp.einsum(equation.replace("g", ""), a, b, preferred_element_type=wide)
+    narrow = a.dtype if options.operands is None else options.operands
+    out = jnp.einsum(equation.replace("g", ""), a.astype(narrow), b.astype(narrow), preferred_element_type=a.dtype)
     return out.reshape([sizes[c] for c in axes])
 
 
