@@ -219,7 +219,7 @@ def check(name: str) -> Callable:
 
 @check("jit")
 def jit(subject):
-    """Compiled once for all steps; the state keeps its structure, shapes and types"""
+    """Traced once for all steps; the state keeps its structure, shapes and types"""
     after, traces, (before, state) = _reference(subject)
     finite = all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after))
     same = jax.tree.structure(before) == jax.tree.structure(state) and _types(before) == _types(state)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -99,6 +100,13 @@ def test_finished_run_of_other_data_is_refused(alone, tmp_path, capsys):
     arguments = [*SMALL, *SHORT, "--train.run-dir", str(folder), "--data.path", str(tmp_path / "other.txt")]
     assert cli.main(ROOT / "configs", arguments) == 2
     assert "contents of the data" in capsys.readouterr().err
+
+
+def test_finished_run_without_its_config_says_so(alone, tmp_path, capsys):
+    shutil.copytree(alone[0], tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    assert cli.main(ROOT / "configs", [*SMALL, *SHORT, "--train.run-dir", str(tmp_path / "run")]) == 0
+    assert "quickstart is finished already: 6 steps" in capsys.readouterr().out
 
 
 def test_generate_from_a_run(alone, capsys):

@@ -91,7 +91,7 @@ class _Decay(NamedTuple):
     to_end: jax.Array  # factor on a key that enters the state, same
     between: jax.Array | None  # sums over (j, i], (B, K, i, j); None with a decay for each feature
     kept: jax.Array  # factor on the state, (B, K, 1 | H)
-    bad: jax.Array  # steps whose decay is no number <= 0, (B, K, C): all that passes through them is NaN
+    bad: jax.Array  # steps whose decay is NaN or +inf, (B, K, C): all that passes through them is NaN
     within: Any = None  # with a decay for each feature, factors within the blocks of `feature_pairs`
 
 

@@ -5,7 +5,8 @@ With g = d num, e = d den, w the decay weights of the pairs and P = q k^T w of a
     ds = (g v^T + e) w       dq = ds k + (g S^T + e z) a        dk = ds^T q + (v dS'^T + dz') b        dv = P^T g + k b dS'
 
 a and b the decays from the chunk's start and to its end. What autodiff would compute again is read from the outputs (e = -do . out / den).
-P and ds are made transposed, as two of the three products that read them want them.
+P and ds are made transposed, as two of the three products that read them want them. With a decay for each feature w is not one number a
+pair, and what goes through P is differentiated where P is made.
 """
 
 from functools import partial

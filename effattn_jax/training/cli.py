@@ -64,7 +64,8 @@ def _run(folder: Path, arguments: list[str]) -> int:
 def _check_finished(run, config) -> None:
     """Check that a finished run is the one that is asked for; the data are read only where another place of them is given."""
     run.compare(config)
-    if run.config().data != config.data:
+    held = run.config()
+    if held is None or held.data != config.data:
         from effattn_jax.data import load
         from effattn_jax.training.errors import user_errors
 
