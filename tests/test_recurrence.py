@@ -42,7 +42,7 @@ def test_decays_for_each_feature_equal_the_recurrence(size, segmented, x64):
     ids = ids if segmented else None
     expected = results(arrays, ids, implementation="scan")
     actual = results(arrays, ids, implementation="chunked", chunk_size=size)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), actual, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
 
 
 def test_small_decays_beside_large_ones_stay_exact(x64):

@@ -1,7 +1,4 @@
-"""A compiled function that counts how often it was traced.
-
-`_cache_size` of a jitted function says less: jax 0.7 answers 0 in a process that has compiled a few thousand programs.
-"""
+"""How many programs a compiled function has become."""
 
 import functools
 from collections.abc import Callable
@@ -21,3 +18,11 @@ def counted_jit(function: Callable) -> Callable:
     run = jax.jit(traced)
     run.traces = traces
     return run
+
+
+def programs(run: Callable) -> int:
+    """Of a `counted_jit`, its traces or its compiled programs, whichever are more.
+
+    The size of its cache alone would not do: jax 0.7 answers 0 in a process that has compiled a few thousand programs.
+    """
+    return max(len(run.traces), run._cache_size())

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._products import grouped_product
+
 __all__: list[str] = []
 
 
@@ -33,15 +35,10 @@ def decay_factors(decay: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Arr
 def feature_pairs(q: jax.Array, k: jax.Array, within: list[jax.Array]) -> jax.Array:
     """P (B, K, G, i, j) of q (B, K, G, C, H), k (B, K, C, H) and the first of `decay_factors`; of pairs j > i nothing is said."""
     steps = np.arange(k.shape[2])
-    pairs = _product(q, k)
+    pairs = grouped_product("bkgih,bkjh->bkgij", q, k)
     for depth, factor in enumerate(within):
         block = steps >> depth
         parted = (block[:, None] == block + 1) & (block % 2 == 0)
-        pairs = jnp.where(parted, _product(q * factor[:, :, None], k * factor), pairs)
+        product = grouped_product("bkgih,bkjh->bkgij", q * factor[:, :, None], k * factor)
+        pairs = jnp.where(parted, product, pairs)
     return pairs
-
-
-def _product(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q (B, K, G, C, H) times k (B, K, C, H), with groups and steps as one axis."""
-    rows = q.reshape(*q.shape[:2], q.shape[2] * q.shape[3], q.shape[4])
-    return jnp.einsum("bkmh,bkjh->bkmj", rows, k).reshape(*q.shape[:4], k.shape[2])

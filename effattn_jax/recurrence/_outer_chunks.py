@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._products import grouped_product
 from effattn_jax.recurrence._feature_pairs import decay_factors, feature_pairs
 
 __all__: list[str] = []
@@ -109,20 +110,8 @@ def decays_of(decay: jax.Array) -> _Decay:
 
 
 def product(equation: str, a: jax.Array, b: jax.Array, options: Options) -> jax.Array:
-    """A product of matrices with sums in the dtype of a.
-
-    Groups and rows, the axes "gi" of an operand, enter it as one: of an operand with more axes XLA makes a transposed copy on CPU.
-    """
-    operands, axes = equation.split("->")
-    sizes = dict(zip(operands.replace(",", ""), (*a.shape, *b.shape), strict=True))
-
-    def joined(x, axes):
-        return x.reshape([sizes["g"] * sizes["i"] if c == "i" else sizes[c] for c in axes if c != "g"])
-
-    a, b = (joined(x, axes) for x, axes in zip((a, b), operands.split(","), strict=True))
-    narrow = a.dtype if options.operands is None else options.operands
-    out = jnp.einsum(equation.replace("g", ""), a.astype(narrow), b.astype(narrow), preferred_element_type=a.dtype)
-    return out.reshape([sizes[c] for c in axes])
+    """`grouped_product` of what the options let enter it."""
+    return grouped_product(equation, a, b, options.operands)
 
 
 def weights_of_pairs(
