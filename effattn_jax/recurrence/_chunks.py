@@ -4,7 +4,8 @@
 
 `lax.scan` wants time first and stacks its outputs into fresh memory; here every chunk is a slice of axis 1 and every output chunk is
 written into one carried buffer. The backward pass walks the chunks again: once forwards for the carries at the chunk starts, once
-backwards through the vector-Jacobian product of one chunk. Memory beside the gradients: one carry a chunk.
+backwards through the vector-Jacobian product of one chunk. The carries wait where the cotangents of the inputs will be written, if they fit
+there (`_Shelves`); if not, the memory beside the gradients is one carry a chunk.
 """
 
 from collections.abc import Callable
@@ -98,38 +99,94 @@ def _plain(body: Callable, size: int, arrays: Any, aux: Any) -> tuple[Any, Any]:
     return carry, jax.tree.map(_join, out)
 
 
+class _Shelves:
+    """Where the carries at the chunk starts wait for the way back.
+
+    Cotangents of inputs are written from the last chunk to the first, so the rows of a chunk are free until its turn comes. A leaf (B, K, R, V)
+    of the carry is R rows of an input (B, T, K, V): it waits in the cotangent of one that is alike, or of several where a chunk has fewer rows
+    than R. Whatever fits nowhere gets an array of its own. The store is a pair (such arrays, cotangents), both lists.
+    """
+
+    def __init__(self, carry: Any, inputs: Any, size: int):
+        leaves, self.tree = jax.tree.flatten(carry)
+        self.size, free = size, dict(enumerate(jax.tree.leaves(inputs)))
+        self.places: list[tuple[int, ...]] = []
+        for c in leaves:
+            wanted = -(-c.shape[2] // size) if c.ndim == 4 else 0
+            places = tuple(n for n, x in free.items() if wanted and _alike(jnp.moveaxis(c, 2, 1), x))[:wanted]
+            self.places.append(places if len(places) == wanted else ())
+            free = {n: x for n, x in free.items() if n not in self.places[-1]}
+
+    def apart(self, carry: Any, count: int) -> list[Any]:
+        """Arrays for what fits nowhere."""
+        pairs = zip(jax.tree.leaves(carry), self.places, strict=True)
+        return [None if at else jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)) for c, at in pairs]
+
+    def put(self, store: tuple[list, list], carry: Any, i: jax.Array) -> tuple[list, list]:
+        """The store with the carry of chunk i in it."""
+        apart, cotangents = map(list, store)
+        for n, (c, places) in enumerate(zip(jax.tree.leaves(carry), self.places, strict=True)):
+            if not places:
+                apart[n] = lax.dynamic_update_index_in_dim(apart[n], c, i, axis=0)
+            for part, at in enumerate(places):
+                rows = jnp.moveaxis(c[:, :, part * self.size : (part + 1) * self.size], 2, 1)
+                cotangents[at] = lax.dynamic_update_slice_in_dim(cotangents[at], rows, i * self.size, axis=1)
+        return apart, cotangents
+
+    def take(self, store: tuple[list, list], like: Any, i: jax.Array) -> Any:
+        """The carry of chunk i; `like` has its shape."""
+
+        def one(c, apart, places):
+            if not places:
+                return lax.dynamic_index_in_dim(apart, i, keepdims=False)
+            taken = [min(self.size, c.shape[2] - part * self.size) for part in range(len(places))]
+            rows = [
+                lax.dynamic_slice_in_dim(store[1][at], i * self.size, n, axis=1)
+                for at, n in zip(places, taken, strict=True)
+            ]
+            return jnp.moveaxis(rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1), 1, 2)
+
+        return jax.tree.unflatten(self.tree, map(one, jax.tree.leaves(like), store[0], self.places))
+
+
+def _alike(rows: jax.Array, x: jax.Array) -> bool:
+    """Whether rows may be written over those of x; what varies over the axes of a mesh is the same for both (`tie`)."""
+    kinds = [(a.dtype, a.shape[:1], a.shape[2:], jax.typeof(a).sharding) for a in (rows, x)]
+    return x.dtype != jnp.bfloat16 and kinds[0] == kinds[1]
+
+
 def _backward(
     body: Callable, pull: Callable, size: int, count: int, arrays: Any, aux: Any, results: Any, cotangents: Any
 ) -> tuple[Any, ...]:
     """Cotangents of (carry, inputs, weights): the chunks forwards for the carries at their starts, then backwards."""
     first, inputs, *shared = arrays
     outputs, (d_carry, d_out) = results[1], cotangents
+    leaves, tree = jax.tree.flatten(inputs)
+    d_inputs = [_bits(jnp.full_like(x, fill + 100)) for fill, x in enumerate(leaves)]  # unlike forward's
+    shelves = _Shelves(first, inputs, size)
 
     def keep(i, state):
-        carry, kept = state
-        kept = jax.tree.map(lambda k, c: lax.dynamic_update_index_in_dim(k, c, i, axis=0), kept, carry)
-        return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)[0], kept
+        carry, store = state
+        store = shelves.put(store, carry, i)
+        return body(carry, _chunk(inputs, i, size), _chunk(aux, i, size), *shared)[0], store
 
-    kept = jax.tree.map(lambda c: jnp.broadcast_to(jnp.zeros_like(c), (count, *c.shape)), first)
-    _, kept = lax.fori_loop(0, count, keep, (first, kept))
+    _, (apart, d_inputs) = lax.fori_loop(0, count, keep, (first, (shelves.apart(first, count), d_inputs)))
 
     def step(j, state):
         i = count - 1 - j
-        d_carry, d_inputs, *d_shared = state
-        carry = jax.tree.map(lambda k: lax.dynamic_index_in_dim(k, i, keepdims=False), kept)
-        chunks = (_chunk(tree, i, size) for tree in (inputs, aux, outputs))
+        carry, d_carry, d_inputs, *d_shared = state
+        chunks = (_chunk(x, i, size) for x in (inputs, aux, outputs))
         d_out_chunk = _chunk(d_out, i, size)
         d_carry, d_chunk, *more = pull(carry, *chunks, d_carry, d_out_chunk, *shared)
-        return d_carry, _store(d_inputs, d_chunk, inputs, i, size), *jax.tree.map(jnp.add, d_shared, more)
+        d_inputs = _store(d_inputs, jax.tree.leaves(d_chunk), leaves, i, size)
+        # The next carry is read from what was just written: were it read beside the writing, XLA would copy the whole array first.
+        carry = shelves.take((apart, d_inputs), first, i - 1)
+        return carry, d_carry, d_inputs, *jax.tree.map(jnp.add, d_shared, more)
 
-    leaves, tree = jax.tree.flatten(inputs)
-    buffers = jax.tree.unflatten(
-        tree, [_bits(jnp.full_like(x, fill + 100)) for fill, x in enumerate(leaves)]
-    )  # unlike forward's
-    d_carry, buffers, *d_shared = lax.fori_loop(
-        0, count, step, (d_carry, buffers, *jax.tree.map(jnp.zeros_like, shared))
-    )
-    return d_carry, _from_bits(buffers, inputs), *d_shared
+    carry = shelves.take((apart, d_inputs), first, count - 1)
+    nothing = jax.tree.map(jnp.zeros_like, shared)
+    _, d_carry, d_inputs, *d_shared = lax.fori_loop(0, count, step, (carry, d_carry, d_inputs, *nothing))
+    return d_carry, _from_bits(jax.tree.unflatten(tree, d_inputs), inputs), *d_shared
 
 
 def scan_chunks(
