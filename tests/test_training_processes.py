@@ -102,6 +102,13 @@ def test_finished_run_of_other_data_is_refused(alone, tmp_path, capsys):
     assert "contents of the data" in capsys.readouterr().err
 
 
+def test_a_mistake_beside_a_finished_run_is_named_as_one(alone, capsys):
+    """Not as a difference from the run that lies there."""
+    arguments = [*SMALL, *SHORT, "--train.run-dir", str(alone[0]), "--model.mixer", "nosuch"]
+    assert cli.main(ROOT / "configs", arguments) == 2
+    assert "error: mixer is 'nosuch'. It must be among" in capsys.readouterr().err
+
+
 def test_finished_run_without_its_config_says_so(alone, tmp_path, capsys):
     shutil.copytree(alone[0], tmp_path / "run")
     (tmp_path / "run" / "config.json").unlink()

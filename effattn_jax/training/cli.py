@@ -63,14 +63,16 @@ def _run(folder: Path, arguments: list[str]) -> int:
 
 def _check_finished(run, config) -> None:
     """Check that a finished run is the one that is asked for; the data are read only where another place of them is given."""
+    from effattn_jax.training.errors import user_errors
+
+    with user_errors():
+        config.validate()
     run.compare(config)
     held = run.config()
     if held is None or held.data != config.data:
         from effattn_jax.data import load
-        from effattn_jax.training.errors import user_errors
 
         with user_errors():
-            config.validate()
             run.compare(config, load(config.data))
 
 
