@@ -61,7 +61,9 @@ class Settings:
 
 
 def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Contender]]]:
-    """By group: every mixer of the table in its causal form, softmax with a window, linear attention with turned features, and the peers."""
+    """By group: every mixer of the table in its causal form, and the peers; also softmax with a window, linear attention with turned features,
+    and gated linear attention with a decay for each feature.
+    """
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
         if "length" in mixer.exempt or "causality" in mixer.exempt:
@@ -72,12 +74,22 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
     turned = partial(with_positions, partial(rotary_linear_attention, is_causal=True))
     groups["rotary_linear"] = {"effattn_jax": partial(_jax_contender, settings, turned, None)}
+    gated = MIXERS["gated_linear"]
+    each = partial(gated.function, is_causal=True)
+    groups["gated_linear, features"] = {
+        "effattn_jax": partial(_jax_contender, settings, each, gated._replace(extras=_feature_decays))
+    }
     for group, members in groups.items():
         for name, function in JAX_PEERS.get(group, {"jax.nn": JAX_PEERS["softmax"]["jax.nn"]}).items():
             members[name] = partial(_jax_contender, settings, function, None)
         for name, build in TORCH_PEERS.get(group, {}).items():
             members[name] = lambda length, build=build: build(length, settings.heads, settings.dim)
     return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
+
+
+def _feature_decays(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+    """A log decay for each feature, as gated linear attention takes them too."""
+    return {"log_decay": jax.nn.log_sigmoid(2 + jax.random.normal(rng, query.shape)).astype(query.dtype)}
 
 
 def _more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
