@@ -144,6 +144,25 @@ def test_global_tokens_of_padded_rows_on_an_explicit_mesh(mask_spec):
     checks.assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 8, 8), (4, 1, 8, 8), (4, 2, 1, 8)])
+def test_a_replicated_bias_beside_sharded_arrays(shape):
+    """Rows and heads sharded in the types, and a bias that is not: its gradient comes back as the bias lies."""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    options = {"is_causal": True, "implementation": "chunked", "chunk_size": 4}
+    inputs = (*(random(seed, 4, 8, 2, 4) for seed in range(3)), random(3, *shape))
+
+    def run(inputs):
+        return checks.value_and_grads(lambda x: attention.dot_product_attention(*x, **options), inputs)
+
+    expected = run(inputs)
+    with jax.set_mesh(mesh):
+        specs = [P("data", None, "heads")] * 3 + [P()]
+        actual = run(tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs)))
+        assert not any(jax.typeof(actual[1][3]).sharding.spec)
+        actual = jax.tree.map(np.asarray, actual)
+    checks.assert_close(actual, expected, 1e-5)
+
+
 @BOTH
 def test_global_tokens_of_padded_rows_are_few_pairs(is_causal, monkeypatch):
     """No part of the union has all queries against all keys but those limited to a band."""

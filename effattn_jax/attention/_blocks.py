@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._derivatives import Fixed, tie, with_backward
+from effattn_jax._places import split_like
 from effattn_jax._products import row_products
 from effattn_jax.attention._pairs import (
     Arrays,
@@ -210,6 +211,12 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) 
 
 def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, V) and lse (B, T, N); T, S >= 1, block sizes at most T and S."""
-    arrays, marks = tie((arrays, marks))
+    bias = arrays.bias
+    if bias is not None and not callable(
+        bias
+    ):  # sharded as its pairs are, so that its gradient can be added up where it lies
+        for axis, axis_of_query in ((0, 0), (1, 2)):
+            bias = bias if bias.shape[axis] == 1 else split_like(bias, axis, arrays.query, axis_of_query)
+    arrays, marks = tie((arrays._replace(bias=bias), marks))
     forms = (Fixed(form, spec) for form in (_forward, by_rows, _backward))
     return with_backward(*forms)(arrays, marks)
