@@ -12,6 +12,10 @@ from effattn_jax.attention._patterns import Part, View, by_class, dense, documen
 
 __all__: list[str] = []
 
+_FEW = (
+    16  # keys up to which all scores at once are as small as the queries, and cheaper to compile than loops over blocks
+)
+
 
 class Union(NamedTuple):
     """A window, keys at multiples of a period, and the first tokens of a document: whichever are given."""
@@ -61,7 +65,8 @@ class Union(NamedTuple):
         outside = {"hole": self.window, "period": self.period}
         (length, keys), count = view.lengths, min(self.num_global, view.lengths[1])
         if view.marks.key_segments is None and view.marks.key_mask is None:
-            parts = [part(view.cut((0, length), (0, count)), **outside)]
+            few = view.cut((0, length), (0, count))
+            parts = [at_once(few, **outside) if count <= _FEW else part(few, **outside)]
             rows = min(max(self.num_global - view.offset, 0), length)
             if view.is_causal or rows == 0 or count == keys:
                 return parts
@@ -99,6 +104,12 @@ class Union(NamedTuple):
         """Whether neither the window nor the period gives a pair at this distance."""
         see = distance % self.period != 0
         return see if self.window is None else see & ((distance > self.window[0]) | (-distance > self.window[1]))
+
+
+def at_once(view: View, **changes: Any) -> Part:
+    """`part` of a handful of keys, whose scores take no more room than the queries do."""
+    arrays = view.arrays._replace(value=view.arrays.value.astype(view.spec.dtype))
+    return whole_rows(view.spec._replace(**changes), arrays, view.marks)[:2]
 
 
 class Few(NamedTuple):
