@@ -104,18 +104,22 @@ class _Shelves:
 
     Cotangents of inputs are written from the last chunk to the first, so the rows of a chunk are free until its turn comes. A leaf (B, K, R, V)
     of the carry is R rows of an input (B, T, K, V): it waits in the cotangent of one that is alike, or of several where a chunk has fewer rows
-    than R. Whatever fits nowhere gets an array of its own. The store is a pair (such arrays, cotangents), both lists.
+    than R. Which one does not matter. Whatever fits nowhere gets an array of its own. The store is a pair (such arrays, cotangents), both lists.
     """
 
     def __init__(self, carry: Any, inputs: Any, size: int):
         leaves, self.tree = jax.tree.flatten(carry)
         self.size, free = size, dict(enumerate(jax.tree.leaves(inputs)))
-        self.places: list[tuple[int, ...]] = []
+        self.places: list[
+            list[tuple[int, int, int]]
+        ] = []  # of each leaf: (number of an input, first row, one past the last)
         for c in leaves:
-            wanted = -(-c.shape[2] // size) if c.ndim == 4 else 0
-            places = tuple(n for n, x in free.items() if wanted and _alike(jnp.moveaxis(c, 2, 1), x))[:wanted]
-            self.places.append(places if len(places) == wanted else ())
-            free = {n: x for n, x in free.items() if n not in self.places[-1]}
+            starts = range(0, c.shape[2], size) if c.ndim == 4 else ()
+            alike = [n for n, x in free.items() if starts and _alike(jnp.moveaxis(c, 2, 1), x)]
+            fits = len(alike) >= len(starts)
+            parts = zip(alike, starts, strict=False) if fits else ()
+            self.places.append([(n, start, min(start + size, c.shape[2])) for n, start in parts])
+            free = {n: x for n, x in free.items() if n not in [place[0] for place in self.places[-1]]}
 
     def apart(self, carry: Any, count: int) -> list[Any]:
         """Arrays for what fits nowhere."""
@@ -125,28 +129,26 @@ class _Shelves:
     def put(self, store: tuple[list, list], carry: Any, i: jax.Array) -> tuple[list, list]:
         """The store with the carry of chunk i in it."""
         apart, cotangents = map(list, store)
-        for n, (c, places) in enumerate(zip(jax.tree.leaves(carry), self.places, strict=True)):
+        for leaf, (c, places) in enumerate(zip(jax.tree.leaves(carry), self.places, strict=True)):
             if not places:
-                apart[n] = lax.dynamic_update_index_in_dim(apart[n], c, i, axis=0)
-            for part, at in enumerate(places):
-                rows = jnp.moveaxis(c[:, :, part * self.size : (part + 1) * self.size], 2, 1)
-                cotangents[at] = lax.dynamic_update_slice_in_dim(cotangents[at], rows, i * self.size, axis=1)
+                apart[leaf] = lax.dynamic_update_index_in_dim(apart[leaf], c, i, axis=0)
+            for n, start, stop in places:
+                rows = jnp.moveaxis(c[:, :, start:stop], 2, 1)
+                cotangents[n] = lax.dynamic_update_slice_in_dim(cotangents[n], rows, i * self.size, axis=1)
         return apart, cotangents
 
-    def take(self, store: tuple[list, list], like: Any, i: jax.Array) -> Any:
-        """The carry of chunk i; `like` has its shape."""
+    def take(self, store: tuple[list, list], i: jax.Array | int) -> Any:
+        """The carry of chunk i."""
 
-        def one(c, apart, places):
+        def one(apart, places):
             if not places:
                 return lax.dynamic_index_in_dim(apart, i, keepdims=False)
-            taken = [min(self.size, c.shape[2] - part * self.size) for part in range(len(places))]
             rows = [
-                lax.dynamic_slice_in_dim(store[1][at], i * self.size, n, axis=1)
-                for at, n in zip(places, taken, strict=True)
+                lax.dynamic_slice_in_dim(store[1][n], i * self.size, stop - start, axis=1) for n, start, stop in places
             ]
-            return jnp.moveaxis(rows[0] if len(rows) == 1 else jnp.concatenate(rows, axis=1), 1, 2)
+            return jnp.moveaxis(jnp.concatenate(rows, axis=1), 1, 2)
 
-        return jax.tree.unflatten(self.tree, map(one, jax.tree.leaves(like), store[0], self.places))
+        return jax.tree.unflatten(self.tree, map(one, store[0], self.places))
 
 
 def _alike(rows: jax.Array, x: jax.Array) -> bool:
@@ -179,11 +181,12 @@ def _backward(
         d_out_chunk = _chunk(d_out, i, size)
         d_carry, d_chunk, *more = pull(carry, *chunks, d_carry, d_out_chunk, *shared)
         d_inputs = _store(d_inputs, jax.tree.leaves(d_chunk), leaves, i, size)
-        # The next carry is read from what was just written: were it read beside the writing, XLA would copy the whole array first.
-        carry = shelves.take((apart, d_inputs), first, i - 1)
+        # The next carry is read from what was just written: were it read beside the writing, XLA would copy the whole array first. After
+        # chunk 0 nothing asks for it.
+        carry = shelves.take((apart, d_inputs), i - 1)
         return carry, d_carry, d_inputs, *jax.tree.map(jnp.add, d_shared, more)
 
-    carry = shelves.take((apart, d_inputs), first, count - 1)
+    carry = shelves.take((apart, d_inputs), count - 1)
     nothing = jax.tree.map(jnp.zeros_like, shared)
     _, d_carry, d_inputs, *d_shared = lax.fori_loop(0, count, step, (carry, d_carry, d_inputs, *nothing))
     return d_carry, _from_bits(jax.tree.unflatten(tree, d_inputs), inputs), *d_shared
