@@ -15,8 +15,8 @@ from effattn_jax.training import Config, OptimConfig, TrainConfig
 def get_config() -> Config:
     """The preset."""
     return Config(
-        model=ModelConfig(layers=2, width=64, heads=4, positions="learned", max_length=64, conv_width=3, dropout=0.2),
-        data=DataConfig(task="digits", batch_size=32, context=64),
+        model=ModelConfig(layers=2, width=64, heads=4, positions="learned", max_length=64, conv_width=3, dropout=0.1),
+        data=DataConfig(task="digits", batch_size=64, context=64),
         optim=OptimConfig(learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=50),
         train=TrainConfig(steps=1000, eval_every=250, checkpoint_every=500, eval_batches=None, sample_tokens=1),
     )
