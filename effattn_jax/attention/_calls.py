@@ -39,11 +39,12 @@ def block_sizes(
     """Rows and columns of a block: up to `budget` scores over the heads, as fit a cache, and no wider than a window makes sense of."""
     if chunk_size is not None:
         return min(chunk_size, length), min(chunk_size, keys)
-    rows, columns = 256, 512
-    while groups * rows * columns > budget and rows > 64:
-        rows, columns = rows // 2, columns // 2
     left, right = bounds
-    if left is not None and right is not None:
+    windowed = left is not None and right is not None
+    rows, columns = 256 if windowed else 512, 512  # products of more rows use more of a machine
+    while groups * rows * columns > budget and rows > 64:
+        rows, columns = rows // 2, columns // 2 if rows < columns else columns
+    if windowed:
         while rows > 64 and left + right < rows // 2:
             rows //= 2
         columns = min(columns, -(-(left + right + rows) // 64) * 64)
