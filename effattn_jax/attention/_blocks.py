@@ -212,9 +212,8 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) 
 def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, V) and lse (B, T, N); T, S >= 1, block sizes at most T and S."""
     bias = arrays.bias
-    if bias is not None and not callable(
-        bias
-    ):  # sharded as its pairs are, so that its gradient can be added up where it lies
+    if bias is not None and not callable(bias):
+        # Sharded as its pairs are, so that its gradient can be added up where it lies.
         for axis, axis_of_query in ((0, 0), (1, 2)):
             bias = bias if bias.shape[axis] == 1 else split_like(bias, axis, arrays.query, axis_of_query)
     arrays, marks = tie((arrays._replace(bias=bias), marks))

@@ -12,9 +12,7 @@ from effattn_jax.attention._patterns import Part, View, by_class, dense, documen
 
 __all__: list[str] = []
 
-_FEW = (
-    16  # keys up to which all scores at once are as small as the queries, and cheaper to compile than loops over blocks
-)
+_FEW = 16  # keys up to which all scores at once take little room, and less time to compile than loops over blocks
 
 
 class Union(NamedTuple):

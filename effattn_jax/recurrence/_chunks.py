@@ -110,9 +110,7 @@ class _Shelves:
     def __init__(self, carry: Any, inputs: Any, size: int):
         leaves, self.tree = jax.tree.flatten(carry)
         self.size, free = size, dict(enumerate(jax.tree.leaves(inputs)))
-        self.places: list[
-            list[tuple[int, int, int]]
-        ] = []  # of each leaf: (number of an input, first row, one past the last)
+        self.places: list[list[tuple[int, int, int]]] = []  # of each leaf: (input, first row, one past the last)
         for c in leaves:
             starts = range(0, c.shape[2], size) if c.ndim == 4 else ()
             alike = [n for n, x in free.items() if starts and _alike(jnp.moveaxis(c, 2, 1), x)]
