@@ -25,7 +25,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, compiled, with_positions
+from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, compiled, packed, with_positions
 from benchmarks.plot import plot
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import MIXERS
@@ -61,8 +61,8 @@ class Settings:
 
 
 def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Contender]]]:
-    """By group: every mixer of the table in its causal form, and the peers; also softmax with a window, linear attention with turned features,
-    and gated linear attention with a decay for each feature.
+    """By group: every mixer of the table in its causal form, and the peers; also softmax with a window and over documents packed into a row,
+    linear attention with turned features, and gated linear attention with a decay for each feature.
     """
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
@@ -72,6 +72,8 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
         groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
+    documents = partial(packed, partial(MIXERS["softmax"].function, is_causal=True))
+    groups["packed"] = {"effattn_jax": partial(_jax_contender, settings, documents, None)}
     turned = partial(with_positions, partial(rotary_linear_attention, is_causal=True))
     groups["rotary_linear"] = {"effattn_jax": partial(_jax_contender, settings, turned, None)}
     gated = MIXERS["gated_linear"]

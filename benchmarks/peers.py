@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from effattn_jax.attention import elu_plus_one, linear_attention, random_features
 from effattn_jax.position import rotary
 
 WINDOW = 256
+DOCUMENTS = 16  # in a packed row
 # What the members that name their pairs are measured with.
 OPTIONS: dict[str, dict[str, int]] = {
     "local": {"window": WINDOW},
@@ -106,6 +108,16 @@ def with_positions(function: Callable, query: jax.Array, key: jax.Array, value: 
     return function(query, key, value, query_positions=jnp.arange(query.shape[1]))
 
 
+def document_ids(length: int) -> np.ndarray:
+    """(T,) ids of documents of lengths 1, 3, 5, ... in proportion, packed into a row."""
+    return np.floor(DOCUMENTS * np.sqrt(np.arange(length) / length)).astype(np.int32)
+
+
+def packed(function: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """A kernel that takes segment ids, over a packed row."""
+    return function(query, key, value, segment_ids=jnp.asarray(document_ids(query.shape[1]))[None])
+
+
 def two_passes(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Linear attention with turned features as two calls: turned ones over values, and those as they are over ones, for the sum below."""
     plain = elu_plus_one(query), elu_plus_one(key)
@@ -138,6 +150,12 @@ def jax_nn_masked(pairs: Callable) -> Callable:
         return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=True)
 
     return function
+
+
+def same_document(i: jax.Array, j: jax.Array) -> jax.Array:
+    """The pairs inside the documents of a packed row."""
+    ids = document_ids(i.size)
+    return ids[:, None] == ids[None]
 
 
 def sparse_pairs(i: jax.Array, j: jax.Array, *, window: int, dilation: int, num_global: int = 0) -> jax.Array:
@@ -206,30 +224,42 @@ def torch_window(length: int, heads: int, dim: int) -> Contender:
     return _torch_contender(layer, length, heads, dim)
 
 
-def torch_flex(length: int, heads: int, dim: int) -> Contender:
-    """torch's flex_attention over a causal window, compiled; on a CPU it has no backward pass."""
+def _flex(mask: Callable, length: int, heads: int, dim: int) -> Contender:
+    """torch's flex_attention over the pairs `mask(batch, head, i, j)`, compiled; on a CPU it has no backward pass."""
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def near(batch, head, i, j):
-        return (i >= j) & (i - j <= WINDOW)
-
     started = time.perf_counter()
-    mask = create_block_mask(near, None, None, length, length, device="cpu")
+    blocks = create_block_mask(mask, None, None, length, length, device="cpu")
     compiled = torch.compile(flex_attention)
-    contender = _torch_contender(lambda q, k, v: compiled(q, k, v, block_mask=mask), length, heads, dim)
+    contender = _torch_contender(lambda q, k, v: compiled(q, k, v, block_mask=blocks), length, heads, dim)
     contender.forward()
     return contender._replace(both=None, compile_seconds=time.perf_counter() - started)
 
 
+def torch_flex_window(length: int, heads: int, dim: int) -> Contender:
+    """flex_attention over a causal window."""
+    return _flex(lambda batch, head, i, j: (i >= j) & (i - j <= WINDOW), length, heads, dim)
+
+
+def torch_flex_packed(length: int, heads: int, dim: int) -> Contender:
+    """flex_attention over the documents of a packed row, causal."""
+    import torch
+
+    ids = torch.from_numpy(document_ids(length))
+    return _flex(lambda batch, head, i, j: (i >= j) & (ids[i] == ids[j]), length, heads, dim)
+
+
 TORCH_PEERS: dict[str, dict[str, Callable[[int, int, int], Contender]]] = {
     "softmax": {"torch SDPA": torch_sdpa},
-    "window 256": {"local-attention": torch_window, "flex_attention, compiled": torch_flex},
+    "window 256": {"local-attention": torch_window, "flex_attention, compiled": torch_flex_window},
+    "packed": {"flex_attention, compiled": torch_flex_packed},
     "linear": {"linear-attention-transformer": torch_linear},
 }
 JAX_PEERS: dict[str, dict[str, Callable]] = {
     "softmax": {"jax.nn": jax_nn},
     "window 256": {"jax.nn": jax_nn_window},
+    "packed": {"jax.nn, mask": jax_nn_masked(same_document)},
     "local": {"jax.nn, mask": jax_nn_masked(lambda i, j: i - j <= WINDOW)},
     "atrous": {"jax.nn, mask": jax_nn_masked(lambda i, j: (i - j) % OPTIONS["atrous"]["dilation"] == 0)},
     "sparse": {"jax.nn, mask": jax_nn_masked(partial(sparse_pairs, **OPTIONS["sparse"]))},

@@ -5,6 +5,7 @@ f(query, key, value, bias=None, mask=None, *, scale, is_causal, segment_ids, ini
 query (*B, T, N, H)   key (*B, S, K, H)   value (*B, S, K, V)   ->   out (*B, T, N, V)
 """
 
+import numbers
 from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__: list[str] = []
 
@@ -142,8 +144,11 @@ def choose(argument: str, name: Any, known: Any) -> None:
 def floating(**arrays: ArrayLike) -> list[jax.Array]:
     """Arrays of floating dtype, or the ValueError that names the one that is not."""
     out = []
-    for name, array in arrays.items():
-        array = jnp.asarray(array)
+    for name, given in arrays.items():
+        try:
+            array = jnp.asarray(given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must be a floating array; got {given!r}"[:400]) from error
         _require(
             jnp.issubdtype(array.dtype, jnp.floating),
             f"{name} must be a floating array; got {array.dtype} of shape {array.shape}",
@@ -152,10 +157,25 @@ def floating(**arrays: ArrayLike) -> list[jax.Array]:
     return out
 
 
+def check_causality(is_causal: Any) -> None:
+    """Raises a ValueError for what is neither True nor False."""
+    _require(isinstance(is_causal, bool | np.bool_), f"is_causal must be True or False; got {is_causal!r}")
+
+
+def scale_or(default: float, scale: Any) -> Any:
+    """The default for None; a scale that is neither a number nor an array of numbers is a ValueError."""
+    if scale is None:
+        return default
+    if not isinstance(scale, numbers.Real):
+        floating(scale=scale)
+    return scale
+
+
 def positive(**sizes: int | None) -> None:
     """Raises a ValueError for a size that is given and is not a positive integer."""
     for name, size in sizes.items():
-        _require(size is None or (isinstance(size, int) and size > 0), f"{name} must be a positive int; got {size!r}")
+        ok = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
+        _require(ok, f"{name} must be a positive int; got {size!r}")
 
 
 def _pair_shape(
@@ -263,6 +283,7 @@ def check_call(
         kv_heads > 0 and heads % kv_heads == 0,
         f"the heads of key must divide those of query (K divides N); got N={heads} in query {query.shape}, K={kv_heads} in key {key.shape}",
     )
+    check_causality(is_causal)
     _require(
         is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only"
     )

@@ -165,7 +165,7 @@ def test_beyond_the_last_place():
         ),
         (
             lambda x: a.random_scores(np.ones((N, 4, 4), np.float32), T),
-            "at most that of table: 5 places wanted, 4 there",
+            "from 0 to that of table: 5 places wanted, 4 there",
         ),
     ],
 )

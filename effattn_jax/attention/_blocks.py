@@ -33,6 +33,7 @@ from effattn_jax.attention._pairs import (
     whole_rows,
     widened,
 )
+from effattn_jax.attention._reach import Span, bounds_of, span
 
 __all__: list[str] = []
 
@@ -41,21 +42,9 @@ def _row_blocks(length: int, rows: int) -> int:
     return -(-length // rows)
 
 
-def _span(spec: Spec, marks: Marks, row: Any, keys: int) -> tuple[Any, Any, Any]:
-    """First and one past the last key that a block of rows sees, and how many whole column blocks need no mask."""
-    first = marks.offset + row
-    last = first + spec.rows - 1
-    low = 0 if spec.left is None else jnp.clip(spec.keys_before(first - spec.left), 0, keys)
-    high = keys if spec.right is None else jnp.clip(spec.keys_before(last + spec.right + 1), low, keys)
-    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
-        return low, high, 0
-    inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
-    return low, high, inner // spec.columns
-
-
-def _over_columns(spec: Spec, marks: Marks, row: Any, keys: int, bias: Any, block: Any, state: Any) -> Any:
+def _over_columns(spec: Spec, seen: Span, keys: int, bias: Any, block: Any, state: Any) -> Any:
     """Folds `block(state, column, begin, masked)` over the blocks of keys that the rows see; the last one is moved back to end with the keys."""
-    low, high, clean = _span(spec, marks, row, keys)
+    low, high, clean = seen
     clean = clean if bias is None or callable(bias) else 0  # an array may hold -inf
 
     def step(masked):
@@ -79,10 +68,11 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
     query, key, value, bias = arrays
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
     k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
-    out = _zeros(query, value).astype(value.dtype)
+    out, bounds = _zeros(query, value).astype(value.dtype), bounds_of(spec, marks, length, keys)
 
     def row_block(i, buffers):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
+        seen = span(spec, marks, bounds, i, row, keys)
         q = rows_of(query, row, spec.rows, kv_heads, spec.dtype) * spec.scale
 
         def block(state, column, begin, masked):
@@ -99,7 +89,7 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
         acc = jnp.zeros_like(jnp.einsum("bkgih,bkv->bkgiv", q, v[:, :, 0]))
         zero = jnp.zeros_like(acc[..., 0])
         state = (zero - jnp.inf, zero, acc, zero > 0)
-        top, total, acc, spoiled = _over_columns(spec, marks, row, keys, bias, block, state)
+        top, total, acc, spoiled = _over_columns(spec, seen, keys, bias, block, state)
         empty = total == 0
         done = acc / jnp.where(empty, 1, total)[..., None]
         done = jnp.where(spoiled[..., None], jnp.nan, done)
@@ -143,18 +133,26 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     (out, lse), (d_out, d_lse) = results, cotangents
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
     k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
+    bounds = bounds_of(spec, marks, length, keys)
 
     def row_block(i, grads):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
+        seen = span(spec, marks, bounds, i, row, keys)
         fresh = row + jnp.arange(spec.rows) >= i * spec.rows  # rows that the block before has done count once
 
         def here(x):
             return rows_of(x, row, spec.rows, kv_heads, spec.dtype)
 
-        q, do = here(query) * spec.scale, jnp.where(fresh[:, None], here(d_out), 0)
-        lse_rows = here(lse)
-        lse_rows = jnp.where(lse_rows == -jnp.inf, 0, lse_rows)[:, :, None]
-        delta = jnp.where(fresh, here(d_lse), 0) - row_products(do, here(out))
+        do, d_lse_rows, lse_rows = (
+            jnp.where(fresh[:, None], here(d_out), 0),
+            jnp.where(fresh, here(d_lse), 0),
+            here(lse),
+        )
+        # Rows that see nothing, or that nobody asks for, give no gradient, whatever they hold: 0 * NaN is NaN.
+        quiet = (lse_rows == -jnp.inf) | (jnp.all(do == 0, axis=-1) & (d_lse_rows == 0))
+        q = jnp.where(quiet[..., None], 0, here(query) * spec.scale)
+        lse_rows = jnp.where(quiet, jnp.inf, lse_rows)[:, :, None]
+        delta = jnp.where(quiet, 0, d_lse_rows - row_products(do, here(out)))
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
@@ -172,7 +170,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
 
         dq, dk, dv, db = grads
         state = (jnp.zeros_like(q), dk, dv, db)
-        dq_rows, dk, dv, db = _over_columns(spec, marks, row, keys, bias, block, state)
+        dq_rows, dk, dv, db = _over_columns(spec, seen, keys, bias, block, state)
         return _add(dq, unrows(dq_rows) * spec.scale, row, 1), dk, dv, db
 
     add_bias = partial(_add_parameters, spec, marks, bias) if callable(bias) else _add_pairs

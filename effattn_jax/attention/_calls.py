@@ -1,12 +1,13 @@
 """What every softmax call does before and after its kernel: checks, the keys of its state, marks, the state to return."""
 
 import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, check_call
+from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._pairs import Arrays, Marks, Spec
 
@@ -109,9 +110,10 @@ def with_positions(marks: Marks, length: int, keys: int) -> Marks:
 
 def number_scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     """The scale as a number, 1 / sqrt(H) for None; an array goes into the query."""
-    if scale is not None and not isinstance(scale, int | float):
-        return query * jnp.asarray(scale, query.dtype), 1.0
-    return query, 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = scale_or(1 / math.sqrt(max(query.shape[-1], 1)), scale)
+    if isinstance(scale, numbers.Real):
+        return query, float(scale)
+    return query * jnp.asarray(scale, query.dtype), 1.0
 
 
 class Prepared(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import check_call
+from effattn_jax._contract import check_call, scale_or
 
 __all__: list[str] = []
 
@@ -31,7 +31,7 @@ def by_cudnn(
             f"mask, segment_ids, state, logits_soft_cap, chunk_size or weights; got {got}. Leave implementation None"
         )
     out = jax.nn.dot_product_attention(
-        query, key, value, scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale, is_causal=is_causal,
+        query, key, value, scale=scale_or(1 / math.sqrt(query.shape[-1]), scale), is_causal=is_causal,
         local_window_size=None if window is None else (window, 0), implementation="cudnn",
     )  # fmt: skip
     return call.restore(out)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive
+from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive, scale_or
 from effattn_jax.attention.features import num_features
 
 __all__ = ["LinearState"]
@@ -133,7 +133,7 @@ def open_call(
             "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
         )
     if scale is not None:
-        call = call._replace(query=call.query * jnp.asarray(scale, call.query.dtype))
+        call = call._replace(query=call.query * jnp.asarray(scale_or(1.0, scale), call.query.dtype))
     return call, mask
 
 

@@ -48,6 +48,8 @@ class Marks(NamedTuple):
     query_mask: jax.Array | None = None  # (B, T)
     query_groups: jax.Array | None = None  # (B, T): a query sees no key of its own group
     key_groups: jax.Array | None = None  # (B, S)
+    query_places: jax.Array | None = None  # (B | 1, T): where queries stand that were brought together; None: in order
+    key_places: jax.Array | None = None  # (B | 1, S)
     query_positions: jax.Array | None = None  # (B | 1, T): what a bias by position reads; None: rows and columns count
     key_positions: jax.Array | None = None  # (B | 1, S)
 
@@ -110,10 +112,8 @@ def widened(bias: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype), bias) if callable(bias) else bias
 
 
-def _by_distance(spec: Spec, position: jax.Array, key: jax.Array) -> jax.Array | bool:
-    """The part of `allowed` that positions alone decide; position (R, 1), key (1, C)."""
-    count, step = spec.places
-    place = key if step == 1 else key // count * step
+def _by_distance(spec: Spec, position: jax.Array, place: jax.Array) -> jax.Array | bool:
+    """The part of `allowed` that places alone decide; position (..., R, 1), place (..., 1, C)."""
     see = True
     if spec.left is not None:
         see = see & (place >= position - spec.left)
@@ -130,10 +130,6 @@ def allowed(
     spec: Spec, marks: Marks, kv_heads: int, row: Any, rows: int, column: Any, columns: int, begin: Any = None
 ) -> jax.Array:
     """Which rows [row, row + rows) see which keys [column, column + columns), broadcastable to (B, K, G, R, C); keys before `begin` are out."""
-    position = marks.offset + row + jnp.arange(rows)[:, None]
-    key = column + jnp.arange(columns)[None, :]
-    see = jnp.ones((rows, columns), bool) if begin is None else jnp.broadcast_to(key >= begin, (rows, columns))
-    see = (see & _by_distance(spec, position, key))[None, None, None]
 
     def of_rows(x):
         return lax.dynamic_slice_in_dim(x, row, rows, 1)[:, None, None, :, None]
@@ -141,6 +137,16 @@ def allowed(
     def of_columns(x):
         return lax.dynamic_slice_in_dim(x, column, columns, 1)[:, None, None, None, :]
 
+    position = (marks.offset + row + jnp.arange(rows)).reshape(1, 1, 1, rows, 1)
+    key = (column + jnp.arange(columns)).reshape(1, 1, 1, 1, columns)
+    count, step = spec.places
+    place = key if step == 1 else key // count * step
+    if marks.query_places is not None:
+        position = of_rows(marks.query_places)
+    if marks.key_places is not None:
+        place = of_columns(marks.key_places)
+    see = jnp.ones((1, 1, 1, rows, columns), bool) & _by_distance(spec, position, place)
+    see = see if begin is None else see & (key >= begin)
     if marks.key_mask is not None:
         see = see & of_columns(marks.key_mask)
     if marks.query_mask is not None:
@@ -268,6 +274,9 @@ def whole_rows(
         extra = more.scores(row, rows).astype(spec.dtype)
         extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
         bias = extra if bias is None else bias + extra
+    q = jnp.where(
+        see.any(-1, keepdims=True), q, 0
+    )  # a row that sees nothing gives no gradient, whatever it holds: 0 * NaN is NaN
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
     if spec.top is not None and spec.top < keys:
         s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)

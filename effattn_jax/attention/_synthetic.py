@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax._places import count_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache, cache
@@ -102,7 +102,7 @@ def mixer(
 
 def by_rows(problem: Problem, rows: Callable) -> Scores:
     """Scores of blocks of rows alone: queries and keys have no features."""
-    scale = 1.0 if problem.scale is None else problem.scale
+    scale = scale_or(1.0, problem.scale)
     none = problem.like_value(jnp.zeros((1, 1, 1, 1), problem.dtype))[..., :0]
     query = problem.like_query(jnp.zeros((1, 1, 1, 1), problem.dtype))[..., :0]
     return Scores(query, none, problem.value, rows=lambda row, count: scale * rows(row, count))

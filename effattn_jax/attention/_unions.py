@@ -38,7 +38,7 @@ class Union(NamedTuple):
             place = documents(view)
             see = see | (place.keys < self.num_global)[:, None]
             if not view.is_causal:
-                see = see | (place.queries < self.num_global)[..., None]
+                see = see | self._asking(place.queries)[..., None]
         return dense(view, see[:, None])
 
     def chunked(self, view: View) -> jax.Array:
@@ -61,47 +61,43 @@ class Union(NamedTuple):
         Causal queries at global positions see global keys only.
         """
         outside = {"hole": self.window, "period": self.period}
+        if view.marks.key_segments is not None or view.marks.key_mask is not None:
+            return self._globals_of_documents(view, **outside)
         (length, keys), count = view.lengths, min(self.num_global, view.lengths[1])
-        if view.marks.key_segments is None and view.marks.key_mask is None:
-            few = view.cut((0, length), (0, count))
-            parts = [at_once(few, **outside) if count <= _FEW else part(few, **outside)]
-            rows = min(max(self.num_global - view.offset, 0), length)
-            if view.is_causal or rows == 0 or count == keys:
-                return parts
-            some = part(view.cut((0, rows), (count, keys)), **outside)
-            return [*parts, _with_nothing(some, length - rows)]
-        place = documents(view)
-        first = place.keys < self.num_global
-        bias = view.arrays.bias
-        of_pairs = bias is not None and not callable(bias) and min(bias.shape[2:]) > 1  # T x S work by itself
-        if view.marks.key_segments is None and not of_pairs:
-            return self._globals_of_one_document(view, first, place.queries < self.num_global)
-        parts = [part(view.marked(key_mask=first), **outside)]
-        if not view.is_causal:
-            parts.append(part(view.marked(key_mask=~first, query_mask=place.queries < self.num_global), **outside))
-        return parts
+        few = view.cut((0, length), (0, count))
+        parts = [at_once(few, **outside) if count <= _FEW else part(few, **outside)]
+        rows = tuple(min(max(place - view.offset, 0), length) for place in (0, self.num_global))
+        if view.is_causal or rows[0] == rows[1] or count == keys:
+            return parts
+        some = part(view.cut(rows, (count, keys)), **outside)
+        return [*parts, _with_nothing(some, rows[0], length - rows[1])]
 
-    def _globals_of_one_document(self, view: View, first: jax.Array, asking: jax.Array) -> list[Part]:
-        """The same where a mask says which keys come first: so few of a row, and of its queries, that they are brought together."""
-        (length, keys), position = view.lengths, view.positions()
-        free = view._replace(spec=view.spec._replace(left=None, right=None))
-        seen = Few.of(first & view.marks.key_mask, min(self.num_global, keys), view.arrays.key)
-        distance = position[None, :, None] - seen.index[:, None]
-        see = self._elsewhere(distance) & (distance >= 0 if view.is_causal else True)
-        parts = [part(seen.keys(free, see[:, None]))]
+    def _asking(self, places: jax.Array) -> jax.Array:
+        """Which queries are global; those in front of the first key are not."""
+        return (places >= 0) & (places < self.num_global)
+
+    def _globals_of_documents(self, view: View, **outside: Any) -> list[Part]:
+        """The same where segments or a mask say which tokens come first: so few of a document that they are brought together."""
+        (length, keys), place = view.lengths, documents(view)
+        first, asking = place.keys < self.num_global, self._asking(place.queries)
+        if any(x is not None and not callable(x) and min(x.shape[2:]) > 1 for x in (view.marks.mask, view.arrays.bias)):
+            # An array of all pairs is T x S work by itself.
+            parts = [part(view.marked(key_mask=first), **outside)]
+            if not view.is_causal:
+                parts.append(part(view.marked(key_mask=~first, query_mask=asking), **outside))
+            return parts
+        one = view.marks.key_segments is None
+        real = first if view.marks.key_mask is None else first & view.marks.key_mask
+        some = Few.of(real, min(self.num_global, keys) if one else keys, view.arrays.key)
+        parts = [part(some.keys(view), **outside)]
         if view.is_causal:
             return parts
-        # Rows in front of the first real key count as a document too, and so do queries that stand before all keys.
-        some = Few.of(asking, min(2 * self.num_global + max(length - keys, 0), length), view.arrays.query)
-        see = self._elsewhere((view.marks.offset + some.index)[..., None] - jnp.arange(keys)[None, None])
-        out, lse = part(some.queries(free.marked(key_mask=~first), see[:, None]))
+        # Padding in front of the first real key counts as a document too.
+        most = min(2 * self.num_global, length) if one else length
+        some = Few.of(asking, most, view.arrays.query)
+        out, lse = part(some.queries(view.marked(key_mask=~first)), **outside)
         zeros, none = jnp.zeros_like(parts[0][0]), jnp.full_like(parts[0][1], -jnp.inf)
         return [*parts, (some.back(out, zeros), some.back(lse, none))]
-
-    def _elsewhere(self, distance: jax.Array) -> jax.Array:
-        """Whether neither the window nor the period gives a pair at this distance."""
-        see = distance % self.period != 0
-        return see if self.window is None else see & ((distance > self.window[0]) | (-distance > self.window[1]))
 
 
 def at_once(view: View, **changes: Any) -> Part:
@@ -137,17 +133,22 @@ class Few(NamedTuple):
             base, places, x
         )
 
-    def keys(self, view: View, see: jax.Array) -> View:
-        """The view of these keys only, with the pairs (B, 1, T, count) that are to be seen; it has no mask of pairs of its own."""
-        marks = view.marks._replace(mask=see, key_mask=self.full, key_positions=self._or(view.marks.key_positions))
-        query, key, value, bias = view.arrays
+    def keys(self, view: View) -> View:
+        """The view of these keys only."""
+        marks, (query, key, value, bias) = view.marks, view.arrays
+        marks = marks._replace(
+            mask=self._or(marks.mask, 3), key_mask=self.full, key_segments=self._or(marks.key_segments),
+            key_places=self.index, key_positions=self._or(marks.key_positions),
+        )  # fmt: skip
         return view._replace(arrays=Arrays(query, self(key), self(value), self._or(bias, 3)), marks=marks)
 
-    def queries(self, view: View, see: jax.Array) -> View:
-        """The view of these queries only, with the pairs (B, 1, count, S) that are to be seen; it has no mask of pairs of its own."""
-        marks = view.marks
-        marks = marks._replace(mask=see, query_mask=self.full, query_positions=self._or(marks.query_positions))
-        query, key, value, bias = view.arrays
+    def queries(self, view: View) -> View:
+        """The view of these queries only."""
+        marks, (query, key, value, bias) = view.marks, view.arrays
+        marks = marks._replace(
+            mask=self._or(marks.mask, 2), query_mask=self.full, query_segments=self._or(marks.query_segments),
+            query_places=marks.offset + self.index, query_positions=self._or(marks.query_positions),
+        )  # fmt: skip
         return view._replace(arrays=Arrays(self(query), key, value, self._or(bias, 2)), marks=marks)
 
     def _or(self, x: Any, axis: int = 1) -> Any:
@@ -157,10 +158,10 @@ class Few(NamedTuple):
         return self(x + jnp.zeros_like(self.index[:, 0], x.dtype).reshape(-1, *[1] * (x.ndim - 1)), axis)
 
 
-def _with_nothing(some: Part, count: int) -> Part:
-    """A part over the first queries as one over all: the others see nothing in it."""
+def _with_nothing(some: Part, before: int, behind: int) -> Part:
+    """A part over some queries as one over all: the others see nothing in it."""
     out, lse = some
-    pads = [(0, 0), (0, count)]
+    pads = [(0, 0), (before, behind)]
     return jnp.pad(out, [*pads, (0, 0), (0, 0)]), jnp.pad(lse, [*pads, (0, 0)], constant_values=-jnp.inf)
 
 

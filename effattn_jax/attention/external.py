@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, accumulator, floating
+from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
 
 __all__ = ["ExternalState", "external_attention"]
 
@@ -99,7 +99,7 @@ def _scores(query: jax.Array, key: jax.Array, value: jax.Array, real: jax.Array 
     query = query if real is None else jnp.where(real[..., None, None], query, 0)
     grouped = query.reshape(*query.shape[:2], key.shape[1], query.shape[2] // key.shape[1], query.shape[3])
     scores = jnp.einsum("btkgh,skh->btkgs", grouped.astype(dtype), key.astype(dtype))
-    scores = scores.reshape(*query.shape[:3], key.shape[0]) * (1.0 if scale is None else scale)
+    scores = scores.reshape(*query.shape[:3], key.shape[0]) * scale_or(1.0, scale)
     return scores if real is None else jnp.where(real[..., None, None], scores, -jnp.inf)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, choose, floating
+from effattn_jax._contract import ArrayLike, Call, accumulator, choose, floating, scale_or
 from effattn_jax.attention import _frame, _leveled
 from effattn_jax.attention._frame import LinearState
 from effattn_jax.attention.random_features import (
@@ -140,9 +140,9 @@ def _weights(call: Call, projection: Any, kernel: str, estimator: str, input_sca
     if estimator != "plain":
         if not isinstance(scale, int | float | None):
             raise ValueError(f"scale must be None or a number with estimator={estimator!r}; got {type(scale).__name__}")
-        norm = 2 * input_scale**2 * dim * (dim**-0.5 if scale is None else scale)  # E |q + k|^2, the scale in q and k
+        norm = 2 * input_scale**2 * dim * scale_or(dim**-0.5, scale)  # E |q + k|^2, the scale in q and k
         damping = optimal_damping(norm, dim) if estimator == "optimal" else 0.0
-    scale = dim**-0.5 if scale is None else scale
+    scale = scale_or(dim**-0.5, scale)
     if estimator == "tempered":
         scale = scale * best_temper(norm, dim, projection.shape[0])
     return prepare(kernel, projection, scale, damping, accumulator(call.query, call.key, call.value))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._pairs import Marks, bias_of, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores, run
@@ -71,7 +71,7 @@ def residual_attention(
         dtype = accumulator(call.query, call.key, call.value)
         key, bad = finite_or_zero(call.key.astype(dtype))
         grouped = call.query.astype(dtype).reshape(batch, length, kv_heads, heads // kv_heads, dim)
-        grouped = grouped * (1 / math.sqrt(dim) if scale is None else scale)
+        grouped = grouped * scale_or(1 / math.sqrt(dim), scale)
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key).reshape(batch, heads, length, keys)
         if previous_scores is not None:
             scores = scores + _previous(previous_scores, call, scores.shape).astype(dtype)

@@ -7,6 +7,7 @@ buffer in either pass, total masks, ends aligned when T < S, bias gradients, win
 Source: Vaswani et al., arXiv:1706.03762.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -82,8 +83,8 @@ def dot_product_attention(
     >>> out.shape, bool(jnp.allclose(out[:, 0], jnp.repeat(kv[:, 0], 2, axis=1), atol=1e-6))
     ((1, 6, 4, 8), True)
     """
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"logits_soft_cap must be positive; got {logits_soft_cap!r}")
+    if logits_soft_cap is not None and not (isinstance(logits_soft_cap, numbers.Real) and logits_soft_cap > 0):
+        raise ValueError(f"logits_soft_cap must be a positive number; got {logits_soft_cap!r}")
     if implementation == "cudnn":
         refused = {
             "bias": bias, "mask": mask, "segment_ids": segment_ids, "initial_state": initial_state, "return_state": return_state,

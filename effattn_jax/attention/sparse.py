@@ -133,7 +133,7 @@ def sparse_attention(
 ) -> Any:
     r"""One softmax over the union of a window, every r-th key, and global tokens; a pair that several of them give counts once.
 
-    Query i sees key j if i - left <= j <= i + right, or (i - j) % dilation == 0, or j < num_global, or (without causality) i < num_global.
+    Query i sees key j if i - left <= j <= i + right, or (i - j) % dilation == 0, or j < num_global, or (without causality) 0 <= i < num_global.
 
     Args:
       query, key, value, bias, mask, scale, is_causal, segment_ids: as in `dot_product_attention`. Positions count from the first key, in each
@@ -151,8 +151,8 @@ def sparse_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O(T (W + S / r + num_global) (H + V)) a head, with a key mask too; with segments, a state, or a key mask
-    beside a bias of all pairs, the global tokens cost a pass over all pairs. Memory O(T); state: the cache. Sources: arXiv:1904.10509, arXiv:2004.05150.
+    Cost O(T (W + S / r + num_global) (H + V)) a head, packed rows and padding included; a bias or mask of all pairs is O(T S) by itself.
+    Memory O(T); state: the cache. Sources: arXiv:1904.10509, arXiv:2004.05150.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (1, 9, 2, 4))

@@ -96,10 +96,16 @@ def dense_scores(
     >>> dense_scores(jnp.ones((5, 3)), jnp.ones((3, 2, 4)), jnp.ones((2, 4)), jnp.ones((2, 4, 8)), jnp.ones((2, 8))).shape
     (2, 5, 5)
     """
-    inputs, kernel_out, bias_out = floating(inputs=inputs, kernel_out=kernel_out, bias_out=bias_out)
+    (inputs,) = floating(inputs=inputs)
+    if inputs.ndim < 2:
+        raise ValueError(f"inputs must have shape (*B, T, D); got {inputs.shape}")
+    kernel_in, bias_in, kernel_out, bias_out = _tables(
+        ("kernel_in", kernel_in, (inputs.shape[-1], "N", "F")), ("bias_in", bias_in, ("N", "F")),
+        ("kernel_out", kernel_out, ("N", "F", "L")), ("bias_out", bias_out, ("N", "L")),
+    )  # fmt: skip
     length = _columns(inputs.shape[-2] if length is None else length, kernel_out.shape[-1], "kernel_out")
     hidden = jnp.einsum("...td,dnf->...tnf", inputs, kernel_in)
-    hidden = jax.nn.relu(hidden + _lead(jnp.asarray(bias_in), hidden.ndim))
+    hidden = jax.nn.relu(hidden + _lead(bias_in, hidden.ndim))
     scores = jnp.einsum("...tnf,nfs->...nts", hidden, kernel_out[..., :length])
     return scores + _lead(bias_out[:, None, :length], scores.ndim)
 
@@ -124,7 +130,7 @@ def random_scores(table: ArrayLike, length: int, keys: int | None = None) -> jax
     >>> random_scores(jnp.ones((2, 8, 8)), 5).shape
     (2, 5, 5)
     """
-    (table,) = floating(table=table)
+    (table,) = _tables(("table", table, ("N", "L", "L")))
     keys = length if keys is None else keys
     return table[:, : _columns(length, table.shape[1], "table"), : _columns(keys, table.shape[2], "table")]
 
@@ -152,6 +158,10 @@ def factorized_dense_scores(left: ArrayLike, right: ArrayLike, length: int | Non
     [  1.  10. 100.   2.  20. 200.]
     """
     left, right = floating(left=left, right=right)
+    if left.ndim < 3 or left.shape[:-1] != right.shape[:-1]:
+        raise ValueError(
+            f"left and right must have shapes (*B, N, T, a) and (*B, N, T, b); got {left.shape} and {right.shape}"
+        )
     length = left.shape[-2] if length is None else length
     # As a product of matrices: the derivative of a plain one is a sum over a short axis, which XLA for CPUs does entry by entry.
     products = jnp.einsum("...u,...v->...uv", left, right, precision=lax.Precision.HIGHEST)
@@ -178,7 +188,7 @@ def factorized_random_scores(left: ArrayLike, right: ArrayLike, length: int, key
     >>> factorized_random_scores(jnp.ones((2, 8, 3)), jnp.ones((2, 8, 3)), 5, 4).shape
     (2, 5, 4)
     """
-    left, right = floating(left=left, right=right)
+    left, right = _tables(("left", left, ("N", "L", "k")), ("right", right, ("N", "L", "k")))
     keys = length if keys is None else keys
     left, right = (
         left[:, : _columns(length, left.shape[1], "left")],
@@ -224,6 +234,25 @@ def _lead(x: jax.Array, rank: int) -> jax.Array:
 
 
 def _columns(wanted: int, known: int, name: Any) -> int:
-    if wanted > known:
-        raise ValueError(f"the length must be at most that of {name}: {wanted} places wanted, {known} there")
+    if not isinstance(wanted, int) or not 0 <= wanted <= known:
+        raise ValueError(f"the length must be from 0 to that of {name}: {wanted!r} places wanted, {known} there")
     return wanted
+
+
+def _tables(*shapes: tuple[str, ArrayLike, tuple[int | str, ...]]) -> list[jax.Array]:
+    """Floating arrays (name, array, shape) whose shapes hold; a letter stands for one size throughout."""
+    sizes: dict[str, int] = {}
+    arrays = []
+    for name, array, shape in shapes:
+        (array,) = floating(**{name: array})
+        ok = len(shape) == array.ndim and all(
+            got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
+            for want, got in zip(shape, array.shape)
+        )
+        if not ok:
+            known = ", ".join(f"{letter} = {size}" for letter, size in sizes.items())
+            raise ValueError(
+                f"{name} must have shape ({', '.join(map(str, shape))}), {known or 'any sizes'}; got {array.shape}"
+            )
+        arrays.append(array)
+    return arrays

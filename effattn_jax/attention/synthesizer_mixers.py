@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import ArrayLike
+from effattn_jax._contract import ArrayLike, scale_or
 from effattn_jax._places import rows_of_table, split_like
 from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, size
 from effattn_jax.attention.kv_cache import Cache
@@ -90,7 +90,7 @@ def synthesizer_dense(
         features = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], axis=-1)
         table = jnp.concatenate([columns, column_bias[..., None]], axis=-1)
         keys = p.like_value(rows_of_table(table, p.places.key, p.places.plain))
-        return Scores(features, keys, p.value, scale=1.0 if p.scale is None else p.scale)
+        return Scores(features, keys, p.value, scale=scale_or(1.0, p.scale))
 
     weights = {
         "hidden_bias": (hidden_bias, ("N", "H")),
@@ -265,7 +265,7 @@ def synthesizer_factorized_random(
     def score(p: Problem, left, right) -> Scores:
         rows = p.like_query(rows_of_table(left, p.places.query, p.places.plain))
         columns = p.like_value(rows_of_table(right, p.places.key, p.places.plain))
-        return Scores(rows, columns, p.value, scale=1.0 if p.scale is None else p.scale)
+        return Scores(rows, columns, p.value, scale=scale_or(1.0, p.scale))
 
     weights = {"left": (left, ("L", "N", "k")), "right": (right, (size(left), "N", size(left, -1)))}
     return mixer(
@@ -319,7 +319,7 @@ def synthesizer_mixed(
 
     def score(p: Problem, mixture, left, right) -> Scores:
         alpha = jax.nn.softmax(mixture, axis=-1)
-        factor = 1 / math.sqrt(p.call.query.shape[-1]) if p.scale is None else p.scale
+        factor = scale_or(1 / math.sqrt(p.call.query.shape[-1]), p.scale)
         rows = p.like_query(rows_of_table(left, p.places.query, p.places.plain) * alpha[None, None, :, 1:])
         columns = p.like_value(rows_of_table(right, p.places.key, p.places.plain))
         features = jnp.concatenate([p.call.query.astype(p.dtype) * (factor * alpha[None, None, :, :1]), rows], axis=-1)

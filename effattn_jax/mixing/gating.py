@@ -176,12 +176,12 @@ def amlp(
     tokens = check_tokens(inputs, mask, segment_ids, is_causal=is_causal, stateful=stateful)
     ok = initial_state is None or isinstance(initial_state, AMLPState)
     require(ok, f"initial_state must be an AMLPState of an earlier call; got {type(initial_state).__name__}")
-    heads = jnp.shape(attention_out_kernel)[0]
+    out_weight = check_weight("attention_out_kernel", attention_out_kernel, ("A", "F / 2"))
+    heads = out_weight.shape[0]
     in_weight = check_weight("attention_in_kernel", attention_in_kernel, (tokens.inputs.shape[-1], 3 * heads))
-    out_weight = check_weight("attention_out_kernel", attention_out_kernel, (heads, "F / 2"))
     x, in_weight, out_weight = wide(tokens.inputs, in_weight, out_weight)
     query, key, value = jnp.split((x @ in_weight).astype(tokens.inputs.dtype)[:, :, None], 3, axis=-1)
-    options, length = {}, jnp.shape(kernel)[0]
+    options, length = {}, check_weight("kernel", kernel, ("T_max", "T_max")).shape[0]
     gate_state, attention_state = (None, None) if initial_state is None else initial_state
     if stateful:
         if attention_state is None:

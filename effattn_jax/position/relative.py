@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
@@ -70,7 +70,7 @@ def shaw_attention(
         dtype = accumulator(call.query, call.key, call.value)
         keys = _table("key_table", key_table, call.query, call.query.shape[3], odd=True).astype(dtype)
         distance = _distances(marks, call, keys.shape[0] // 2)
-        factor = 1 / math.sqrt(call.query.shape[-1]) if scale is None else scale
+        factor = scale_or(1 / math.sqrt(call.query.shape[-1]), scale)
         query = call.query.astype(dtype) * factor
 
         def scores(row, count):
@@ -151,7 +151,7 @@ def disentangled_attention(
             for name, table in (("key_table", key_table), ("query_table", query_table))
         ]
         terms = 1 + sum(table is not None for table in tables)
-        factor = 1 / math.sqrt(terms * dim) if scale is None else scale
+        factor = scale_or(1 / math.sqrt(terms * dim), scale)
         query = call.query.astype(dtype) * factor
         parts = []
         if tables[0] is not None:

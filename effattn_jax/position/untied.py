@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, floating
+from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax._places import count_positions, rows_of_table
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks
@@ -87,7 +87,7 @@ def xl_attention(
         )
         marks = with_positions(marks, call.query.shape[1], call.key.shape[1])
         turned, waves = _sinusoids(place, weights["relative_key"], frequencies, marks)
-        factor = 1 / math.sqrt(dim) if scale is None else scale
+        factor = scale_or(1 / math.sqrt(dim), scale)
         query, key = _beside(content, turned), _beside(call.key.astype(dtype), waves)
         return Scores(query, key, call.value, call.bias, scale=factor)
 
@@ -167,7 +167,7 @@ def tupe_attention(
             if x.ndim != 3 or x.shape[1] != heads or x.shape != tables[0].shape:
                 raise ValueError(f"{name} must have shape (L, N, M) with N={heads}, both alike; got {x.shape}")
         at_rows, at_columns = _places(call, marks, tables[0].shape[0])
-        factor = 1 / math.sqrt(2 * dim) if scale is None else scale
+        factor = scale_or(1 / math.sqrt(2 * dim), scale)
         rows, columns = (rows_of_table(x, at) for x, at in zip(tables, (at_rows, at_columns), strict=True))
         if first_token is not None:
             rows, columns = _untie(

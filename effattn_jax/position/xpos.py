@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from effattn_jax._contract import ArrayLike, Call, accumulator
+from effattn_jax._contract import ArrayLike, Call, accumulator, scale_or
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
@@ -152,7 +152,7 @@ def xpos_attention(
         marks = with_positions(marks, call.query.shape[1], call.key.shape[1])
         decay = _features(xpos_decay(dim, gamma=gamma, scale_base=scale_base), 4, False, dtype)
         query = rotary(call.query.astype(dtype), marks.query_positions, base=base)
-        query = query * (1 / math.sqrt(dim) if scale is None else scale)
+        query = query * scale_or(1 / math.sqrt(dim), scale)
         key, bad = finite_or_zero(call.key.astype(dtype))
         key = repeat_heads(rotary(key, marks.key_positions, base=base), heads)
 
@@ -170,7 +170,7 @@ def xpos_attention(
     return _run(
         rescore,
         (query, key, value, bias, mask),
-        True,
+        is_causal,
         segment_ids,
         initial_state,
         return_state,

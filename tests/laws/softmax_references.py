@@ -39,8 +39,6 @@ def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, seen=None, t
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     key, value = spread(key, query.shape[2]), spread(value, query.shape[2])
     logits = jnp.einsum("btnh,bsnh->bnts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if logits_soft_cap is not None:
-        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     pairs = allowed(inputs, **pattern)
     if seen is not None:
         pairs = pairs & seen
@@ -48,6 +46,8 @@ def softmax(inputs, *, bias=None, logits_soft_cap=None, scale=None, seen=None, t
         bias = four_axes(bias)
         pairs = pairs & (bias > -jnp.inf)
         logits = logits + jnp.where(bias > -jnp.inf, bias, 0.0)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     pairs = jnp.broadcast_to(pairs, logits.shape)
     logits = jnp.where(pairs, logits, -1e30)
     if top is not None:
@@ -98,7 +98,7 @@ def sparse(inputs, *, window=None, dilation, num_global=0, **options):
         seen = seen | ((i - j <= left) & (j - i <= right))
     seen = seen | (j - j_begin < num_global)
     if num_global and not options.get("is_causal", True):
-        seen = seen | (i - i_begin < num_global)
+        seen = seen | ((i >= i_begin) & (i - i_begin < num_global))
     return softmax(inputs, seen=jnp.asarray(seen)[:, None], **options)
 
 

@@ -59,10 +59,12 @@ MIXER_MISTAKES = {
     "segment_ids of floats": (given(segment_ids=np.zeros((B, T), np.float32)), ["segment_ids", "float32"]),
     "state without causality": (given(is_causal=False, return_state=True), ["return_state", "is_causal"]),
     "unknown implementation": (given(implementation="fastest"), ["implementation", "fastest"]),
+    "is_causal as text": (given(is_causal="no"), ["is_causal", "no"]),
 }
 OPTION_MISTAKES = {
     "window": [(-1, "-1"), ((2, -3), "-3"), ((1, 2, 3), "(1, 2, 3)"), (1.5, "1.5")],
-    "logits_soft_cap": [(0.0, "0.0"), (-2.0, "-2.0")],
+    "logits_soft_cap": [(0.0, "0.0"), (-2.0, "-2.0"), ("warm", "warm")],
+    "scale": [("large", "large")],
     "chunk_size": [(0, "0"), (-4, "-4")],
     "feature_map": [("eluu", "eluu")],
     "dilation": [(0, "0"), (1.5, "1.5")],

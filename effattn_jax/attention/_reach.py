@@ -1,0 +1,99 @@
+"""Which keys a block of rows can see, as a range: what lies outside is never computed.
+
+A window bounds it by positions. Segment ids and masks bound it by what the blocks hold: a block of rows and one of keys meet only if the ranges
+of their ids overlap, and the sets of their ids modulo 32, which keep the padding behind the last document apart from the documents
+before it. So documents packed into a row cost the sum of the squares of their lengths, not the square of the sum, and padding
+costs nothing. Ids in any order are right; ids in order, as packing gives them, leave nothing to spare but the edges of blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from effattn_jax.attention._pairs import Marks, Spec
+
+__all__: list[str] = []
+
+
+class Span(NamedTuple):
+    """The keys [low, high) that a block of rows sees, the first `clean` blocks of which need no mask."""
+
+    low: Any
+    high: Any
+    clean: Any
+
+
+class Bounds(NamedTuple):
+    """(blocks of rows,) each: the keys [low, high) that marks leave to a block of rows, whatever the window."""
+
+    low: jax.Array
+    high: jax.Array
+
+
+def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, row: Any, keys: int) -> Span:
+    """Of the rows from `row` on, which are block number `block`."""
+    first = marks.offset + row
+    last = first + spec.rows - 1
+    in_order = marks.query_places is None and marks.key_places is None
+    low = jnp.clip(spec.keys_before(first - spec.left), 0, keys) if in_order and spec.left is not None else 0
+    high = jnp.clip(spec.keys_before(last + spec.right + 1), low, keys) if in_order and spec.right is not None else keys
+    if bounds is not None:
+        low = jnp.maximum(low, bounds.low[block])
+        high = jnp.maximum(low, jnp.minimum(high, bounds.high[block]))
+    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
+        return Span(low, high, 0)
+    inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
+    return Span(low, high, inner // spec.columns)
+
+
+def bounds_of(spec: Spec, marks: Marks, length: int, keys: int) -> Bounds | None:
+    """What segments and masks over rows and keys leave, None where there are none of them."""
+    if marks.key_segments is None and marks.key_mask is None and marks.query_mask is None:
+        return None
+    of_rows = _ids(marks.query_segments, marks.query_mask, length, spec.rows)
+    of_keys = _ids(marks.key_segments, marks.key_mask, keys, spec.columns)
+    meet = (of_rows.least[:, :, None] <= of_keys.most[:, None]) & (of_keys.least[:, None] <= of_rows.most[:, :, None])
+    meet = _anywhere(meet & (of_rows.bits[:, :, None] & of_keys.bits[:, None] != 0))
+    blocks, some = meet.shape[1], meet.any(1)
+    low = jnp.argmax(meet, axis=1) * spec.columns
+    high = jnp.minimum((blocks - jnp.argmax(meet[:, ::-1], axis=1)) * spec.columns, keys)
+    return Bounds(*(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high)))
+
+
+class _Ids(NamedTuple):
+    """(B | 1, blocks) each: the least and the greatest id of a block, and a bit for each id modulo 32; what is masked has none."""
+
+    least: jax.Array
+    most: jax.Array
+    bits: jax.Array
+
+
+def _ids(ids: jax.Array | None, mask: jax.Array | None, length: int, size: int) -> _Ids:
+    ids = jnp.zeros((1, length), jnp.int32) if ids is None else ids
+    mask = jnp.ones((1, length), bool) if mask is None else mask
+    limits, bits = jnp.iinfo(ids.dtype), jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
+    return _Ids(
+        _in_blocks(jnp.where(mask, ids, limits.max), size).min(2),
+        _in_blocks(jnp.where(mask, ids, limits.min), size).max(2),
+        jax.lax.reduce_or(_in_blocks(jnp.where(mask, bits, 0), size), (2,)),
+    )
+
+
+def _in_blocks(x: jax.Array, size: int) -> jax.Array:
+    """(B, L) as (B, blocks, size); the last block ends with L, as that of the loops does."""
+    whole = (x.shape[1] - 1) // size * size
+    if whole:
+        x = jnp.concatenate([x[:, :whole], x[:, x.shape[1] - size :]], axis=1)
+    return x.reshape(x.shape[0], whole // size + 1, size)
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(meet: jax.Array) -> jax.Array:
+    """Whether blocks meet in any row of the batch; one answer for all that `jax.vmap` maps too, or loops would run on after their end, masked."""
+    return meet.any(0)
+
+
+@_anywhere.def_vmap
+def _anywhere_mapped(_: int, mapped: list[bool], meet: jax.Array) -> tuple[jax.Array, bool]:
+    return _anywhere(meet.any(0)), False
