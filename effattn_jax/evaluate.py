@@ -57,6 +57,8 @@ def evaluate(
     config = folder.config()
     if config is None:
         raise UserError(f"{run} is no run folder: it has no config.json.")
+    if batches is not None and batches < 1:
+        raise UserError(f"batches must be positive; got {batches}.")
     use_compile_cache(config.train.compile_cache)
     train = dataclasses.replace(config.train, eval_also=tuple(conditions))
     train = train if batches is None else dataclasses.replace(train, eval_batches=batches)

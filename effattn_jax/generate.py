@@ -100,11 +100,15 @@ def sample(
     with user_errors():
         codec = codecs.from_spec(dataset["codec"])
         settings = dict(settings or {})
-        context = int(settings.pop("context", dataset["context"]))
+        context = settings.pop("context", dataset["context"])
+        if not isinstance(context, int) or context < 2:
+            raise ValueError(f"context must be a whole number of at least 2; got {context!r}")
         model = at_inference(config, settings) if settings else config.model
         task = make_task(model, SimpleNamespace(**dataset))
         params = _restore(folder, config, task, step).params
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "key": jax.random.key(seed)}
+        if naive_bayes and not contexts:
+            raise ValueError(f"{', '.join(naive_bayes)} given without contexts")
         if not contexts:
             return sample_text(task.model, params, codec, prompt, tokens, context, **options)
         chosen = {"top_p" if name == "context_top_p" else name: x for name, x in (naive_bayes or {}).items()}
@@ -128,7 +132,11 @@ def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m effattn_jax.generate", description=__doc__.partition("\n")[0])
     parser.add_argument("run", help="run folder, such as runs/quickstart")
-    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument(
+        "--prompt",
+        default="\n",
+        help="text to continue, of which the last half context is read (default: a line break)",
+    )
     parser.add_argument("--tokens", type=int, default=300, help="number of tokens to add (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")

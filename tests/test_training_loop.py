@@ -114,9 +114,9 @@ def test_regression_and_further_evaluations(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("data.context", 'train.eval_also must hold texts "NAME=value, ..."'),
-        ("optim.name=sgd", "train.eval_also must name data.FIELD or model.FIELD"),
-        ("data.contxt=4", "train.eval_also must name data.FIELD"),
+        ("data.context", 'an evaluation must be a text "NAME=value, ..."'),
+        ("optim.name=sgd", "an evaluation must name data.FIELD or model.FIELD"),
+        ("data.contxt=4", "an evaluation must name data.FIELD"),
         ("model.width=4", "a setting of inference is 'width'"),
         ("data.batch-size=0", "data.batch_size: 0 given"),
         ("data.vocab-size=99", "changes what the model reads or says"),

@@ -159,7 +159,7 @@ def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["no/such/run"], "is no run folder"),
-        (["RUN", "model.window"], 'must hold texts "NAME=value, ..."'),
+        (["RUN", "model.window"], 'must be a text "NAME=value, ..."'),
         (["RUN", "model.width=4"], "a setting of inference is 'width'"),
         (["RUN", "model.rotary_factor=4"], "rotary_factor must be 1 without rotary_scaling; got 4"),
         (["RUN", "--data-path", "no.txt"], "no.txt"),

@@ -31,6 +31,17 @@ _MORE_RESULTS = (
 )  # options that an attention_fn, one array for another, has no place for
 
 
+def _named(name: str) -> Callable:
+    """The function of a name of the table."""
+    from effattn_jax.attention import MIXERS
+
+    for known, mixer in MIXERS.items():
+        if name not in MIXERS and getattr(mixer.function, "__name__", None) == name:
+            raise ValueError(f"kernel={name!r} is the function of {known!r}; pass that name, or the function itself")
+    choose("kernel", name, MIXERS)
+    return MIXERS[name].function
+
+
 def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     """A function to pass as `attention_fn` to `flax.linen.MultiHeadDotProductAttention` or `flax.nnx.MultiHeadAttention`.
 
@@ -56,10 +67,7 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     (1, 5, 2, 4)
     """
     if isinstance(kernel, str):
-        from effattn_jax.attention import MIXERS
-
-        choose("kernel", kernel, MIXERS)
-        kernel = MIXERS[kernel].function
+        kernel = _named(kernel)
     _check_options(kernel, options)
 
     def attention_fn(

@@ -74,7 +74,8 @@ def dot_product_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O(T S (H + V)) a head, O(T W (H + V)) with a window; memory O(T + S) when chunked. Source: arXiv:1706.03762, arXiv:2205.14135.
+    Cost O(T S (H + V)) a head, O(T W (H + V)) with a window, the sum of the squares of a packed row's documents when chunked; memory O(T + S)
+    when chunked. Source: arXiv:1706.03762, arXiv:2205.14135.
 
     >>> import jax, jax.numpy as jnp
     >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 8))

@@ -24,7 +24,7 @@ class DataConfig:
     """What to learn: text, tokens, copying, selective_copying, induction_heads, mqar, listops, digits, delay, adding or chirps."""
 
     path: str | None = None
-    """Text: a file, or a folder whose text files are joined; empty: Python's own documentation. Tokens: a file
+    """Text: a file, or a folder whose text files are joined; None: Python's own documentation. Tokens: a file
     made by `python -m effattn_jax.data.prepare`."""
 
     level: Literal["bytes", "characters"] = "bytes"
@@ -34,7 +34,7 @@ class DataConfig:
     """Rows of the global batch, over all devices and processes."""
 
     context: int = 64
-    """Tokens in a row. Digits has 64 always; ListOps pads to it and takes expressions shorter than it."""
+    """Tokens in a row. Digits takes 64 only; ListOps pads to it and takes expressions shorter than it."""
 
     validation_fraction: float = 0.1
     """Share kept for validation: the end of a text, a fixed choice of digits, a hash class of a procedural task."""
@@ -43,7 +43,7 @@ class DataConfig:
     """Procedural tasks: size of the fixed validation set."""
 
     vocab_size: int | None = None
-    """Procedural language tasks: number of symbols; empty: the task's usual one."""
+    """Procedural language tasks: number of symbols; None: the task's usual one."""
 
     num_tokens: int = 10
     """Copying and selective copying: how many tokens to remember."""
@@ -53,13 +53,13 @@ class DataConfig:
 
     gap_power: float | None = None
     """Associative recall and induction heads: exponent a of the power law p(gap) ~ a (gap + 1)^(a - 1) of the distances
-    that are asked; empty: 0.01 in associative recall, which favours near ones, and 1 in induction heads, all alike."""
+    that are asked; None: 0.01 in associative recall, which favours near ones, and 1 in induction heads, all alike."""
 
     random_non_queries: bool = False
     """Associative recall: fill the places between queries with random tokens instead of zeros."""
 
     min_length: int | None = None
-    """ListOps: expressions are longer than this; empty: a quarter of the context (500 of 2000, as in LRA)."""
+    """ListOps: expressions are longer than this; None: a quarter of the context (500 of 2000, as in LRA)."""
 
     max_depth: int = 10
     """ListOps: deepest nesting."""
@@ -68,7 +68,7 @@ class DataConfig:
     """ListOps: most arguments of an operator."""
 
     lag: int | None = None
-    """Delay: how many steps late the signal is to be said; empty: a quarter of the context."""
+    """Delay: how many steps late the signal is to be said; None: a quarter of the context."""
 
     bandwidth: float = 0.5
     """Delay: the signal's highest frequency over that of Nyquist."""
@@ -91,6 +91,8 @@ class DataConfig:
         if not 0 < self.validation_fraction < 1:
             raise invalid("validation_fraction", self.validation_fraction, "must lie strictly between 0 and 1")
         choice("level", self.level, ("bytes", "characters"))
+        if self.path == "":
+            raise invalid("path", "", "must be a file or a folder, or None")
 
 
 def invalid(field: str, given: object, rule: str) -> ValueError:

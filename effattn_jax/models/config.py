@@ -29,7 +29,7 @@ class ModelConfig:
     kv_heads: int | None = None
     """Key and value heads (grouped-query attention); they divide the heads. None: as many as heads."""
     mixer: str = "softmax"
-    """What exchanges information between tokens, in every layer: a name of nn.MIXERS."""
+    """What exchanges information between tokens, in every layer: a name of nn.MIXERS (train.py --help lists them)."""
     mixers: str = ""
     """One mixer a layer instead, separated by commas, such as softmax,linear,linear,softmax."""
     window: int | None = None

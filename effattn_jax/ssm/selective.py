@@ -69,7 +69,8 @@ def selective_scan(
     [1.   1.5  1.75]
     """
     check_options(implementation, chunk_size)
-    A = inexact("A", A, ("D", "P"), True)
+    channels = jnp.shape(u)[-1] if jnp.ndim(u) else "D"
+    A = inexact("A", A, (channels, "P"), True, f" beside u {jnp.shape(u)}")
     width, size = A.shape
     pairs = ("B", "C") if jnp.iscomplexobj(A) else ()
     arrays = {"u": (u, (width,)), "delta": (delta, (width,)), "B": (B, (size,)), "C": (C, (size,))}

@@ -6,8 +6,10 @@ import dataclasses
 import difflib
 import importlib.util
 import io
+import os
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,13 +28,13 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> int:
       The exit code: 0 when the run is finished, 2 for a mistake, 128 + n after signal n.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments and arguments[0] in ("-h", "--help"):
-        print(presets_help(folder))
-        return 0
     from effattn_jax.training.errors import Interrupted, UserError
 
     quiet()
     try:
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(presets_help(folder), flush=True)
+            return 0
         return _run(folder, arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,6 +42,9 @@ def main(folder: Path, arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.code
+    except BrokenPipeError:  # `--help | head`; what is still buffered must not fail again at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _run(folder: Path, arguments: list[str]) -> int:
@@ -96,9 +101,16 @@ def presets_help(folder: Path) -> str:
     known = presets(folder)
     width = max(map(len, known), default=0)
     lines += ["presets:", *(f"  {name:<{width}}  {summary}" for name, summary in known.items())]
+    lines += ["", *textwrap.wrap(f"mixers (--model.mixer): {', '.join(_mixers())}", 100, subsequent_indent="  ")]
     lines += ["", f"Without a preset: {DEFAULT_PRESET}. Every field of a preset: python train.py PRESET --help"]
     lines += ["The run folder is runs/PRESET (--train.run-dir); the same command resumes what it finds there."]
     return "\n".join(lines)
+
+
+def _mixers() -> list[str]:
+    from effattn_jax import nn
+
+    return list(nn.MIXERS)
 
 
 def load_preset(folder: Path, name: str):

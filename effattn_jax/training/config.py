@@ -47,7 +47,41 @@ class OptimConfig:
     """Share of the way that the slow weights go each time."""
     groups: tuple[str, ...] = ()
     """Rules "REGEX: option=value, ..." of parameter groups, first match in the '/'-joined path; they replace weight-decay
-    and its exclusions (adamw, amos, lamb, lion, sgd)."""
+    and its exclusions (adamw, amos, lamb, lion, sgd). Options: lr_multiplier, weight_decay, trust_ratio, clip_norm,
+    clip_group, soft_clip, lazy, state_dtype; amos: scale, slot_shape."""
+
+    def validate(self) -> None:
+        """Check the numbers.
+
+        Raises:
+          ValueError: naming the field, its value and the rule.
+
+        Example:
+          >>> OptimConfig(beta1=2).validate()
+          Traceback (most recent call last):
+          ValueError: optim.beta1 must be in [0, 1), got 2.
+        """
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm must be positive or None, got {self.clip_norm}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"optim.learning_rate must be positive, got {self.learning_rate}.")
+        if not 0 < self.lookahead_step <= 1:
+            raise ValueError(f"optim.lookahead_step must be in (0, 1], got {self.lookahead_step}.")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("final_learning_rate", "warmup_steps", "epsilon", "weight_decay", "extra_l2", "lookahead_period"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name} must not be negative, got {getattr(self, name)}.")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many.
+
+        Example:
+          >>> OptimConfig(warmup_steps=100).warmup(40)
+          20
+        """
+        return min(self.warmup_steps, steps // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +89,7 @@ class TrainConfig:
     """The loop: how long, what is written, and when."""
 
     steps: int = 1000
-    """Number of updates. The schedule ends there, so another number is another run."""
+    """Number of updates. The schedule ends there, so another number is another run; a constant one past its warm-up goes on."""
     seed: int = 0
     """Seed of the initial parameters, of the order of the data and of dropout."""
     microbatches: int = 1
@@ -114,7 +148,9 @@ class Config:
     """Everything that a run is made from."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """Shape and parts of the model."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """What is learned, and from which data."""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -140,19 +176,26 @@ class Config:
         if self.data.batch_size % self.train.microbatches:
             given = f"{self.train.microbatches} and {self.data.batch_size}"
             raise ValueError(f"train.microbatches must divide data.batch_size, got {given}.")
-        if self.optim.clip_norm is not None and not self.optim.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm must be positive or None, got {self.optim.clip_norm}.")
-        if not self.optim.learning_rate > 0:
-            raise ValueError(f"optim.learning_rate must be positive, got {self.optim.learning_rate}.")
-        if self.optim.lookahead_period < 0:
-            raise ValueError(f"optim.lookahead_period must not be negative, got {self.optim.lookahead_period}.")
-        if not 0 < self.optim.lookahead_step <= 1:
-            raise ValueError(f"optim.lookahead_step must be in (0, 1], got {self.optim.lookahead_step}.")
-        if self.optim.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must not be negative, got {self.optim.warmup_steps}.")
-        profile_window(self.train.profile_steps)
+        self._check_sampling()
+        self.optim.validate()
+        if self.train.profile_steps and profile_window(self.train.profile_steps)[0] >= self.train.steps:
+            raise ValueError(
+                f"train.profile_steps must begin before step {self.train.steps}, got {self.train.profile_steps!r}."
+            )
         for text in self.train.eval_also:
             changed(self, text).data.validate()
+
+    def _check_sampling(self) -> None:
+        """What evaluations and samples on the way need, which would otherwise be found wrong at the first of them."""
+        train = self.train
+        if train.eval_batches is not None and train.eval_batches < 1:
+            raise ValueError(f"train.eval_batches must be positive or None, got {train.eval_batches}.")
+        if train.sample_tokens < 0:
+            raise ValueError(f"train.sample_tokens must not be negative, got {train.sample_tokens}.")
+        if not train.sample_temperature >= 0:
+            raise ValueError(f"train.sample_temperature must not be negative, got {train.sample_temperature}.")
+        if train.sample_prompt == "":
+            raise ValueError("train.sample_prompt must hold some text or be None, got ''.")
 
 
 FREE = (
@@ -194,10 +237,10 @@ def changed(config: Config, text: str) -> Config:
         room, _, field = name.replace("-", "_").partition(".")
         known = {f.name for f in dataclasses.fields(DataConfig)} if room == "data" else None
         if room not in rooms or not field or (known and field not in known):
-            raise ValueError(f"train.eval_also must name data.FIELD or model.FIELD, got {name!r}.")
+            raise ValueError(f"an evaluation must name data.FIELD or model.FIELD, got {name!r}.")
         rooms[room][field] = value
     if not options:
-        raise ValueError(f'train.eval_also must hold texts "NAME=value, ...", got {text!r}.')
+        raise ValueError(f'an evaluation must be a text "NAME=value, ...", got {text!r}.')
     data = dataclasses.replace(config.data, **rooms["data"])
     return dataclasses.replace(config, data=data, model=at_inference(config, rooms["model"]))
 
@@ -296,12 +339,14 @@ def from_dict(values: Mapping[str, Any], kind: type = Config) -> Any:
 def differences(old: Config, new: Config) -> list[str]:
     """Lines `name: old -> new` for the fields that make the two different runs.
 
-    With a constant schedule `train.steps` only says where to stop, and may change.
+    With a constant schedule `train.steps` only says where to stop, and may change unless the warm-up, at most half of the run, changes with it.
 
     Example:
       >>> differences(Config(), Config(train=TrainConfig(seed=1, log_every=3)))
       ['train.seed: 0 -> 1']
     """
-    free = FREE + (("train.steps",) if old.optim.schedule == new.optim.schedule == "constant" else ())
+    constant = old.optim.schedule == new.optim.schedule == "constant"
+    goes_on = constant and old.optim.warmup(old.train.steps) == new.optim.warmup(new.train.steps)
+    free = FREE + (("train.steps",) if goes_on else ())
     pairs = zip(flat(old), flat(new))
     return [f"{name}: {a!r} -> {b!r}" for (name, a), (_, b) in pairs if a != b and not name.startswith(free)]

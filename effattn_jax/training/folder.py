@@ -90,10 +90,12 @@ class RunFolder:
         if dataset is not None and old not in (None, dataset.fingerprint):
             changes.append(f"contents of the data: {old} -> {dataset.fingerprint}")
         if changes:
-            raise UserError(
-                f"run folder {self.path} holds another run ({'; '.join(changes)}): "
+            way_out = (
                 "give the old values to resume it, or another --train.run-dir."
+                if self.writes
+                else "give what it was trained with."
             )
+            raise UserError(f"run folder {self.path} holds another run ({'; '.join(changes)}): {way_out}")
 
     def close(self) -> None:
         """Give the lock back."""

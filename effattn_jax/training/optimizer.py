@@ -3,6 +3,7 @@
 To add a rule, add one line to `OPTIMIZERS`, and one to `DIRECTIONS` where groups can have it.
 """
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,7 +107,9 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
       [0.0, 0.5, 1.0, 0.5, 0.0]
     """
     if config.name not in OPTIMIZERS:
-        raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {config.name!r}.")
+        close = difflib.get_close_matches(config.name, OPTIMIZERS, n=1)
+        hint = f" Perhaps you meant {close[0]!r}?" if close else ""
+        raise ValueError(f"optim.name must be one of {', '.join(OPTIMIZERS)}, got {config.name!r}.{hint}")
     schedule = make_schedule(config, steps)
     rule = _grouped(config, schedule) if config.groups else OPTIMIZERS[config.name](config, schedule)
     if config.clip_norm:
@@ -157,7 +160,7 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then the course that the config names, ending at step `steps`."""
-    warmup = min(config.warmup_steps, steps // 2)
+    warmup = config.warmup(steps)
     rest = max(steps - warmup, 1)
     peak, last = config.learning_rate, config.final_learning_rate
     after = {

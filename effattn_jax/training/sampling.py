@@ -11,6 +11,7 @@ import numpy as np
 from effattn_jax.data import Dataset
 from effattn_jax.decoding import NaiveBayesStep, generate
 
+EMPTY = "the prompt is empty: it must hold at least one token of what the model was trained on."
 NUMBERS_SHOWN = 8  # the last ones of a row that is answered with numbers
 
 
@@ -47,7 +48,7 @@ def continue_tokens(
       ValueError: for an empty prompt, a negative number of tokens, or what `decoding.generate` refuses.
     """
     if prompt.size == 0:
-        raise ValueError("the prompt is empty.")
+        raise ValueError(EMPTY)
     if num_tokens < 0:
         raise ValueError(f"the number of tokens must not be negative, got {num_tokens}.")
     half = max(context // 2, 1)
@@ -71,8 +72,14 @@ def _piece(model, params, prompt, mask, key, half, options):
 
 def sample_text(model: Any, params: Any, codec: Any, prompt: str, num_tokens: int, context: int, **options: Any) -> str:
     """`continue_tokens` from text to text; the prompt is not repeated."""
-    tokens = continue_tokens(model, params, np.asarray(codec.encode(prompt)), num_tokens, context, **options)
-    return codec.decode(tokens)
+    asked = np.asarray(codec.encode(prompt), np.int32)
+    return _text_after(codec, asked, continue_tokens(model, params, asked, num_tokens, context, **options))
+
+
+def _text_after(codec: Any, prompt: np.ndarray, tokens: np.ndarray) -> str:
+    """The text of tokens behind a prompt, with what a codec writes between the two, such as a blank between words."""
+    before, whole = codec.decode(prompt), codec.decode(np.concatenate([prompt, tokens]))
+    return whole[len(before) :] if whole.startswith(before) else codec.decode(tokens)
 
 
 def sample_from_contexts(
@@ -92,7 +99,7 @@ def sample_from_contexts(
     rows = [asked, *(np.concatenate([np.asarray(codec.encode(text), np.int32), asked]) for text in contexts)]
     longest = max(row.size for row in rows)
     if asked.size == 0:
-        raise ValueError("the prompt is empty.")
+        raise ValueError(EMPTY)
     if longest + num_tokens > context:
         given = f"{longest} with the prompt, and {num_tokens} to add"
         raise ValueError(f"each context must fit the {context} tokens that the model reads; the longest has {given}.")
@@ -103,7 +110,7 @@ def sample_from_contexts(
     tokens = generate(
         step, params, state, jnp.asarray(padded), num_tokens, prompt_mask=jnp.asarray(mask), **options
     )  # fmt: skip
-    return codec.decode(np.asarray(tokens)[0])
+    return _text_after(codec, asked, np.asarray(tokens)[0])
 
 
 def show_answers(task: Any, params: Any, dataset: Dataset, rows: int = 3) -> str:

@@ -74,6 +74,7 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
     with user_errors():
         mesh = _make_mesh(config)
         task = make_task(config.model, dataset)
+        _check_prompt(config, dataset)
         optimizer, schedule = make_optimizer(config.optim, config.train.steps)
         example = jax.tree.map(np.asarray, dataset.batch(config.train.seed, 0))
         init = partial(init_state, task, optimizer, batch=jax.tree.map(lambda x: x[:1], example))
@@ -94,6 +95,13 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
     )
     with user_errors("train.eval_also"):
         return setup._replace(also={text: _varied(setup, text) for text in config.train.eval_also})
+
+
+def _check_prompt(config: Config, dataset: Dataset) -> None:
+    """Check the prompt of the samples, which would otherwise be found wrong at the first evaluation."""
+    prompt = config.train.sample_prompt
+    if prompt and dataset.bytes_per_token and not len(dataset.codec.encode(prompt)):
+        raise ValueError(f"train.sample_prompt must hold at least one token of the data, got {prompt!r}.")
 
 
 def _varied(setup: Setup, text: str) -> Setup:
