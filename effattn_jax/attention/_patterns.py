@@ -119,7 +119,8 @@ def part(view: View, *, copies: int = 1, **changes: Any) -> Part:
     spec = view.spec._replace(**changes)
     budget = 2**21 if copies == 1 else 2**19  # copies run side by side, with all their buffers
     groups, bounds = batch * heads * copies, (spec.left, spec.right)
-    rows, columns = block_sizes(length, keys, groups, bounds, view.chunk_size, budget)
+    packed = view.marks.key_segments is not None
+    rows, columns = block_sizes(length, keys, groups, bounds, view.chunk_size, budget, packed)
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 

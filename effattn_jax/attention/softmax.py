@@ -174,7 +174,8 @@ def _attend(
     if want_weights or implementation == "dense" or small:
         out, _, weights = whole_rows(spec, arrays, marks, more=more)
         return out, weights.reshape(batch, heads, length, keys)
-    rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size)
+    packed = marks.key_segments is not None
+    rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size, packed=packed)
     if implementation == "pallas":
         return by_flash(spec._replace(rows=rows), arrays, marks, ready.offset, chunk_size)[0], None
     if more is None:
