@@ -25,7 +25,7 @@ def atrous_pairs(i, j, is_causal):
 
 def sparse_pairs(i, j, is_causal):
     near = (i - j <= 4) & (j - i <= 1)
-    return near | ((i - j) % 3 == 0) | (j < 2) | ((i < 2) & (not is_causal))
+    return near | ((i - j) % 3 == 0) | (j < 2) | ((0 <= i) & (i < 2) & (not is_causal))
 
 
 def strided_pairs(i, j, is_causal):
