@@ -123,6 +123,24 @@ def test_global_tokens_where_a_mask_says_which_keys_come_first(is_causal, querie
     checks.assert_close(run("chunked"), run("dense"), 1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@BOTH
+def test_global_tokens_of_documents_in_any_order(is_causal, masked):
+    """Ids that come again later in a row: its documents share their global tokens, as runs of one id share all else."""
+    rng = np.random.default_rng(0)
+    ids = np.repeat(rng.integers(0, 3, (2, 13)), rng.integers(1, 7, 13), axis=1).astype(np.int32)
+    length = ids.shape[1]
+    arrays = tuple(jnp.asarray(random(seed, 2, length, heads, 4), jnp.float64) for seed, heads in enumerate((4, 2, 2)))
+    mask = jnp.asarray(rng.random((2, 1, 1, length)) < 0.6) if masked else None
+
+    def run(form):
+        options = {"window": (2, 1), "dilation": 5, "num_global": 2, "implementation": form, "chunk_size": 8}
+        options |= {"mask": mask, "segment_ids": ids, "is_causal": is_causal}
+        return checks.value_and_grads(lambda arrays: attention.sparse_attention(*arrays, **options), arrays)
+
+    checks.assert_close(run("chunked"), run("dense"), 1e-12)
+
+
 @pytest.mark.parametrize("mask_spec", [P("data"), P()], ids=["sharded mask", "replicated mask"])
 def test_global_tokens_of_padded_rows_on_an_explicit_mesh(mask_spec):
     """Rows and heads sharded in the types, as batches of `train.py` are, a bias of keys over heads: gradients as on one device."""
