@@ -125,7 +125,7 @@ def test_global_tokens_where_a_mask_says_which_keys_come_first(is_causal, querie
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @BOTH
-def test_global_tokens_of_documents_in_any_order(is_causal, masked):
+def test_global_tokens_of_documents_in_any_order(is_causal, masked, x64):
     """Ids that come again later in a row: its documents share their global tokens, as runs of one id share all else."""
     rng = np.random.default_rng(0)
     ids = np.repeat(rng.integers(0, 3, (2, 13)), rng.integers(1, 7, 13), axis=1).astype(np.int32)
