@@ -113,14 +113,13 @@ def dense(view: View, pattern: jax.Array) -> jax.Array:
     return whole_rows(view.spec, view.arrays, view.marks._replace(mask=mask))[0]
 
 
-def part(view: View, *, copies: int = 1, **changes: Any) -> Part:
-    """The block kernel over a view; `changes` of its spec name the band. `copies`: how many such calls vmap makes of it."""
+def part(view: View, *, budget: int = 2**21, **changes: Any) -> Part:
+    """The block kernel over a view; `changes` of its spec name the band. `budget`: scores of a block, over batch and heads."""
     (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
     spec = view.spec._replace(**changes)
-    budget = 2**21 if copies == 1 else 2**19  # copies run side by side, with all their buffers
-    groups, bounds = batch * heads * copies, (spec.left, spec.right)
     packed = view.marks.key_segments is not None
-    rows, columns = block_sizes(length, keys, groups, bounds, view.chunk_size, budget, packed)
+    bounds = (spec.left, spec.right)
+    rows, columns = block_sizes(length, keys, batch * heads, bounds, view.chunk_size, budget, packed)
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 
@@ -143,83 +142,96 @@ def select(x: jax.Array, here: jax.Array, axis: int) -> jax.Array:
 
 
 class _Classes(NamedTuple):
-    """Positions by their remainder modulo a period: class axis in front, time in each class shorter by the period.
+    """Positions by their remainder modulo a period: each class a row of the batch, (B, L, ...) as (B r, L / r, ...).
 
     Keys are shifted so that query 0 stands at a multiple of the period: a query and a key of one class then have equal remainders.
     """
 
     period: int
     shift: Any
-    length: int
+    length: int  # of a class
     keys: int
+    like: jax.Array  # (B, T, N, H): what is alike for the whole batch is spread over its batch axis, sharded as that is
 
     def _split(self, x: jax.Array, axis: int) -> jax.Array:
         x = x.reshape(*x.shape[:axis], x.shape[axis] // self.period, self.period, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis + 1, 0)
+        return self._merge(jnp.moveaxis(x, axis + 1, 1))
+
+    def _merge(self, x: jax.Array) -> jax.Array:
+        """(B | 1, r, ...) as (B r, ...)."""
+        if x.shape[0] != self.like.shape[0]:
+            zero = jnp.zeros_like(self.like.sum((1, 2, 3))).astype(x.dtype)
+            x = x + zero.reshape(-1, *(1,) * (x.ndim - 1))
+        return x.reshape(x.shape[0] * self.period, *x.shape[2:])
+
+    def _pad(self, x: jax.Array, axis: int, front: int, behind: int) -> jax.Array:
+        return jnp.pad(x, [(front, behind) if a == axis else (0, 0) for a in range(x.ndim)])
+
+    def _padded_rows(self, x: jax.Array, axis: int) -> jax.Array:
+        return self._pad(x, axis, 0, self.length * self.period - x.shape[axis])
+
+    def _padded_columns(self, x: jax.Array, axis: int) -> jax.Array:
+        total, known = self.keys * self.period, isinstance(self.shift, int)
+        front = self.shift if known else self.period - 1
+        x = self._pad(x, axis, front, total - x.shape[axis] - (self.shift if known else 0))
+        return x if known else lax.dynamic_slice_in_dim(x, front - self.shift, total, axis)
 
     def rows(self, x: jax.Array | None, axis: int = 1) -> jax.Array | None:
         """Queries, padded at the end."""
-        if x is None:
-            return None
-        missing = self.length * self.period - x.shape[axis]
-        return self._split(jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]), axis)
+        return None if x is None else self._split(self._padded_rows(x, axis), axis)
 
     def columns(self, x: jax.Array | None, axis: int = 1) -> jax.Array | None:
         """Keys, with `shift` in front and padded at the end."""
-        if x is None:
-            return None
-        total, known = self.keys * self.period, isinstance(self.shift, int)
-        front = self.shift if known else self.period - 1
-        behind = total - x.shape[axis] - (self.shift if known else 0)
-        x = jnp.pad(x, [(front, behind) if a == axis else (0, 0) for a in range(x.ndim)])
-        return self._split(x if known else lax.dynamic_slice_in_dim(x, front - self.shift, total, axis), axis)
+        return None if x is None else self._split(self._padded_columns(x, axis), axis)
 
     def pairs(self, x: jax.Array | None) -> jax.Array | None:
-        """A (B | 1, N | 1, T | 1, S | 1) array as (r, ...): the pairs inside each class."""
-        if x is None:
-            return None
-        rows = x[None] if x.shape[2] == 1 else self.rows(x, 2)
-        if x.shape[3] != 1:
-            columns = self.columns(rows, 4)  # key class, query class or 1, then the array
-            same = jnp.eye(self.period, rows.shape[0], dtype=bool)[..., None, None, None, None]
-            rows = columns[:, 0] if x.shape[2] == 1 else select(columns, same, 0)
-        return jnp.broadcast_to(rows, (self.period, *rows.shape[1:]))
+        """A (B | 1, N | 1, T | 1, S | 1) array as (B r | 1, N | 1, T / r | 1, S / r | 1): the pairs inside each class."""
+        if x is None or x.shape[0] == x.shape[2] == x.shape[3] == 1:
+            return x
+        if x.shape[2] == x.shape[3] == 1:
+            return self._merge(jnp.broadcast_to(x[:, None], (x.shape[0], self.period, *x.shape[1:])))
+        if x.shape[3] == 1:
+            return self.rows(x, 2)
+        if x.shape[2] == 1:
+            return self.columns(x, 3)
+        x = self._padded_columns(self._padded_rows(x, 2), 3)
+        x = x.reshape(*x.shape[:2], self.length, self.period, self.keys, self.period)
+        same = jnp.eye(self.period, dtype=bool).reshape(1, 1, 1, self.period, 1, self.period)
+        return self._merge(jnp.moveaxis(select(x, same, 5), 3, 1))
 
     def together(self, x: jax.Array, length: int) -> jax.Array:
-        """The outputs of all classes (r, B, T / r, ...) in order of time."""
-        x = jnp.moveaxis(x, 0, 2)
+        """The outputs of all classes (B r, T / r, ...) in order of time."""
+        x = jnp.moveaxis(x.reshape(x.shape[0] // self.period, self.period, *x.shape[1:]), 1, 2)
         return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]
 
 
 def by_class(view: View, period: int, **changes: Any) -> Part:
-    """Pairs whose distance is a multiple of the period, as one call for each class of positions, all at once.
+    """Pairs whose distance is a multiple of the period, as one call in which each class of positions is a row of the batch.
 
     The bounds in `changes` count the keys of a class.
     """
     (length, keys), offset = view.lengths, view.offset
     shift = (-view.marks.offset if offset is None else -offset) % period
     count = -(-(keys + (period - 1 if offset is None else shift)) // period)
-    classes = _Classes(period, shift, -(-length // period), count)
+    classes = _Classes(period, shift, -(-length // period), count, view.arrays.query)
     marks, key_mask = view.marks, view.marks.key_mask
     padded = offset is None or shift or (not view.is_causal and count * period != keys)
     if padded and key_mask is None:
-        key_mask = jnp.ones((view.arrays.query.shape[0], keys), bool)
+        key_mask = jnp.ones((1, keys), bool)
     query, key, value, bias = view.arrays
-    by_position = callable(bias)
     arrays = Arrays(
-        classes.rows(query), classes.columns(key), classes.columns(value), bias if by_position else classes.pairs(bias)
+        classes.rows(query),
+        classes.columns(key),
+        classes.columns(value),
+        bias if callable(bias) else classes.pairs(bias),
     )
-    marks = {
-        "mask": classes.pairs(marks.mask), "key_mask": classes.columns(key_mask),
-        "query_segments": classes.rows(marks.query_segments), "key_segments": classes.columns(marks.key_segments),
-        "query_positions": classes.rows(marks.query_positions), "key_positions": classes.columns(marks.key_positions),
-    }  # fmt: skip
-    first = jnp.asarray((view.marks.offset + shift) // period, jnp.int32)
-
-    def one(arrays, marks):
-        return part(view._replace(arrays=arrays, marks=Marks(first, **marks)), copies=period, **changes)
-
-    parts = jax.vmap(one, in_axes=(Arrays(0, 0, 0, None if by_position else 0), 0))(arrays, marks)
+    marks = Marks(
+        jnp.asarray((view.marks.offset + shift) // period, jnp.int32), classes.pairs(marks.mask), classes.columns(key_mask),
+        classes.rows(marks.query_segments), classes.columns(marks.key_segments),
+        query_positions=classes.rows(marks.query_positions), key_positions=classes.columns(marks.key_positions),
+    )  # fmt: skip
+    # All classes run side by side, with all their buffers.
+    parts = part(view._replace(arrays=arrays, marks=marks), budget=2**19, **changes)
     return jax.tree.map(partial(classes.together, length=length), parts)
 
 
