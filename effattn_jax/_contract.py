@@ -167,7 +167,10 @@ def scale_or(default: float, scale: Any) -> Any:
     if scale is None:
         return default
     if not isinstance(scale, numbers.Real):
-        floating(scale=scale)
+        real = hasattr(scale, "dtype") and (
+            jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
+        )
+        _require(real, f"scale must be a number or an array of numbers; got {scale!r}"[:400])
     return scale
 
 

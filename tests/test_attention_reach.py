@@ -49,17 +49,49 @@ def test_no_block_is_left_out_that_holds_a_pair(seed):
         assert columns.size == 0 or (low <= columns.min() and columns.max() < high)
 
 
-def test_packed_documents_cost_their_own_squares():
-    """Blocks of rows reach no further than the blocks of keys that their documents touch, padding behind the last one or not."""
-    lengths = [17, 40, 3, 28, 60, 12]
-    for padding in (0, 16):
-        ids = np.concatenate([np.repeat(np.arange(1, 7), lengths), np.zeros(padding, int)]).astype(np.int32)
-        marks = Marks(jnp.int32(0), query_segments=jnp.asarray(ids)[None], key_segments=jnp.asarray(ids)[None])
-        starts, found = spans(marks, len(ids), len(ids))
-        for row, (low, high) in zip(starts, found, strict=True):
-            own = np.flatnonzero(np.isin(ids, ids[row : row + ROWS]))
-            assert low > own.min() - COLUMNS
-            assert high < own.max() + 1 + COLUMNS
+@pytest.mark.parametrize("factor, padding", [(1, 0), (1, 16), (32, 0)])
+def test_packed_documents_cost_their_own_squares(factor, padding):
+    """Blocks of rows reach no further than the blocks of keys that their documents touch: with padding that shares a block with the last
+    document, and with ids that are all equal modulo 32."""
+    lengths = [17, 40, 3, 28, 60, 13]
+    ids = np.concatenate([np.repeat(factor * np.arange(1, 7), lengths), np.zeros(padding, int)]).astype(np.int32)
+    marks = Marks(jnp.int32(0), query_segments=jnp.asarray(ids)[None], key_segments=jnp.asarray(ids)[None])
+    starts, found = spans(marks, len(ids), len(ids))
+    for row, (low, high) in zip(starts, found, strict=True):
+        own = np.flatnonzero(np.isin(ids, ids[row : row + ROWS]))
+        assert low > own.min() - COLUMNS
+        assert high < own.max() + 1 + COLUMNS
+
+
+def test_long_rows_of_short_blocks_are_bounded_by_longer_stretches():
+    """What meets what stays a small array; no pair is lost, and no more than a stretch's length gained."""
+    length, rows, columns = 5000, 3, 2
+    ids = np.repeat(np.arange(25), 200).astype(np.int32)
+    marks = Marks(jnp.int32(0), query_segments=jnp.asarray(ids)[None], key_segments=jnp.asarray(ids)[None])
+    spec = Spec(None, None, None, 1.0, rows, columns, jnp.float32)
+    bounds = bounds_of(spec, marks, length, length)
+    assert bounds.low.size <= 256
+    blocks = np.arange(-(-length // rows))
+    low, high = (np.asarray(x) for x in bounds.of(blocks * rows))
+    starts = np.minimum(blocks * rows, length - rows)
+    first, last = ids[starts] * 200, ids[starts + rows - 1] * 200 + 200
+    assert (low <= first).all() and (high >= last).all()
+    assert (low > first - 24 - 200).all() and (high < last + 24 + 200).all()
+
+
+@pytest.mark.parametrize("chunk_size", (2, None))
+def test_memory_of_packed_rows_is_linear(chunk_size):
+    def temporaries(length):
+        x, ids = jax.ShapeDtypeStruct((2, length, 1, 8), jnp.float32), jax.ShapeDtypeStruct((2, length), jnp.int32)
+
+        def loss(x, ids):
+            return dot_product_attention(
+                x, x, x, segment_ids=ids, chunk_size=chunk_size, implementation="chunked"
+            ).sum()
+
+        return jax.jit(jax.grad(loss)).lower(x, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.5 * temporaries(2048)
 
 
 def test_masked_keys_and_queries_cost_nothing():
@@ -119,3 +151,23 @@ def test_gradients_over_packed_rows_of_a_batch():
     np.testing.assert_allclose(jax.grad(loss)(x, ids, "chunked"), expected, atol=2e-5)
     each = jax.jit(jax.vmap(jax.grad(lambda x, ids: loss(x[None], ids[None], "chunked"))))
     np.testing.assert_allclose(each(x, ids), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("form, asked_by_nobody", [("dense", False), ("chunked", False), ("chunked", True)])
+def test_queries_that_count_for_nothing_may_hold_anything(form, asked_by_nobody):
+    """NaN in a query that sees no key, or (by blocks) whose output enters no loss: no gradient, and none spoiled."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 10, 2, 4)), jnp.float32)
+    here = (jnp.arange(10) == 3)[None]
+    ids = (jnp.where(here, 1 - asked_by_nobody, 0), jnp.zeros((1, 10), jnp.int32))
+
+    def gradients(query):
+        def loss(query, key, value):
+            out = dot_product_attention(query, key, value, segment_ids=ids, implementation=form)
+            return jnp.where(here[..., None, None], 0, out).sum()
+
+        return jax.grad(loss, (0, 1, 2))(query, x, x)
+
+    spoiled = gradients(jnp.where(here[..., None, None], jnp.nan, x))
+    for actual, expected in zip(spoiled, gradients(x), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-6)

@@ -85,6 +85,7 @@ def test_extreme_temperatures_and_excluded_tokens():
         ({"top_p": -0.1}, r"top_p must lie in \[0, 1\]"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
         ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"temperature": float("inf")}, "and finite; got inf"),
         ({"key": None}, "key must be given"),
     ],
 )

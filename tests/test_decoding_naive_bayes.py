@@ -44,6 +44,16 @@ def test_truncation_and_transitions():
         assert int(picked) == expected
 
 
+def test_contexts_that_have_no_likely_token_in_common():
+    """beta = -1 is the empty row whatever was cut; contexts whose nuclei share nothing are pooled whole."""
+    p = np.array([[0.5, 0.3, 0.1, 0.1], [0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01]])
+    z = jnp.log(jnp.asarray(p, jnp.float32))
+    for pooling in ("entropy", "mean", "max"):
+        np.testing.assert_allclose(naive_bayes_logits(z, pooling=pooling, beta=-1.0)[0], np.log(p[0]), atol=1e-5)
+    pooled = naive_bayes_logits(z, pooling="mean", beta=0.0)[0]
+    np.testing.assert_allclose(pooled, np.log(p[1:]).mean(0), atol=1e-5)
+
+
 def test_contexts_have_no_order_and_copies_no_weight():
     z = jnp.asarray(rows())
     for pooling in ("entropy", "mean", "max"):

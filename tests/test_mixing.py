@@ -112,6 +112,20 @@ def test_mixer_needs_hidden_units_for_each_step_when_causal():
         mixing.mlp_mixer(np.ones((3, 2)), *weights, segment_ids=np.zeros(3, int))
 
 
+def test_an_id_that_comes_again_is_another_document_for_all_of_amlp():
+    """Gate and attention agree, in one call and from a state."""
+    weights = mixing.MIXERS["amlp"].weights(jax.random.key(1), 8, 12, 2)
+    weights = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), weights)
+    x, ids = jax.random.normal(jax.random.key(0), (1, 9, 8)), jnp.array([[0, 0, 0, 1, 1, 1, 1, 0, 0]])
+    options = {**weights, "is_causal": True}
+    whole = mixing.amlp(x, **options, segment_ids=ids)
+    np.testing.assert_allclose(whole[:, 7:], mixing.amlp(x[:, 7:], **options), atol=1e-5)
+    for cut in (2, 3, 5, 8):
+        first, state = mixing.amlp(x[:, :cut], **options, segment_ids=ids[:, :cut], return_state=True)
+        rest = mixing.amlp(x[:, cut:], **options, segment_ids=ids[:, cut:], initial_state=state)
+        np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
+
+
 def test_a_new_document_takes_the_places_of_the_last_one(x64):
     """A state with room for six tokens serves any number of documents of at most six."""
     kernel, bias = random(6, 6), random(6)

@@ -20,6 +20,7 @@ from effattn_jax.optim import (
     implicit_gradient_regularization,
     input_noise,
     label_noise,
+    lazy_updates,
     mean_to_sum,
     pgd,
     scale_by_flooding,
@@ -423,3 +424,14 @@ def test_errors_name_the_argument():
     ]:
         with pytest.raises(ValueError, match=match):
             make()
+
+
+def test_lazy_slots_of_parameters_that_are_called_as_slots_are():
+    """A parameter `mu/w` beside `w`: each first moment follows the rows of its own."""
+    params = {"mu": {"w": jnp.ones((2, 1))}, "w": jnp.ones((2, 1))}
+    grads = {"mu": {"w": jnp.array([[1.0], [0.0]])}, "w": jnp.array([[0.0], [1.0]])}
+    optimizer = lazy_updates(optax.adam(0.1))
+    state = optimizer.update(grads, optimizer.init(params), params)[1]
+    for slots, expected in ((state[0].mu, 0.1), (state[0].nu, 0.001)):
+        assert_close(slots["w"], np.array([[0.0], [expected]]), 1e-6)
+        assert_close(slots["mu"]["w"], np.array([[expected], [0.0]]), 1e-6)

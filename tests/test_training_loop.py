@@ -235,6 +235,14 @@ def test_longer_run_with_a_constant_schedule(tmp_path):
         train(tiny(tmp_path / "straight", steps=9))
 
 
+def test_longer_run_with_a_constant_schedule_and_another_warmup(tmp_path):
+    """The warm-up is at most half of the run: where it grows with the run, what went before was another one."""
+    optim = {"schedule": "constant", "warmup_steps": 3}
+    train(tiny(tmp_path / "run", optim=optim, steps=4))
+    with pytest.raises(UserError, match="train.steps: 4 -> 8"):
+        train(tiny(tmp_path / "run", optim=optim, steps=8))
+
+
 def test_edited_text_is_another_run(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("to be or not to be, that is the question. " * 20)

@@ -163,6 +163,8 @@ def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
         (["RUN", "model.width=4"], "a setting of inference is 'width'"),
         (["RUN", "model.rotary_factor=4"], "rotary_factor must be 1 without rotary_scaling; got 4"),
         (["RUN", "--data-path", "no.txt"], "no.txt"),
+        (["RUN", "--data-path", __file__], "give what it was trained with"),
+        (["RUN", "--batches", "0"], "batches must be positive; got 0"),
     ],
 )
 def test_evaluate_mistakes(alone, capsys, arguments, message):
@@ -180,6 +182,8 @@ def test_evaluate_mistakes(alone, capsys, arguments, message):
         (["RUN", "--set", "random_positions=9"], "a setting of inference is 'random_positions'"),
         (["RUN", "--step", "77"], "must be best, last or a step that"),
         (["RUN", "--prompt", ""], "the prompt is empty"),
+        (["RUN", "--set", "context=1.9"], "context must be a whole number of at least 2; got 1.9"),
+        (["RUN", "--pooling", "mean"], "pooling given without contexts"),
         (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
         (["RUN", "--tokens", "-1"], "must not be negative, got -1"),
     ],

@@ -143,12 +143,9 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         def here(x):
             return rows_of(x, row, spec.rows, kv_heads, spec.dtype)
 
-        do, d_lse_rows, lse_rows = (
-            jnp.where(fresh[:, None], here(d_out), 0),
-            jnp.where(fresh, here(d_lse), 0),
-            here(lse),
-        )
-        # Rows that see nothing, or that nobody asks for, give no gradient, whatever they hold: 0 * NaN is NaN.
+        do, lse_rows = jnp.where(fresh[:, None], here(d_out), 0), here(lse)
+        d_lse_rows = jnp.where(fresh, here(d_lse), 0)
+        # Queries that see nothing, or that nobody asks for, give no gradient, whatever they hold: 0 * NaN is NaN.
         quiet = (lse_rows == -jnp.inf) | (jnp.all(do == 0, axis=-1) & (d_lse_rows == 0))
         q = jnp.where(quiet[..., None], 0, here(query) * spec.scale)
         lse_rows = jnp.where(quiet, jnp.inf, lse_rows)[:, :, None]

@@ -36,17 +36,17 @@ def block_sizes(
     bounds: tuple[int | None, int | None],
     chunk_size: int | None,
     budget: int = 2**21,
-    packed: bool = False,
+    segmented: bool = False,
 ) -> tuple[int, int]:
     """Rows and columns of a block: up to `budget` scores over the heads, as fit a cache, and no wider than a window makes sense of.
 
-    `packed`: whether rows hold documents, of which long blocks would touch more.
+    `segmented`: whether keys have segments, as packed rows and caches have: long blocks would touch more documents.
     """
     if chunk_size is not None:
         return min(chunk_size, length), min(chunk_size, keys)
     left, right = bounds
     windowed = left is not None and right is not None
-    rows, columns = 256 if windowed or packed else 512, 512  # products of more rows use more of a machine
+    rows, columns = 256 if windowed or segmented else 512, 512  # products of more rows use more of a machine
     while groups * rows * columns > budget and rows > 64:
         rows, columns = rows // 2, columns // 2 if rows < columns else columns
     if windowed:

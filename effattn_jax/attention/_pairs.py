@@ -274,9 +274,8 @@ def whole_rows(
         extra = more.scores(row, rows).astype(spec.dtype)
         extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
         bias = extra if bias is None else bias + extra
-    q = jnp.where(
-        see.any(-1, keepdims=True), q, 0
-    )  # a row that sees nothing gives no gradient, whatever it holds: 0 * NaN is NaN
+    # A row that sees nothing gives no gradient, whatever it holds: 0 * NaN is NaN.
+    q = jnp.where(see.any(-1, keepdims=True), q, 0)
     s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
     if spec.top is not None and spec.top < keys:
         s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)

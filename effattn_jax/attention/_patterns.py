@@ -117,9 +117,9 @@ def part(view: View, *, budget: int = 2**21, **changes: Any) -> Part:
     """The block kernel over a view; `changes` of its spec name the band. `budget`: scores of a block, over batch and heads."""
     (length, keys), (batch, _, heads, _) = view.lengths, view.arrays.query.shape
     spec = view.spec._replace(**changes)
-    packed = view.marks.key_segments is not None
+    segmented = view.marks.key_segments is not None
     bounds = (spec.left, spec.right)
-    rows, columns = block_sizes(length, keys, batch * heads, bounds, view.chunk_size, budget, packed)
+    rows, columns = block_sizes(length, keys, batch * heads, bounds, view.chunk_size, budget, segmented)
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 

@@ -1,9 +1,10 @@
 """Which keys a block of rows can see, as a range: what lies outside is never computed.
 
-A window bounds it by positions. Segment ids and masks bound it by what the blocks hold: a block of rows and one of keys meet only if the ranges
-of their ids overlap, and the sets of their ids modulo 32, which keep the padding behind the last document apart from the documents
-before it. So documents packed into a row cost the sum of the squares of their lengths, not the square of the sum, and padding
-costs nothing. Ids in any order are right; ids in order, as packing gives them, leave nothing to spare but the edges of blocks.
+A window bounds it by positions. Segment ids and masks over keys or queries bound it by what the blocks hold: a block of rows and one of keys meet
+only if the ranges of their ids overlap, and the sets of their ids modulo 32, which keep the padding behind the last document apart from the
+documents before it. So documents packed into a row cost the sum of the squares of their lengths, not the square of the sum. A range is that
+of all rows of the batch together, and of all that `jax.vmap` maps: the longest document at a place decides. Ids in any order are
+right; ids in order, as packing gives them, leave nothing to spare but the edges of blocks. Arrays over pairs bound nothing.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from effattn_jax.attention._pairs import Marks, Spec
 
 __all__: list[str] = []
 
+_MOST = 256  # stretches that rows, or keys, are cut into at most, so that what meets what is a small array however short the blocks are
+
 
 class Span(NamedTuple):
     """The keys [low, high) that a block of rows sees, the first `clean` blocks of which need no mask."""
@@ -25,10 +28,15 @@ class Span(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """(blocks of rows,) each: the keys [low, high) that marks leave to a block of rows, whatever the window."""
+    """The keys [low, high) that marks leave to each stretch of `size` rows, a whole number of blocks, whatever the window."""
 
-    low: jax.Array
+    low: jax.Array  # (stretches,)
     high: jax.Array
+    size: int
+
+    def of(self, row: Any) -> tuple[jax.Array, jax.Array]:
+        """Those of a block that begins, but for being moved back at the end, at this row."""
+        return self.low[row // self.size], self.high[row // self.size]
 
 
 def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, row: Any, keys: int) -> Span:
@@ -39,8 +47,9 @@ def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, row: Any, 
     low = jnp.clip(spec.keys_before(first - spec.left), 0, keys) if in_order and spec.left is not None else 0
     high = jnp.clip(spec.keys_before(last + spec.right + 1), low, keys) if in_order and spec.right is not None else keys
     if bounds is not None:
-        low = jnp.maximum(low, bounds.low[block])
-        high = jnp.maximum(low, jnp.minimum(high, bounds.high[block]))
+        least, most = bounds.of(block * spec.rows)
+        low = jnp.maximum(low, least)
+        high = jnp.maximum(low, jnp.minimum(high, most))
     if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
         return Span(low, high, 0)
     inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
@@ -48,21 +57,27 @@ def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, row: Any, 
 
 
 def bounds_of(spec: Spec, marks: Marks, length: int, keys: int) -> Bounds | None:
-    """What segments and masks over rows and keys leave, None where there are none of them."""
+    """What segments and masks over keys and queries leave, None where there are none of them."""
     if marks.key_segments is None and marks.key_mask is None and marks.query_mask is None:
         return None
-    of_rows = _ids(marks.query_segments, marks.query_mask, length, spec.rows)
-    of_keys = _ids(marks.key_segments, marks.key_mask, keys, spec.columns)
+    rows, columns = _stretch(spec.rows, length), _stretch(spec.columns, keys)
+    of_rows = _ids(marks.query_segments, marks.query_mask, length, rows)
+    of_keys = _ids(marks.key_segments, marks.key_mask, keys, columns)
     meet = (of_rows.least[:, :, None] <= of_keys.most[:, None]) & (of_keys.least[:, None] <= of_rows.most[:, :, None])
     meet = _anywhere(meet & (of_rows.bits[:, :, None] & of_keys.bits[:, None] != 0))
-    blocks, some = meet.shape[1], meet.any(1)
-    low = jnp.argmax(meet, axis=1) * spec.columns
-    high = jnp.minimum((blocks - jnp.argmax(meet[:, ::-1], axis=1)) * spec.columns, keys)
-    return Bounds(*(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high)))
+    stretches, some = meet.shape[1], meet.any(1)
+    low = jnp.argmax(meet, axis=1) * columns
+    high = jnp.minimum((stretches - jnp.argmax(meet[:, ::-1], axis=1)) * columns, keys)
+    return Bounds(*(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high)), rows)
+
+
+def _stretch(block: int, length: int) -> int:
+    """The least number of whole blocks, in steps, of which `_MOST` or fewer are as long as everything; no longer than that."""
+    return min(block * -(-length // (block * _MOST)), length)
 
 
 class _Ids(NamedTuple):
-    """(B | 1, blocks) each: the least and the greatest id of a block, and a bit for each id modulo 32; what is masked has none."""
+    """(B | 1, stretches) each: the least and the greatest id of a stretch, and a bit for each id modulo 32; what is masked has none."""
 
     least: jax.Array
     most: jax.Array
@@ -74,14 +89,14 @@ def _ids(ids: jax.Array | None, mask: jax.Array | None, length: int, size: int) 
     mask = jnp.ones((1, length), bool) if mask is None else mask
     limits, bits = jnp.iinfo(ids.dtype), jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
     return _Ids(
-        _in_blocks(jnp.where(mask, ids, limits.max), size).min(2),
-        _in_blocks(jnp.where(mask, ids, limits.min), size).max(2),
-        jax.lax.reduce_or(_in_blocks(jnp.where(mask, bits, 0), size), (2,)),
+        _in_stretches(jnp.where(mask, ids, limits.max), size).min(2),
+        _in_stretches(jnp.where(mask, ids, limits.min), size).max(2),
+        jax.lax.reduce_or(_in_stretches(jnp.where(mask, bits, 0), size), (2,)),
     )
 
 
-def _in_blocks(x: jax.Array, size: int) -> jax.Array:
-    """(B, L) as (B, blocks, size); the last block ends with L, as that of the loops does."""
+def _in_stretches(x: jax.Array, size: int) -> jax.Array:
+    """(B, L) as (B, stretches, size); the last one ends with L, as the last block of the loops does."""
     whole = (x.shape[1] - 1) // size * size
     if whole:
         x = jnp.concatenate([x[:, :whole], x[:, x.shape[1] - size :]], axis=1)

@@ -74,8 +74,8 @@ def dot_product_attention(
     Raises:
       ValueError: names the argument, its shape and the rule.
 
-    Cost O(T S (H + V)) a head, O(T W (H + V)) with a window, the sum of the squares of a packed row's documents when chunked; memory O(T + S)
-    when chunked. Source: arXiv:1706.03762, arXiv:2205.14135.
+    Cost O(T S (H + V)) a head, O(T W (H + V)) with a window, when chunked the sum of the squares of a packed row's documents (of the
+    longest at each place, over the batch); memory O(T + S) when chunked. Source: arXiv:1706.03762, arXiv:2205.14135.
 
     >>> import jax, jax.numpy as jnp
     >>> q = jax.random.normal(jax.random.key(0), (1, 6, 4, 8))
@@ -174,8 +174,8 @@ def _attend(
     if want_weights or implementation == "dense" or small:
         out, _, weights = whole_rows(spec, arrays, marks, more=more)
         return out, weights.reshape(batch, heads, length, keys)
-    packed = marks.key_segments is not None
-    rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size, packed=packed)
+    segmented = marks.key_segments is not None
+    rows, columns = block_sizes(length, keys, batch * heads, (spec.left, spec.right), chunk_size, segmented=segmented)
     if implementation == "pallas":
         return by_flash(spec._replace(rows=rows), arrays, marks, ready.offset, chunk_size)[0], None
     if more is None:

@@ -33,13 +33,13 @@ def naive_bayes_logits(
     """The next token's logits from those of n contexts and of none.
 
     Every distribution is cut to its nucleus first, whose tails are unreliable and would be amplified by beta; a token outside that of the empty
-    context has nothing subtracted.
+    context has nothing subtracted. "mean" leaves the tokens of all nuclei, or takes whole distributions where no token is in all.
 
     Args:
       logits: (..., n + 1, A); row 0 is the model without a context.
       previous: (...) the context that the last token was taken from, -1 for none; None is none.
       pooling: "entropy" takes the context whose distribution has the least entropy, "mean" and "max" pool token by token.
-      beta: weight of the empty context, >= -1: 0 subtracts nothing, n - 1 with "mean" is Bayes' rule, -1 ignores the contexts.
+      beta: weight of the empty context, >= -1: 0 subtracts nothing, n - 1 with "mean" is Bayes' rule, -1 ignores the contexts: the empty one's logits.
       top_p: see `filter_logits`; None cuts nothing.
       transition_penalty: by how much another context's entropy must be lower to leave `previous`.
 
@@ -63,6 +63,7 @@ def naive_bayes_logits(
     if not beta >= -1:
         raise ValueError(f"beta must be at least -1, which ignores the contexts; got {beta}")
     log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    whole = log_p[..., 1:, :]
     log_p = filter_logits(log_p, top_p=top_p)
     empty, rows = log_p[..., 0, :], log_p[..., 1:, :]
     entropy = -jnp.sum(jnp.exp(rows) * jnp.where(jnp.isfinite(rows), rows, 0), axis=-1)
@@ -70,10 +71,14 @@ def naive_bayes_logits(
         stays = jax.lax.broadcasted_iota(jnp.int32, entropy.shape, entropy.ndim - 1) == jnp.asarray(previous)[..., None]
         entropy = entropy - jnp.where(stays, transition_penalty, 0)
     chosen = jnp.argmin(entropy, axis=-1).astype(jnp.int32)
+    if beta == -1:
+        return empty, chosen
     if pooling == "entropy":
         pooled = jnp.take_along_axis(rows, chosen[..., None, None], axis=-2)[..., 0, :]
     else:
         pooled = jnp.mean(rows, axis=-2) if pooling == "mean" else jnp.max(rows, axis=-2)
+        agree = jnp.any(pooled > -jnp.inf, axis=-1, keepdims=True)
+        pooled = jnp.where(agree, pooled, jnp.mean(whole, axis=-2))
     usual = jnp.isfinite(empty)
     return jnp.where(usual, (1 + beta) * pooled - beta * jnp.where(usual, empty, 0), pooled), chosen
 

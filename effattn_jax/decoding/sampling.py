@@ -95,8 +95,8 @@ def is_greedy(temperature: float | jax.Array) -> bool:
     """Whether a temperature is the number 0; a traced one is taken as positive, a negative one is a ValueError."""
     if isinstance(temperature, jax.core.Tracer):
         return False
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be at least 0 (0 is greedy); got {temperature}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be at least 0 (0 is greedy) and finite; got {temperature}")
     return bool(temperature == 0)
 
 

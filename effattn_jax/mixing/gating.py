@@ -191,7 +191,7 @@ def amlp(
         options = {"initial_state": attention_state, "return_state": True}
     attended = dot_product_attention(
         query, key, value, mask=None if tokens.mask is None else tokens.mask[:, None, None],
-        is_causal=is_causal, segment_ids=tokens.segments, **options,
+        is_causal=is_causal, segment_ids=_documents(tokens.segments, gate_state, attention_state), **options,
     )  # fmt: skip
     attended, attention_state = attended if stateful else (attended, None)
     addition = tokens.restore(attended[:, :, 0].astype(x.dtype) @ out_weight)
@@ -202,6 +202,16 @@ def amlp(
     if not return_state:
         return out
     return out[0], AMLPState(out[1], _shaped(attention_state, tokens.restore))
+
+
+def _documents(segments: jax.Array | None, gate: Any, attention: Cache | None) -> jax.Array | None:
+    """The number of the document that each token is in, which go on from a state: an id that comes again is another document, as for the gate."""
+    if segments is None:
+        return None
+    before = segments[:, :1] if gate is None else jnp.reshape(gate.segment, (-1, 1))
+    begins = segments != jnp.concatenate([before, segments[:, :-1]], axis=1)
+    first = 0 if attention is None else attention.last[:, None]
+    return first + jnp.cumsum(begins, axis=1, dtype=jnp.int32)
 
 
 def _empty_cache(x: jax.Array, length: int, head_dim: int) -> Cache:

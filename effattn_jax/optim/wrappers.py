@@ -177,14 +177,20 @@ def _keep_rows(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 def map_slots(function: Callable, tree: Any, *states: Any) -> Any:
     """function(leaf of `tree`, leaves of the states) over the leaves of states whose path ends in that of a leaf of `tree`.
 
-    So slots of parameters are found in whatever chains and masks they lie in. Others are those of the first state.
+    So slots of parameters are found in whatever chains and masks they lie in. Others are those of the first state. A parameter may be called as a
+    slot is, `mu/w` beside `w`: where several ends fit, the slots begin where all that follows are parameters.
     """
     by_path = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    paths = [path_of(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(states[0])[0]]
+    mixed = {path[:i] for path in paths for i in range(len(path) + 1) if path[i:] not in by_path}
 
     def visit(keys: tuple, *slots: jax.Array) -> Any:
         path = path_of(keys)
-        leaf = next((by_path[path[i:]] for i in range(len(path) + 1) if path[i:] in by_path), None)
-        return slots[0] if leaf is None else function(leaf, *slots)
+        ends = [i for i in range(len(path) + 1) if path[i:] in by_path]
+        if not ends:
+            return slots[0]
+        begin = next((i for i in ends if path[:i] not in mixed), ends[0])
+        return function(by_path[path[begin:]], *slots)
 
     return jax.tree_util.tree_map_with_path(visit, *states)
 
