@@ -231,7 +231,7 @@ def _flex(mask: Callable, length: int, heads: int, dim: int) -> Contender:
 
     started = time.perf_counter()
     blocks = create_block_mask(mask, None, None, length, length, device="cpu")
-    compiled = torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention, dynamic=False)  # sizes that vary do not compile with ids
     contender = _torch_contender(lambda q, k, v: compiled(q, k, v, block_mask=blocks), length, heads, dim)
     contender.forward()
     return contender._replace(both=None, compile_seconds=time.perf_counter() - started)
