@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import choose, positive
+from effattn_jax._places import split_like
 from effattn_jax.attention._blocks import by_blocks
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare, with_positions
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
@@ -160,9 +161,9 @@ class _Classes(NamedTuple):
     def _merge(self, x: jax.Array) -> jax.Array:
         """(B | 1, r, ...) as (B r, ...)."""
         if x.shape[0] != self.like.shape[0]:
-            zero = jnp.zeros_like(self.like.sum((1, 2, 3))).astype(x.dtype)
-            x = x + zero.reshape(-1, *(1,) * (x.ndim - 1))
-        return x.reshape(x.shape[0] * self.period, *x.shape[2:])
+            x = jnp.broadcast_to(x, (self.like.shape[0], *x.shape[1:]))
+        x = x.reshape(x.shape[0] * self.period, *x.shape[2:])
+        return split_like(x, 0, self.like, 0)
 
     def _pad(self, x: jax.Array, axis: int, front: int, behind: int) -> jax.Array:
         return jnp.pad(x, [(front, behind) if a == axis else (0, 0) for a in range(x.ndim)])
