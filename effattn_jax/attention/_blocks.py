@@ -72,7 +72,7 @@ def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.A
 
     def row_block(i, buffers):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
-        seen = span(spec, marks, bounds, i, row, keys)
+        seen = span(spec, marks, bounds, i, length, keys)
         q = rows_of(query, row, spec.rows, kv_heads, spec.dtype) * spec.scale
 
         def block(state, column, begin, masked):
@@ -137,7 +137,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
 
     def row_block(i, grads):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
-        seen = span(spec, marks, bounds, i, row, keys)
+        seen = span(spec, marks, bounds, i, length, keys)
         fresh = row + jnp.arange(spec.rows) >= i * spec.rows  # rows that the block before has done count once
 
         def here(x):

@@ -39,9 +39,9 @@ class Bounds(NamedTuple):
         return self.low[row // self.size], self.high[row // self.size]
 
 
-def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, row: Any, keys: int) -> Span:
-    """Of the rows from `row` on, which are block number `block`."""
-    first = marks.offset + row
+def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, length: int, keys: int) -> Span:
+    """Of a block of rows by its number; the last one is moved back to end with the rows."""
+    first = marks.offset + jnp.minimum(block * spec.rows, length - spec.rows)
     last = first + spec.rows - 1
     in_order = marks.query_places is None and marks.key_places is None
     low = jnp.clip(spec.keys_before(first - spec.left), 0, keys) if in_order and spec.left is not None else 0

@@ -35,9 +35,11 @@ def _named(name: str) -> Callable:
     """The function of a name of the table."""
     from effattn_jax.attention import MIXERS
 
-    for known, mixer in MIXERS.items():
-        if name not in MIXERS and getattr(mixer.function, "__name__", None) == name:
-            raise ValueError(f"kernel={name!r} is the function of {known!r}; pass that name, or the function itself")
+    functions = {getattr(mixer.function, "__name__", None): known for known, mixer in MIXERS.items()}
+    if name not in MIXERS and name in functions:
+        raise ValueError(
+            f"kernel={name!r} is the function of {functions[name]!r}; pass that name, or the function itself"
+        )
     choose("kernel", name, MIXERS)
     return MIXERS[name].function
 
