@@ -49,6 +49,33 @@ def test_weight_zero_is_not_seen(batch):
     assert cross_entropy(logits, targets, jnp.zeros_like(weights)) == (0, 0)
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(jnp.uint8, 256), (jnp.int8, 128), (jnp.int16, 40000), (jnp.uint32, 7)])
+def test_targets_of_any_integer_type(dtype, classes):
+    """The number of classes need not fit the type of the targets, as 256 bytes do not fit uint8."""
+    targets = jnp.array([0, 5, jnp.iinfo(dtype).max if classes > 7 and dtype != jnp.int16 else 6], dtype)
+    for compute in (cross_entropy, jax.jit(cross_entropy)):
+        np.testing.assert_allclose(compute(jnp.zeros((3, classes)), targets)[0], 3 * np.log(classes), rtol=1e-6)
+    assert jnp.isnan(cross_entropy(jnp.zeros((3, 6)), targets)[0])
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e6, 1e8])
+def test_what_is_common_to_all_classes_changes_nothing(offset):
+    logits = jnp.array([[0.0, 8.0, 16.0, 24.0]]) + offset  # multiples of 8, which float32 holds at 1e8
+    expected = cross_entropy(logits - offset, jnp.array([1]))[0]
+    np.testing.assert_allclose(cross_entropy(logits, jnp.array([1]))[0], expected, rtol=1e-6)
+
+
+def test_no_classes_and_no_outputs_are_refused():
+    for function, shape, name in (
+        (cross_entropy, (), "logits"),
+        (accuracy, (2, 0), "logits"),
+        (squared_error, (2, 0), "predictions"),
+    ):
+        targets = jnp.zeros(shape) if function is squared_error else jnp.zeros(shape[:-1], int)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            function(jnp.zeros(shape), targets)
+
+
 def test_extreme_logits():
     huge = jnp.array([[1e30, -1e30, 0.0], [-1e30, 1e30, 0.0]])
     loss, _ = cross_entropy(huge, jnp.array([0, 1]))

@@ -411,6 +411,20 @@ def test_tiger_equals_the_equations(x64):
     assert state.count == 20
 
 
+@pytest.mark.parametrize("optimizer", [amos(0.1), amos(0.1, momentum=0.9, clip_value=0.5), tiger(0.1, 0.9, 0.1)])
+def test_complex_parameters_turn_with_their_phase(x64, optimizer):
+    """Updates of real arrays times a phase are the real ones times that phase; mean squares are real."""
+    phase = jnp.exp(0.7j)
+    params, gradients = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    real, state = params, optimizer.init({"kernel": params})
+    turned, turned_state = params * phase, optimizer.init({"kernel": params * phase})
+    for _ in range(3):
+        updates, state = optimizer.update({"kernel": gradients}, state, {"kernel": real})
+        others, turned_state = optimizer.update({"kernel": gradients * phase}, turned_state, {"kernel": turned})
+        np.testing.assert_allclose(others["kernel"], updates["kernel"] * phase, rtol=1e-12, atol=1e-14)
+        real, turned = real + updates["kernel"], turned + others["kernel"]
+
+
 def test_tiger_shrinks_where_a_gradient_is_not_finite():
     params = {"kernel": jnp.full((2, 2), 3.0), "scale": jnp.full(2, 3.0), "bias": jnp.ones(2)}
     gradients = {"kernel": jnp.full((2, 2), jnp.nan), "scale": jnp.full(2, jnp.nan), "bias": jnp.ones(2)}

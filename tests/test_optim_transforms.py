@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType
 
 from effattn_jax.optim import (
+    accumulate_in_momentum,
     accumulate_updates,
     amos_schedules,
     clip_by_block_norm,
@@ -200,6 +201,12 @@ def test_clips_are_safe_at_both_ends(name):
     updates, state = once(make(1.0), mixed)
     assert updates["count"] == 7 and updates["none"] is None and updates["count"].dtype == mixed["count"].dtype
     assert float(global_norm(state.norm)) == 2.0
+    beyond = jnp.array([2e38, 1e38, 0.0])  # whose reciprocal is no normal number
+    updates, state = once(make(1.0), {"w": beyond})
+    np.testing.assert_allclose(updates["w"], np.asarray([2.0, 1.0, 0.0]) / 5**0.5, rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(state.norm)[0], 5**0.5 * 1e38, rtol=1e-6)
+    unclipped = once(make(np.inf), {"w": jnp.array([3.0, 4.0])})[0]["w"]
+    np.testing.assert_array_equal(unclipped, [3.0, 4.0])
     inf = once(make(1.0), {"w": jnp.array([1.0, jnp.inf])})[0]["w"]
     np.testing.assert_array_equal(inf, [1.0, np.inf])
 
@@ -295,6 +302,7 @@ def test_norms_of_all_leaves_are_one_decision():
         (lambda: clip_by_block_norm(-1.0), "max_norm must be positive, got -1.0"),
         (lambda: layer_adaptation(coefficient=0.0), "coefficient must be positive, got 0.0"),
         (lambda: layer_adaptation(bounds=(2.0, 1.0)), "bounds must be"),
+        (lambda: layer_adaptation(bounds=(1.0,)), "bounds must be"),
         (lambda: once(layer_adaptation(), jnp.ones(1)), "layer_adaptation needs the parameters"),
         (lambda: decoupled_weight_decay(-1.0), "rate must be at least 0, got -1.0"),
         (lambda: once(decoupled_weight_decay(1.0), jnp.ones(1)), "decoupled_weight_decay needs the parameters"),
@@ -305,6 +313,16 @@ def test_norms_of_all_leaves_are_one_decision():
         (lambda: log_norms("params"), "name must be a text other than"),
         (lambda: piecewise_linear_schedule({}), "points must be a non-empty"),
         (lambda: piecewise_linear_schedule({-1: 1.0}), "points must be a non-empty"),
+        (lambda: piecewise_linear_schedule({0.5: 1.0, 10: 2.0}), "whole steps from 0 to 2"),
+        (lambda: piecewise_linear_schedule({2**31: 1.0}), "whole steps from 0 to 2"),
+        (
+            lambda: lazy_updates(accumulate_updates(optax.sgd(1.0), 2)).init(jnp.ones((2, 1))),
+            "inner must step at every call",
+        ),
+        (
+            lambda: lazy_updates(optax.MultiSteps(optax.sgd(1.0), 2)).init(jnp.ones((2, 1))),
+            "inner must step at every call",
+        ),
         (lambda: amos_schedules(0.0, 0.5), "alpha0 must be positive"),
         (lambda: amos_schedules(0.1, 2.0), "p must be a cosine"),
         (lambda: amos_schedules(0.1, 0.5, "other"), "law must be 'constant' or 'decaying'"),
@@ -432,6 +450,13 @@ def test_lookahead_counts_updates_in_both_orders():
     outside = micro_steps(optax.MultiSteps(lookahead(optax.sgd(1.0), 2), 3), [-1.0] * 6)
     assert [p for p, _ in inside] == [p for p, _ in outside] == [0, 0, 1, 1, 1, 1]
     assert inside[-1][1].count == 2 and inside[-1][1].slow == 1
+    for nest in (
+        optax.chain,
+        lambda inner: optax.named_chain(("a", inner)),
+        lambda inner: optax.partition({"a": inner}, "a"),
+    ):
+        nested = micro_steps(lookahead(nest(accumulate_updates(optax.sgd(1.0), 3)), 2), [-1.0] * 6)
+        assert nested[-1][1].count == 2
     skipping = micro_steps(lookahead(skip_nonfinite(optax.sgd(1.0)), 2), [-1.0, np.nan, -1.0, -1.0])
     assert [p for p, _ in skipping] == [1, 1, 1, 2] and skipping[-1][1].count == 3
 
@@ -454,8 +479,11 @@ def test_fast_and_slow_weights_are_equal_to_the_bit_after_a_pull(dtype):
         assert same == (number % 5 == 0), number
 
 
-def test_parameters_and_state_can_be_donated_together():
-    optimizer = lookahead(optax.sgd(0.1))
+@pytest.mark.parametrize(
+    "optimizer",
+    [lookahead(optax.sgd(0.1)), accumulate_updates(optax.sgd(0.1), 2), accumulate_in_momentum(optax.sgd(0.1), 2)],
+)
+def test_parameters_and_state_can_be_donated_together(optimizer):
     params = {"w": jnp.ones(3)}
     state = optimizer.init(params)
     step = jax.jit(lambda p, s: optimizer.update(p, s, p), donate_argnums=(0, 1))

@@ -241,6 +241,34 @@ def test_fgm_is_a_penalty_to_first_order(x64):
     assert optax.tree.norm(jax.tree.map(jnp.subtract, ours, penalised)) <= 1.01 * error(0.02)
 
 
+def _real_parts(loss):
+    """The same loss as a function of real and imaginary parts along a first axis."""
+    return lambda parts: loss(parts[0] + 1j * parts[1])
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda loss: sharpness_aware(loss, 0.5),
+        lambda loss: fgm(loss, "", 0.1),
+        lambda loss: pgd(loss, "", 0.5, step_size=0.2, num_steps=3),
+        lambda loss: gradient_penalty(loss, "", 1.0),
+        lambda loss: gradient_penalty(loss, "", 1.0, step=1e-3),
+    ],
+)
+def test_complex_arrays_are_pairs_of_real_ones(x64, wrap):
+    """Value and gradient; JAX's gradient by a complex array is the conjugate of the pair's."""
+    z = jnp.array([1 + 1j, 2 - 0.5j, 0.3j])
+
+    def loss(z):
+        return jnp.sum(jnp.abs(z - jnp.array([3 + 4j, 1j, -2])) ** 2) + jnp.real(z[0] * z[1] ** 2)
+
+    value, gradient = jax.value_and_grad(wrap(loss))(z)
+    pair = jax.value_and_grad(wrap(_real_parts(loss)))(jnp.stack([z.real, z.imag]))
+    np.testing.assert_allclose(value, pair[0], rtol=1e-9)
+    np.testing.assert_allclose(jnp.stack([gradient.real, -gradient.imag]), pair[1], rtol=1e-6)
+
+
 def test_sharpness_aware():
     params, x, y = _data()
     g = jax.grad(_regression)(params, x, y)
@@ -402,6 +430,18 @@ def test_accumulated_wrappers_are_the_mean_of_the_parts():
     assert_close(*both(params, x, y), 1e-5)
 
 
+def test_strengths_may_be_traced():
+    """Annealed inside a program."""
+    step = jax.jit(lambda e, w: fgm(lambda w: jnp.sum(w**2), "", e)(w) + hidden_noise(w, jax.random.key(0), e).sum())
+    np.testing.assert_allclose(step(0.0, jnp.array([3.0, 4.0])), 32.0)
+
+
+def test_flooding_leaves_integers_alone():
+    flood = scale_by_flooding(5.0)
+    updates, _ = flood.update({"w": jnp.ones(1), "n": jnp.array(7)}, flood.init(None), value=jnp.array(1.0))
+    assert updates["w"] == -1 and updates["n"] == 7
+
+
 def test_errors_name_the_argument():
     params, x, y = _data()
     with pytest.raises(
@@ -419,7 +459,13 @@ def test_errors_name_the_argument():
         (lambda: input_noise(_regression, 1.0, kind="dropout"), "below 1 for dropout"),
         (lambda: hidden_noise(jnp.ones(2), jax.random.key(0), 1.0, kind="pink"), "kind must be one of"),
         (lambda: hidden_noise(jnp.arange(2), jax.random.key(0), 1.0), "x must be floating"),
+        (lambda: virtual_adversarial(_regression, epsilon=1.0, batch_axes=-1), "batch_axes must be"),
         (lambda: label_noise(_regression, 2.0, 4), "rate must be in"),
+        (lambda: label_noise(_regression, 0.5, 0), "num_classes must be positive"),
+        (
+            lambda: label_noise(_regression, 0.5, 4, argument=5)(params, x, y, key=jax.random.key(0)),
+            "argument must be the place",
+        ),
         (lambda: label_noise(_regression, 0.5, 4)(params, x, y, key=jax.random.key(0)), "labels must be integers"),
     ]:
         with pytest.raises(ValueError, match=match):

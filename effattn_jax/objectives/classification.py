@@ -13,8 +13,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of negative log-likelihoods in nats, and the sum of the weights to divide it by.
 
-    loss = sum_i w_i (logsumexp(z_i) - z_{i, y_i}), computed in float32 at least with the maximum taken out, so logits
-    of any finite size are safe. A position of weight 0 is not seen: its logits may be NaN and its target out of range
+    loss = sum_i w_i (logsumexp(z_i) - z_{i, y_i}), computed in float32 at least with the maximum taken out of both, so
+    logits of any finite size are safe, and what is common to all classes changes nothing. A position of weight 0 is not seen: its logits may be NaN and its target out of range
     (-1, -100), with gradient 0. A target out of range with a positive weight gives NaN rather than a wrong number.
 
     Args:
@@ -39,9 +39,11 @@ def cross_entropy(
     weights = _checked_weights(logits, targets, weights)
     seen = weights != 0
     logits = jnp.where(seen[..., None], logits.astype(weights.dtype), 0)
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    logits = logits - jnp.where(jnp.isfinite(top), top, 0)
     is_target = _classes(logits) == targets[..., None]
     target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    loss = jax.nn.logsumexp(logits, axis=-1) - target_logit
+    loss = jnp.log(jnp.sum(jnp.exp(logits), axis=-1)) - target_logit
     loss = jnp.where(_in_range(targets, logits.shape[-1]), loss, jnp.nan)
     return jnp.sum(jnp.where(seen, loss, 0) * weights), jnp.sum(weights)
 
@@ -61,6 +63,8 @@ def accuracy(logits: jax.Array, targets: jax.Array, weights: jax.Array | None = 
 
 
 def _checked_weights(logits: jax.Array, targets: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits must be (..., A) with A >= 1 classes; got {logits.shape}")
     if targets.shape != logits.shape[:-1]:
         raise ValueError(
             f"targets must have the shape of logits without classes, {logits.shape[:-1]}; got {targets.shape}"
@@ -80,4 +84,7 @@ def _classes(logits: jax.Array) -> jax.Array:
 
 
 def _in_range(targets: jax.Array, num_classes: int) -> jax.Array:
-    return (targets >= 0) & (targets < num_classes)
+    last = min(
+        num_classes - 1, jnp.iinfo(targets.dtype).max
+    )  # 256 classes are more than uint8 counts, and 256 would be 0 there
+    return (targets >= 0) & (targets <= last)

@@ -33,7 +33,9 @@ def squared_error(
     >>> float(loss / weight)
     5.0
     """
-    if targets.shape != predictions.shape or predictions.ndim < 1:
+    if predictions.ndim < 1 or predictions.shape[-1] < 1:
+        raise ValueError(f"predictions must be (..., O) with O >= 1 outputs; got {predictions.shape}")
+    if targets.shape != predictions.shape:
         raise ValueError(f"targets must have the shape of predictions, {predictions.shape}; got {targets.shape}")
     places = predictions.shape[:-1]
     dtype = jnp.promote_types(predictions.dtype, jnp.float32)

@@ -149,7 +149,7 @@ def accumulate_updates(
 
     def init(params: Any) -> AccumulationState:
         zero = jnp.zeros((), jnp.result_type(float))
-        sums = (zero, zero, jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params))
+        sums = (zero, zero + 0, jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params))
         counters = (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
         return AccumulationState(*counters, *_vary_where_mapped(sums, late), inner.init(jax.tree.map(wide, params)))
 
@@ -235,7 +235,7 @@ def accumulate_in_momentum(
     def init(params: Any) -> MomentumAccumulationState:
         momentum = jax.tree.map(lambda p: wide(jnp.zeros_like(p)), params)
         zero = jnp.zeros((), jnp.int32)
-        return MomentumAccumulationState(zero, zero, momentum, inner.init(jax.tree.map(wide, params)))
+        return MomentumAccumulationState(zero, zero + 0, momentum, inner.init(jax.tree.map(wide, params)))
 
     def update(updates: Any, state: MomentumAccumulationState, params: Any = None, **extra: Any):
         finite = all_finite_everywhere(updates, apart=axis_name)

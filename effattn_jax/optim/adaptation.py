@@ -92,7 +92,7 @@ def layer_adaptation(
     if not number(coefficient) > 0:
         raise ValueError(f"coefficient must be positive, got {coefficient}.")
     traced = isinstance(bounds, tuple) and any(isinstance(bound, jax.core.Tracer) for bound in bounds)
-    if bounds is not None and not traced and not 0 <= bounds[0] <= bounds[1]:
+    if bounds is not None and not traced and not (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1]):
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= high, got {bounds}.")
 
     def init(params: Any) -> LayerAdaptationState:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.optim._selection import Select, choose, is_parameters, value_and_gradients
-from effattn_jax.optim._trees import Axes, is_float, wide
+from effattn_jax.optim._trees import Axes, is_float, number, wide
 from effattn_jax.optim.clipping import global_norm
 
 NORMS = ("l2", "inf", "none")
@@ -165,7 +165,7 @@ def virtual_adversarial(
       A function of (x, key), with x floating and key a random key, -> the mean over all rows of logits, a scalar.
 
     Raises:
-      ValueError: for a negative epsilon or num_iterations; by the call, for x that is not floating.
+      ValueError: for a negative epsilon, num_iterations or batch_axes; by the call, for x that is not floating.
 
     Cost: two forward passes, and a forward and a reverse pass an iteration.
 
@@ -177,10 +177,13 @@ def virtual_adversarial(
       >>> print(f"{divergence(jnp.zeros((1, 2)), jax.random.key(0)):.3f}")
       0.259
     """
-    if not epsilon >= 0 or not (isinstance(num_iterations, int) and num_iterations >= 0):
+    if not number(epsilon) >= 0 or not (isinstance(num_iterations, int) and num_iterations >= 0):
         raise ValueError(
             f"epsilon and num_iterations must not be negative, got {epsilon} and {num_iterations!r} (an integer)."
         )
+
+    if not (isinstance(batch_axes, int) and batch_axes >= 0):
+        raise ValueError(f"batch_axes must be a number of leading axes, 0 or more, got {batch_axes!r}.")
 
     def divergence(x: jax.Array, key: jax.Array) -> jax.Array:
         x = jnp.asarray(x)
@@ -211,7 +214,7 @@ def _power_iteration(logits_at: Callable, d: jax.Array, p: jax.Array, count: int
     def iterate(d: jax.Array, _: None) -> tuple[jax.Array, None]:
         _, change = jax.jvp(logits_at, (zero,), (d,))
         change = p * (change - jnp.sum(p * change, axis=-1, keepdims=True))
-        product = transposed(change)[0]
+        product = jnp.conj(transposed(change)[0])
         flat = jnp.all(product == 0, axis=tuple(range(batch_axes, d.ndim)), keepdims=True)
         return _unit(jnp.where(flat, d, product), batch_axes), None
 
@@ -221,7 +224,7 @@ def _power_iteration(logits_at: Callable, d: jax.Array, p: jax.Array, count: int
 def _check(epsilon: float, norm: str) -> None:
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}, got {norm!r}.")
-    if not epsilon >= 0:
+    if not number(epsilon) >= 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}.")
 
 
@@ -254,7 +257,10 @@ def _perturbed(
             _, g = value_and_gradients(
                 lambda p: loss_fn(*rebuild(p), **kwargs), points, parameters=parameters, axis_name=axis_name
             )
-            steps = _of_length(jax.lax.stop_gradient(g), step_size, norm, per_example, split_over)
+            uphill = [
+                jnp.conj(x) for x in jax.lax.stop_gradient(g)
+            ]  # JAX's gradient by a complex array is the conjugate
+            steps = _of_length(uphill, step_size, norm, per_example, split_over)
             displacement = [d + s for d, s in zip(displacement, steps)]
             return (_into_ball(displacement, epsilon, norm, per_example, split_over) if project else displacement), None
 
@@ -299,5 +305,5 @@ def _unit(d: jax.Array, batch_axes: int) -> jax.Array:
     axes = tuple(range(batch_axes, d.ndim))
     largest = jnp.max(jnp.abs(d), axis=axes, keepdims=True, initial=0)
     d = d / jnp.where(largest > 0, largest, 1)
-    squares = jnp.sum(d * d, axis=axes, keepdims=True)
+    squares = jnp.sum(jnp.abs(d) ** 2, axis=axes, keepdims=True)
     return d / jnp.sqrt(jnp.where(squares > 0, squares, 1))

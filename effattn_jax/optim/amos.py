@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from effattn_jax.optim._trees import Path, axis_names, is_float, map_leaves, named_leaves, number, varying
+from effattn_jax.optim._trees import Path, axis_names, is_float, map_leaves, named_leaves, number, varying, wide
 from effattn_jax.optim.scales import AmosLeaf, Rule, Shape, plan
 
 TINY = 2.0**-125
@@ -136,7 +136,7 @@ def _transformation(
         def slots(path: Path, p: jax.Array) -> tuple:
             if not is_float(p):
                 return None, None, None
-            zeros = jnp.zeros_like(p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32))
+            zeros = jnp.zeros_like(wide(p))
             # Made as the first update makes it, so that its sharding is the same from the start.
             slot = _mean_square(zeros, planned[path], split.axes[path])
             return slot, slot + 0, zeros
@@ -181,11 +181,10 @@ def _step(
     m: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """(update, v, b, momentum) of one leaf."""
-    dtype, g, p = g.dtype, g.astype(v.dtype), p.astype(v.dtype)
+    dtype, g, p = g.dtype, wide(g), wide(p)
     xi, eta = jnp.asarray(rate, v.dtype), jnp.asarray(scale, v.dtype)
     if o.clip_value is not None:
-        # Comparisons vectorise where jnp.clip's minimum and maximum, which look for NaN, do not; NaN passes all the same.
-        g = jnp.where(g > o.clip_value, o.clip_value, jnp.where(g < -o.clip_value, -o.clip_value, g))
+        g = _clipped(g, o.clip_value)
     s = mean_square(g)
     v = o.beta * v + (1 - o.beta) * s
     r = _debias(o.beta, count, v.dtype) / jnp.maximum(v, TINY)
@@ -198,6 +197,14 @@ def _step(
     if m is not None:
         m = step = o.momentum * m + (1 - o.momentum) * step
     return step.astype(dtype), v, b + gamma * (1 + b), m
+
+
+def _clipped(g: jax.Array, most: Any) -> jax.Array:
+    """Entries of size `most` at most; NaN passes."""
+    if jnp.iscomplexobj(g):
+        return g * jnp.where(jnp.abs(g) > most, most / jnp.abs(g), 1)
+    # Comparisons vectorise where jnp.clip's minimum and maximum, which look for NaN, do not.
+    return jnp.where(g > most, most, jnp.where(g < -most, -most, g))
 
 
 class _Split:
@@ -239,9 +246,14 @@ def _is_mapped(axis_name: Any) -> bool:
 
 
 def _mean_square(x: jax.Array, leaf: AmosLeaf, axes: tuple[tuple[str, ...], ...]) -> jax.Array:
-    """The mean of x^2 over the axes that the slot lacks, over all devices that have a part of them."""
+    """The mean of |x|^2 over the axes that the slot lacks, over all devices that have a part of them."""
     reduced = [i for i in range(x.ndim) if not leaf.slot or (leaf.slot[i] == 1 and leaf.shape[i] != 1)]
-    mean = jnp.mean(x * x, axis=tuple(reduced), keepdims=bool(leaf.slot)) if x.size else jnp.zeros(leaf.slot, x.dtype)
+    squares = (x * jnp.conj(x)).real
+    mean = (
+        jnp.mean(squares, axis=tuple(reduced), keepdims=bool(leaf.slot))
+        if x.size
+        else jnp.zeros(leaf.slot, squares.dtype)
+    )
     names = tuple(name for i in reduced for name in axes[i])
     return jax.lax.pmean(mean, names) if names else mean
 

@@ -83,7 +83,9 @@ def _squares(parts: list[list[jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
         out = []
         for leaves, q in zip(parts, sums):
             largest = jnp.max(jnp.stack([jax.lax.stop_gradient(jnp.max(jnp.abs(x))) for x in leaves]))
-            scale = jnp.where(jnp.isfinite(largest), largest, 1).astype(q.dtype)
+            # No more than 2^96 in float32: by more XLA divides as a product with a reciprocal that is flushed to 0.
+            most = jnp.finfo(q.dtype).max ** 0.75
+            scale = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, most), 1).astype(q.dtype)
             divisor = jnp.where(scale > 0, scale, 1)
             out.append((scale, sum(jnp.sum(jnp.abs(x / divisor.astype(x.real.dtype)) ** 2) for x in leaves)))
         return out
@@ -196,7 +198,7 @@ def clip_by_block_norm(
         def clip(path: Any, g: jax.Array) -> tuple:
             norm = next(norms)
             factor = factor_of(norm)
-            return _scaled(g, factor), *_seen(norm, factor)
+            return _scaled(g, factor), *_seen(norm, factor.whole)
 
         updates, *seen = map_leaves(clip, 3, updates)
         return updates, ClipState(*seen)
@@ -204,7 +206,24 @@ def clip_by_block_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _globally(factor_of: Callable[[jax.Array], jax.Array], axis_name: Axes) -> optax.GradientTransformationExtraArgs:
+class _Factor(NamedTuple):
+    """A factor as a product of two, neither of which is flushed to 0 where the norm is beyond 1e38 and the clipped gradient is not."""
+
+    unit: jax.Array
+    rest: jax.Array
+
+    @property
+    def whole(self) -> jax.Array:
+        return self.unit * self.rest
+
+
+def _quotient(threshold: float, length: jax.Array) -> _Factor:
+    """threshold / length."""
+    unit = jnp.where(length > 2.0**64, 2.0**-64, 1).astype(length.dtype)
+    return _Factor(unit, threshold / (length * unit))
+
+
+def _globally(factor_of: Callable[[jax.Array], _Factor], axis_name: Axes) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> ClipState:
         del params
         return _seen(0.0, 1.0)
@@ -213,7 +232,7 @@ def _globally(factor_of: Callable[[jax.Array], jax.Array], axis_name: Axes) -> o
         del state, params, extra
         norm = global_norm(updates, axis_name=axis_name)
         factor = factor_of(norm)
-        return jax.tree.map(lambda g: _scaled(g, factor), updates), _seen(norm, factor)
+        return jax.tree.map(lambda g: _scaled(g, factor), updates), _seen(norm, factor.whole)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -225,23 +244,27 @@ def _positive(**threshold: float) -> float:
     return value
 
 
-def _hard(max_norm: float, norm: jax.Array) -> jax.Array:
-    longer = jnp.isfinite(norm) & (norm > max_norm)
-    return jnp.where(longer, max_norm / jnp.where(longer, norm, 1), 1)
+def _hard(max_norm: float, norm: jax.Array) -> _Factor:
+    return _where(jnp.isfinite(norm) & (norm > max_norm), lambda norm: _quotient(max_norm, norm), norm)
 
 
-def _soft(threshold: float, norm: jax.Array) -> jax.Array:
-    finite = jnp.isfinite(norm)
-    return jnp.where(finite, threshold / (jnp.where(finite, norm, 1) + threshold), 1)
+def _soft(threshold: float, norm: jax.Array) -> _Factor:
+    return _where(jnp.isfinite(norm + threshold), lambda norm: _quotient(threshold, norm + threshold), norm)
+
+
+def _where(clips: jax.Array, factor_of: Callable[[jax.Array], _Factor], norm: jax.Array) -> _Factor:
+    """1 where nothing is clipped; no derivative passes through the other side there."""
+    return _Factor(*(jnp.where(clips, x, 1) for x in factor_of(jnp.where(clips, norm, 1))))
 
 
 def _seen(norm: Any, factor: Any) -> ClipState:
     return ClipState(jnp.asarray(norm, jnp.float32), jnp.asarray(factor, jnp.float32))
 
 
-def _scaled(g: jax.Array, factor: jax.Array) -> jax.Array:
+def _scaled(g: jax.Array, factor: _Factor) -> jax.Array:
     g = jnp.asarray(g)
     if not is_float(g):
         return g
     scaled = wide(g)
-    return (scaled * factor.astype(scaled.real.dtype)).astype(g.dtype)
+    unit, rest = (x.astype(scaled.real.dtype) for x in factor)
+    return (scaled * unit * rest).astype(g.dtype)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax.optim._selection import Select, choose
-from effattn_jax.optim._trees import is_float, wide
+from effattn_jax.optim._trees import is_float, number, wide
 
 KINDS = ("gaussian", "uniform", "dropout")
 
@@ -132,7 +132,7 @@ def label_noise(
       A function of the same arguments and form with a further keyword `key`, a random key.
 
     Raises:
-      ValueError: for a rate outside [0, 1]; by the call, for labels that are not integers.
+      ValueError: for a rate outside [0, 1] or no class; by the call, for labels that are not there or are not integers.
 
     Source: Szegedy et al. 2016 (arXiv 1512.00567) for the expectation.
 
@@ -143,8 +143,12 @@ def label_noise(
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be in [0, 1], got {rate}.")
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be positive, got {num_classes}.")
 
     def noisy(*args: Any, key: jax.Array, **kwargs: Any) -> Any:
+        if not 0 <= argument < len(args):
+            raise ValueError(f"argument must be the place of the labels among {len(args)} arguments, got {argument}.")
         labels = jnp.asarray(args[argument])
         if not jnp.issubdtype(labels.dtype, jnp.integer):
             raise ValueError(
@@ -162,5 +166,5 @@ def label_noise(
 def _check(scale: float, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}.")
-    if not scale >= 0 or (kind == "dropout" and not scale < 1):
+    if not number(scale) >= 0 or (kind == "dropout" and not number(scale) < 1):
         raise ValueError(f"scale must not be negative, and below 1 for dropout, got {scale}.")

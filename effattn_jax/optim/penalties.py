@@ -26,7 +26,7 @@ from effattn_jax.optim._selection import (
     sum_of_squares,
     value_and_gradients,
 )
-from effattn_jax.optim._trees import Axes
+from effattn_jax.optim._trees import Axes, is_float
 from effattn_jax.optim.clipping import global_norm
 
 
@@ -91,7 +91,7 @@ def scale_by_flooding(level: float) -> optax.GradientTransformationExtraArgs:
         if value is None:
             raise ValueError("scale_by_flooding needs the loss: update(gradients, state, params, value=loss).")
         sign = jnp.sign(jnp.asarray(value) - level)
-        return jax.tree.map(lambda g: g * sign.astype(jnp.result_type(g)), updates), state
+        return jax.tree.map(lambda g: g * sign.astype(jnp.result_type(g)) if is_float(g) else g, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
@@ -186,6 +186,9 @@ def _slope(function: Callable, arrays: list, gradients: list, step: float, axis_
     """(L(s + h g) - L(s - h g)) / 2h with h = step / |g|: its derivative by anything is that of |g|^2 / 2 at fixed L."""
     norm = global_norm(gradients, axis_name=axis_name)
     h = step / jnp.where(norm > 0, norm, 1)
+    gradients = [
+        jnp.conj(g) for g in gradients
+    ]  # of a complex array the loss rises along the conjugate of JAX's gradient
 
     def moved(sign: int) -> jax.Array:
         return split_loss(function([a + (sign * h * g).astype(a.dtype) for a, g in zip(arrays, gradients)]))[0]

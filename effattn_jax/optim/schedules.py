@@ -21,7 +21,7 @@ def piecewise_linear_schedule(points: Mapping[int, float], *, from_zero: bool = 
       A function of the step (number of updates done, from 0) -> value, float32.
 
     Raises:
-      ValueError: no points, or a step that is negative or given twice.
+      ValueError: no points, or a step that is negative, no whole number, beyond int32 or given twice.
 
     Source: Su, "Six derived optimizers" (kexue.fm 7094).
 
@@ -31,9 +31,10 @@ def piecewise_linear_schedule(points: Mapping[int, float], *, from_zero: bool = 
       [0.0, 0.5, 1.0, 0.6, 0.2, 0.2]
     """
     given = sorted((int(step), float(value)) for step, value in points.items())
-    if not given or given[0][0] < 0 or len({step for step, _ in given}) < len(given):
+    whole = all(step == int(step) for step in points if not isinstance(step, str))
+    if not given or not whole or not 0 <= given[0][0] <= given[-1][0] < 2**31 or len(dict(given)) < len(given):
         raise ValueError(
-            f"points must be a non-empty {{step: value}} with different steps of at least 0, got {points}."
+            f"points must be a non-empty {{step: value}} with different whole steps from 0 to 2^31 - 1, got {points}."
         )
     if from_zero and given[0][0] != 0:
         given = [(0, 0.0), *given]

@@ -115,7 +115,7 @@ def _size(kind: str, path: Path, p: jax.Array, names: tuple[str, ...]) -> Any:
     if kind in ("bias", "scale", "relative"):
         return 0.5
     if kind == "embedding":
-        return jnp.sqrt(jnp.mean(p * p, axis=-1, keepdims=True))
+        return jnp.sqrt(jnp.mean((p * jnp.conj(p)).real, axis=-1, keepdims=True))
     axes = tuple(range(1 if is_stacked(path) else 0, p.ndim))
-    mean = jnp.mean(p * p, axis=axes, keepdims=True)
+    mean = jnp.mean((p * jnp.conj(p)).real, axis=axes, keepdims=True)
     return jnp.sqrt(jax.lax.pmean(mean, names) if names else mean)

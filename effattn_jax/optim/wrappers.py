@@ -4,7 +4,7 @@ A wrapper whose inner transformation does not run at every call has a state with
 `inner`. `updates_made` reads them, so that what counts updates does so in any order of nesting.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +25,14 @@ class LookaheadState(NamedTuple):
 
 def updates_made(state: Any) -> list[jax.Array]:
     """The counters of all wrappers in a state that may hold updates back: ours, and optax' MultiSteps."""
-    if hasattr(state, "gradient_step"):
-        return [state.gradient_step, *updates_made(state.inner_opt_state)]
-    inside = [c for part in state for c in updates_made(part)] if isinstance(state, tuple) else []
-    return [state.count, *inside] if hasattr(state, "count") and hasattr(state, "inner") else inside
+    counts = [part.count for part in _parts(state) if hasattr(part, "count") and hasattr(part, "inner")]
+    return counts + [part.gradient_step for part in _parts(state) if hasattr(part, "gradient_step")]
+
+
+def _parts(state: Any) -> list[Any]:
+    """A state and all states in it, of chains, tuples and dictionaries."""
+    inside = state.values() if isinstance(state, Mapping) else state if isinstance(state, tuple | list) else ()
+    return [state, *(part for child in inside for part in _parts(child))]
 
 
 def lookahead(
@@ -118,7 +122,7 @@ def lazy_updates(
     too) touches every row and makes this a no-op. Slots without an axis of rows go on for the whole leaf.
 
     Args:
-      inner: any optax transformation.
+      inner: any optax transformation that steps at every call: what accumulates micro-batches goes outside, where rows of the whole window count.
       moments: "frozen" or "decay".
       select: the tables: a regular expression searched in the '/'-joined path, or a function of the path; None takes every
         leaf of rank 2 and more.
@@ -128,7 +132,7 @@ def lazy_updates(
       An optax transformation with the inner state.
 
     Raises:
-      ValueError: an unknown `moments`.
+      ValueError: an unknown `moments`; by `init`, where `inner` accumulates micro-batches.
 
     Cost: one more read of gradient and state.
 
@@ -165,7 +169,16 @@ def lazy_updates(
         updates = map_leaves(hold, 1, updates, touched)[0]
         return updates, new if moments == "decay" else map_slots(_keep_rows, touched, new, state)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params: Any) -> Any:
+        state = inner.init(params)
+        if any(hasattr(part, "microbatch") or hasattr(part, "mini_step") for part in _parts(state)):
+            raise ValueError(
+                "inner must step at every call, and accumulates micro-batches: a row that the last of them does not touch "
+                "would lose its gradient. Put lazy_updates inside: accumulate_updates(lazy_updates(inner), every)"
+            )
+        return state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _keep_rows(rows: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
