@@ -174,6 +174,12 @@ def scale_or(default: float, scale: Any) -> Any:
     return scale
 
 
+def scaled(query: jax.Array, scale: Any) -> jax.Array:
+    """The query times a scale, in the dtype of sums: half the precision has neither the range of scores nor digits for another rounding."""
+    dtype = accumulator(query)
+    return query.astype(dtype) * jnp.asarray(scale, dtype)
+
+
 def positive(**sizes: int | None) -> None:
     """Raises a ValueError for a size that is given and is not a positive integer."""
     for name, size in sizes.items():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or
+from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or, scaled
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._pairs import Arrays, Marks, Spec
 
@@ -117,7 +117,7 @@ def number_scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     scale = scale_or(1 / math.sqrt(max(query.shape[-1], 1)), scale)
     if isinstance(scale, numbers.Real):
         return query, float(scale)
-    return query * jnp.asarray(scale, query.dtype), 1.0
+    return scaled(query, scale), 1.0
 
 
 class Prepared(NamedTuple):

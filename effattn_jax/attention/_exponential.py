@@ -136,7 +136,7 @@ def _both_ways(p: _frame.Problem, size: int | None, joint: bool) -> jax.Array:
     q = jax.nn.softmax(q + log_mass[:, :, :, None] if joint else q, axis=-1).reshape(p.query.shape)
 
     def kernel(query, key, value, extras, carry, *, strict=False, **marks):
-        return outer_product(query, key, value, None, carry, options=Options(strict=strict), **marks)
+        return outer_product(query, key, value, None, carry, options=Options(strict=strict, split=True), **marks)
 
     past, future = _frame.both_ways(kernel, p._replace(query=q, key=key), size)
     return past + future

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive, scale_or
+from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive, scale_or, scaled
 from effattn_jax.attention.features import num_features
 
 __all__ = ["LinearState"]
@@ -133,7 +133,7 @@ def open_call(
             "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
         )
     if scale is not None:
-        call = call._replace(query=call.query * jnp.asarray(scale_or(1.0, scale), call.query.dtype))
+        call = call._replace(query=scaled(call.query, scale_or(1.0, scale)))
     return call, mask
 
 
@@ -171,7 +171,7 @@ def check_state(
     level: bool = False,
     heads: int | None = None,
 ) -> LinearState | None:
-    """The state with one batch axis, or the ValueError that says what it should have been."""
+    """The state with one batch axis, in the dtype of sums, or the ValueError that says what it should have been."""
     if state is None:
         return None
     lead = call.batch
@@ -187,4 +187,10 @@ def check_state(
         raise ValueError(
             f"initial_state must be the LinearState of an earlier call, (*B, K, M, V) and so on: {shown}; got {got}"
         )
-    return jax.tree.map(lambda x: jnp.asarray(x).reshape(call.query.shape[0], *x.shape[len(lead) :]), state)
+
+    def ready(x):
+        x = jnp.asarray(x)
+        x = x if jnp.issubdtype(x.dtype, jnp.integer) else x.astype(accumulator(x, call.query, call.key, call.value))
+        return x.reshape(call.query.shape[0], *x.shape[len(lead) :])
+
+    return jax.tree.map(ready, state)

@@ -22,10 +22,10 @@ __all__: list[str] = []
 
 
 def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None) -> Any:
-    """The recurrence as a kernel of the frame; `split` returns numerator and denominator apart."""
+    """The recurrence as a kernel of the frame; `split` returns sums to be added to others."""
 
     def kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
-        options = Options(normalize, split and normalize, strict, maps.inside)
+        options = Options(normalize, split, strict, maps.inside)
         carry = None if carry is None else carry[:2]
         if maps.weights is not None:
             out, (carry, _) = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
@@ -76,6 +76,15 @@ def features_of(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Arr
     query, key = maps.query(query), masked(maps.key(key), mask)
     heads = key.shape[2]
     return query.reshape(*query.shape[:2], heads, query.shape[2] // heads, query.shape[-1]), key, value
+
+
+def _exponentials(call: Call, mask: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Features exp(x), those of keys with their level, exp(level_j) being a factor on them; that of a query cancels where it is normalised."""
+    query, key, value = features_of(call, mask, Maps(_same, _same))
+    query = jnp.exp(query - lax.stop_gradient(jnp.max(query, axis=-1, keepdims=True)))
+    level = lax.stop_gradient(jnp.max(key, axis=-1))
+    key = masked(jnp.exp(key - level[..., None]), mask)
+    return query, key, value, level if mask is None else jnp.where(mask[..., None], level, _frame.lowest(level.dtype))
 
 
 def _all_keys(call: Call, mask: jax.Array | None, maps: Maps, normalize: bool) -> jax.Array:
@@ -165,6 +174,9 @@ def _attend(
     if max(length, keys) == 0 or (length == 0 and not return_state):
         return _frame.nothing(call, state, features, **parts)
     if implementation == "dense" or call.query_segments is not call.key_segments:
+        if normalize and maps.exponential:
+            *features, level = _exponentials(call, mask)
+            return all_pairs(call, features, is_causal, level=level), None
         return all_pairs(call, features_of(call, mask, maps), is_causal, normalize), None
     if running:
         return _exponential.attend(call, mask, is_causal, state, size, joint=True)
@@ -178,7 +190,7 @@ def _attend(
     else:
         past, future = _frame.both_ways(_kernel(maps, normalize, True, implementation), problem, size)
         out = jax.tree.map(jnp.add, past, future)
-        out = normalized(*out).astype(call.value.dtype) if normalize else out
+        out = (normalized(*out) if normalize else out).astype(call.value.dtype)
     return out[:, problem.skipped :], state
 
 

@@ -104,7 +104,8 @@ def delta_rule_attention(
     if is_causal:
         out, state = _frame.causal(_kernel, problem, state, chunk_size)
     else:
-        out = jax.tree.map(jnp.add, *_frame.both_ways(_kernel, problem, chunk_size))
+        past, future = _frame.both_ways(partial(_kernel, split=True), problem, chunk_size)
+        out = (past + future).astype(call.value.dtype)
     return _frame.close_call(call, out[:, problem.skipped :], state, return_state)
 
 
@@ -120,13 +121,13 @@ def _check_steps(beta: Any, log_decay: Any, call: Call, heads: int) -> tuple[jax
     return beta.reshape(call.key.shape[0], *beta.shape[len(call.batch) :]), log_decay
 
 
-def _kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
-    """The delta rule as a kernel of the frame."""
+def _kernel(query, key, value, extras, carry, *, size, strict=False, split=False, **marks):
+    """The delta rule as a kernel of the frame; `split` returns a sum to be added to another."""
     dtype = accumulator(query, key, value)
     if carry is None:
         z = jnp.zeros_like(key[:, 0], dtype)
         carry = (jnp.zeros_like(z[..., None] * value[:, 0, :, None].astype(dtype)),)
-    body = Fixed(_chunk, Options(strict=strict), value.dtype)
+    body = Fixed(_chunk, Options(strict=strict, split=split), value.dtype)
     out, (state, _) = over_chunks(
         body, (carry[0], None), (query, key, value, *extras), size=min(size or 64, key.shape[1]), **marks
     )

@@ -99,7 +99,7 @@ def _scores(query: jax.Array, key: jax.Array, value: jax.Array, real: jax.Array 
     query = query if real is None else jnp.where(real[..., None, None], query, 0)
     grouped = query.reshape(*query.shape[:2], key.shape[1], query.shape[2] // key.shape[1], query.shape[3])
     scores = jnp.einsum("btkgh,skh->btkgs", grouped.astype(dtype), key.astype(dtype))
-    scores = scores.reshape(*query.shape[:3], key.shape[0]) * scale_or(1.0, scale)
+    scores = scores.reshape(*query.shape[:3], key.shape[0]) * jnp.asarray(scale_or(1.0, scale), scores.dtype)
     return scores if real is None else jnp.where(real[..., None, None], scores, -jnp.inf)
 
 

@@ -40,6 +40,9 @@ def cosine_features(x: jax.Array) -> jax.Array:
     """
     # Dividing by the largest entry first keeps squares in range; as the result does not depend on it, it is a constant.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0))
+    largest = jnp.minimum(
+        largest, jnp.finfo(x.dtype).max / 8
+    )  # by more XLA divides as a product with what it flushes to 0
     nonzero = largest > 0
     x = x / jnp.where(nonzero, largest, 1)
     squares = jnp.sum(x * x, axis=-1, keepdims=True)

@@ -51,7 +51,7 @@ def linear_attention(
         "hedgehog") or "dense" (all pairs, a block of queries at a time); None is one of the first two, by the platform the program is
         compiled for.
       feature_map: a name of `FEATURE_MAPS`, a function of (..., H) -> (..., M), or a pair of functions (for query, for key). The features of
-        "exp" never overflow where they are normalised (but in the dense form): sums are kept relative to a running maximum of each feature.
+        "exp" never overflow where they are normalised: sums are kept relative to a running maximum of each feature (pair by pair, of each key).
       normalize: divide by the sum of weights, without any constant added, so that the scale of features cancels. A row whose weights sum
         to exactly 0 gives 0. Maps without sign (all of the table but "identity") have sums > 0, save where no key meets the query's
         features ("relu", "dpfp") or all keys point away from it ("cosine"). "identity" sums may be near 0 or negative: the quotient is then

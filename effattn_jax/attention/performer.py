@@ -7,6 +7,7 @@ Cost O(T M (C + H + V)) a head for M features and chunks of C, memory O(T), stat
 Source: Choromanski et al., arXiv:2009.14794.
 """
 
+import numbers
 from typing import Any
 
 import jax
@@ -130,15 +131,15 @@ def _weights(call: Call, projection: Any, kernel: str, estimator: str, input_sca
         raise ValueError(f"projection must have shape (M, H) with H = {dim}; got {projection.shape}")
     if estimator != "plain" and kernel != "softmax":
         raise ValueError(f"estimator={estimator!r} belongs to kernel='softmax'; got kernel={kernel!r}")
-    if not isinstance(input_scale, int | float) or input_scale <= 0:
+    if not isinstance(input_scale, numbers.Real) or input_scale <= 0:
         raise ValueError(
             f"input_scale must be a positive number, the standard deviation of query and key; got {input_scale!r}"
         )
-    if isinstance(scale, int | float) and scale <= 0 and kernel != "relu":
+    if isinstance(scale, numbers.Real) and scale <= 0 and kernel != "relu":
         raise ValueError(f"scale must be positive: query and key are each multiplied by its square root; got {scale!r}")
     damping = 0.0
     if estimator != "plain":
-        if not isinstance(scale, int | float | None):
+        if not isinstance(scale, numbers.Real | None):
             raise ValueError(f"scale must be None or a number with estimator={estimator!r}; got {type(scale).__name__}")
         norm = 2 * input_scale**2 * dim * scale_or(dim**-0.5, scale)  # E |q + k|^2, the scale in q and k
         damping = optimal_damping(norm, dim) if estimator == "optimal" else 0.0

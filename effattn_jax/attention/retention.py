@@ -55,7 +55,7 @@ def retention_attention(
     Args:
       query, key, value: (*B, T, N, H), (*B, S, K, H), (*B, S, K, V); K divides N, keys and values are repeated to N heads.
       bias, mask: as for `linear_attention`: no bias; a mask over keys only. A masked step changes nothing: it does not decay.
-      decay: gamma, (N,), in [0, 1]; None is `retention_decay(N)`. Where heads are split by hand (shard_map), each part needs its own.
+      decay: gamma, (N,), in [0, 1]; None is `retention_decay(N)`. Its gradient at 0 is 0: log gamma is what enters. Where heads are split by hand (shard_map), each part needs its own.
       scale: factor on query; None is 1. The paper has 1 / sqrt(H), and divides by norms of heads afterwards.
       is_causal: query i sees keys up to i, ends aligned. If False, later keys count as well, with gamma^(j - i).
       segment_ids, initial_state, return_state: as for `gated_linear_attention`.
@@ -96,7 +96,8 @@ def _log_decay(decay: ArrayLike | None, query: Any, key: Any) -> Any:
         (decay,) = floating(decay=decay)
         if decay.shape != (heads,):
             raise ValueError(f"decay must have shape (N,) = {(heads,)}, one a query head; got {decay.shape}")
-        log = jnp.log(decay.astype(dtype))
+        decay = decay.astype(dtype)
+        log = jnp.where(decay == 0, -jnp.inf, jnp.log(jnp.where(decay == 0, 1, decay)))
     # Zeros of the query's make heads and batch sharded as they are there.
     zero = jnp.sum(jnp.zeros_like(query[..., 0], dtype), axis=-2, keepdims=True)
     return jnp.broadcast_to(zero + log.reshape(*(1,) * (zero.ndim - 1), heads), (*key.shape[:-2], heads))

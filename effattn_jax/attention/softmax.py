@@ -169,7 +169,7 @@ def _attend(
     arrays, marks = ready.arrays, ready.marks
     (batch, length, heads, _), keys = arrays.query.shape, arrays.key.shape[1]
     if ready.no_pairs or batch == 0:
-        return ready.nothing(), jnp.zeros((batch, heads, length, keys))
+        return ready.nothing(), jnp.zeros((batch, heads, length, keys), spec.dtype)
     small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
     if want_weights or implementation == "dense" or small:
         out, _, weights = whole_rows(spec, arrays, marks, more=more)

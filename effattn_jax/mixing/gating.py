@@ -61,30 +61,39 @@ def spatial_gating(
     """
     stateful = return_state or initial_state is not None
     tokens = check_tokens(inputs, mask, segment_ids, is_causal=is_causal, stateful=stateful)
-    width = tokens.inputs.shape[-1]
-    require(width % 2 == 0, f"inputs must have an even number of features F; got {jnp.shape(inputs)}")
-    scale, shift = check_weight("scale", scale, (width // 2,)), check_weight("shift", shift, (width // 2,))
-    kernel = check_weight("kernel", kernel, ("T_max", "T_max"))
-    first, second = jnp.split(tokens.inputs, 2, axis=-1)
-    z, scale, shift = wide(second, scale, shift)
-    gate = token_mixing(
-        tokens.restore(normalize(z, scale, shift).astype(second.dtype)), kernel, bias, is_causal=is_causal, mask=mask,
+    gated, state = _gated(
+        tokens, tokens.inputs, kernel, bias, scale, shift, addition, is_causal=is_causal, mask=mask,
         segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
     )  # fmt: skip
-    gate, state = gate if return_state else (gate, None)
-    gate = gate.reshape(first.shape)
-    if addition is not None:
-        addition = check_weight("addition", addition, (*tokens.batch, *first.shape[1:]))
-        gate = gate + tokens.real(addition.reshape(first.shape)).astype(gate.dtype)
-    out = tokens.finish(first.astype(gate.dtype) * gate)
+    out = tokens.finish(gated)
     return (out, state) if return_state else out
 
 
-def _project(tokens: Tokens, kernel: ArrayLike, bias: ArrayLike, name: str) -> jax.Array:
-    """gelu(x U + c), (B, T, F)."""
-    kernel = check_weight(f"{name}_kernel", kernel, (tokens.inputs.shape[-1], "F"))
+def _gated(
+    tokens: Tokens, z: jax.Array, kernel: ArrayLike, bias: ArrayLike, scale: ArrayLike, shift: ArrayLike,
+    addition: ArrayLike | None, *, return_state: bool, **options,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """The gated half of z (B, T, F), (B, T, F / 2), in the dtype of sums, and the state; what is remembered has the inputs' dtype."""
+    width = z.shape[-1]
+    require(width % 2 == 0, f"inputs must have an even number of features F; got {(*tokens.batch, *z.shape[1:])}")
+    scale, shift = check_weight("scale", scale, (width // 2,)), check_weight("shift", shift, (width // 2,))
+    kernel = check_weight("kernel", kernel, ("T_max", "T_max"))
+    first, second, scale, shift = wide(*jnp.split(z, 2, axis=-1), scale, shift)
+    remembered = normalize(second, scale, shift).astype(tokens.inputs.dtype)
+    gate = token_mixing(tokens.restore(remembered), kernel, bias, return_state=return_state, **options)
+    gate, state = gate if return_state else (gate, None)
+    gate = gate.reshape(first.shape).astype(first.dtype)
+    if addition is not None:
+        addition = check_weight("addition", addition, (*tokens.batch, *first.shape[1:]))
+        gate = gate + tokens.real(addition.reshape(first.shape)).astype(gate.dtype)
+    return first * gate, state
+
+
+def _project(x: jax.Array, kernel: ArrayLike, bias: ArrayLike, name: str) -> jax.Array:
+    """x U + c, (B, T, F)."""
+    kernel = check_weight(f"{name}_kernel", kernel, (x.shape[-1], "F"))
     bias = check_weight(f"{name}_bias", bias, kernel.shape[1:])
-    x, kernel, bias = wide(tokens.inputs, kernel, bias)
+    x, kernel, bias = wide(x, kernel, bias)
     z = x @ kernel
     return z + along(bias, z)
 
@@ -126,14 +135,12 @@ def gmlp(
     """
     stateful = return_state or initial_state is not None
     tokens = check_tokens(inputs, mask, segment_ids, is_causal=is_causal, stateful=stateful)
-    z = jax.nn.gelu(_project(tokens, in_kernel, in_bias, "in")).astype(tokens.inputs.dtype)
-    gated = spatial_gating(
-        tokens.restore(z), kernel, bias, scale, shift, addition, is_causal=is_causal, mask=mask,
+    z = jax.nn.gelu(_project(tokens.inputs, in_kernel, in_bias, "in"))
+    gated, state = _gated(
+        tokens, z, kernel, bias, scale, shift, addition, is_causal=is_causal, mask=mask,
         segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
     )  # fmt: skip
-    gated, state = gated if return_state else (gated, None)
-    gated = tokens._replace(inputs=gated.reshape(*tokens.inputs.shape[:2], gated.shape[-1]))
-    out = tokens.finish(_project(gated, out_kernel, out_bias, "out"))
+    out = tokens.finish(_project(tokens.real(gated), out_kernel, out_bias, "out"))
     return (out, state) if return_state else out
 
 

@@ -32,7 +32,7 @@ class Turned(NamedTuple):
     feature_map: Callable  # of the last axis, for queries and for keys
     above: Options  # of the sum with turned features; without a normaliser
     below: Options | None  # of the sum of features as they are; None leaves it out
-    split: bool  # whether both sums are returned apart
+    split: bool  # whether sums are returned to be added to others: both apart, in the state's dtype
     by_product: bool = False  # how features are turned, see `turn_even`
 
     def kernel(
@@ -60,7 +60,7 @@ class Turned(NamedTuple):
         wide = state[0].shape[-2] > 256  # fewer, longer chunks then cost less memory in states than they cost in pairs
         size = min(size or (128 if parallel or wide else 64), value.shape[1])
         plan = self._replace(by_product=not parallel)
-        if parallel and value.dtype == jnp.bfloat16:
+        if parallel and arrays[1].dtype == value.dtype == jnp.bfloat16:
             plan = plan._replace(above=self.above._replace(operands=value.dtype))
         body, pull = Fixed(_chunk, plan, value.dtype), Fixed(_pull, plan)
 
@@ -117,7 +117,7 @@ def _chunk(plan: Turned, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) 
     plain, turned, value = _features(plan, marks, state.dtype, inputs)
     (state, _), above = chunk(plan.above, state.dtype, (state, None), (*turned, value, None), marks)
     if plan.below is None:
-        return (state, None), above.astype(out_dtype)
+        return (state, None), above if plan.split else above.astype(out_dtype)
     (_, total), (_, below) = chunk(plan.below, state.dtype, *_without_columns(state, total, plain, value), marks)
     if plan.split:
         return (state, total), (above, below)

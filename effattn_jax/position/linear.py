@@ -22,7 +22,7 @@ from effattn_jax.attention._frame import LinearState, empty_state
 from effattn_jax.attention._linear import all_pairs, features_in, features_of, merge_heads, outside
 from effattn_jax.attention.features import Maps, resolve
 from effattn_jax.position._turned import Turned, turn_even
-from effattn_jax.position.angles import angles, wide_positions
+from effattn_jax.position.angles import angles, given_frequencies, given_positions, wide_positions
 from effattn_jax.position.frequencies import rotary_frequencies
 from effattn_jax.recurrence._outer_chunks import Options, normalized
 
@@ -90,8 +90,7 @@ def rotary_linear_attention(
     maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
     features = features_in(call, maps)
     frequencies = rotary_frequencies(features // 2 * 2, base=base) if frequencies is None else frequencies
-    if frequencies.shape != (features // 2,):
-        raise ValueError(f"frequencies must have shape (M div 2,) = ({features // 2},); got {frequencies.shape}")
+    frequencies = given_frequencies(frequencies, features // 2, "(M div 2,)")
     turns = _waves("query_positions", query_positions, call, call.query, frequencies)
     if key_positions is not None or call.key.shape[1] != call.query.shape[1]:
         key_positions = query_positions if key_positions is None else key_positions
@@ -105,13 +104,8 @@ def rotary_linear_attention(
 
 def _waves(name: str, positions: ArrayLike, call: Call, x: jax.Array, frequencies: Any) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the angles, (B, T, M div 2) each, from positions that broadcast to (*B, T)."""
-    positions, want = jnp.asarray(positions), (*call.batch, x.shape[1])
-    fits = positions.ndim <= len(want) and all(a in (1, b) for a, b in zip(positions.shape[::-1], want[::-1]))
-    if not fits:
-        raise ValueError(f"{name} must broadcast to (*B, T) = {want}; got {positions.shape}")
-    dtype = accumulator(call.query, call.key, call.value)
-    positions = positions.reshape((1,) * (len(want) - positions.ndim) + positions.shape)
-    places = jnp.broadcast_to(positions, want).reshape(x.shape[:2])
+    want, dtype = (*call.batch, x.shape[1]), accumulator(call.query, call.key, call.value)
+    places = jnp.broadcast_to(given_positions(positions, want, name), want).reshape(x.shape[:2])
     places = places + jnp.zeros_like(x.sum((2, 3)), places.dtype)  # sharded over the batch as queries and keys are
     angle = angles(wide_positions(places, dtype), frequencies)
     return jnp.cos(angle), jnp.sin(angle)
@@ -131,7 +125,7 @@ def _attend(
         return _by_sums(call, mask, maps, turns, normalize, is_causal, every_key), None
     if maps.inside is None:
         call, maps = outside(call, mask, maps)
-    split = normalize and not is_causal
+    split = not is_causal
     below = Options(normalize=True, split=True) if normalize else None
     kernel = partial(Turned(maps.inside, Options(), below, split).kernel, implementation=implementation)
     problem = _frame.align(call, mask, turns[2:])
@@ -142,7 +136,7 @@ def _attend(
     else:
         past, future = _frame.both_ways(kernel, problem, size)
         out = jax.tree.map(jnp.add, past, future)
-        out = normalized(*out).astype(call.value.dtype) if split else out
+        out = (normalized(*out) if normalize else out).astype(call.value.dtype)
     return out[:, problem.skipped :], state
 
 

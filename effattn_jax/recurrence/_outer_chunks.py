@@ -23,7 +23,7 @@ class Options(NamedTuple):
     """What a chunk does, fixed at trace time."""
 
     normalize: bool = False  # divide by q . z
-    split: bool = False  # return numerator and denominator apart
+    split: bool = False  # return sums to be added to others: numerator and denominator apart, in the state's dtype
     strict: bool = False  # leave out each step's own pair
     feature_map: Callable | None = None  # applied to query and key inside the chunk, where they are still in cache
     operands: Any = None  # dtype of what enters the products of matrices, whose sums are wide; None is the state's
@@ -219,7 +219,7 @@ def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mark
     numerator = weighted_values(options, scores, v, decay, allowed) + old
     after = _write(options, k, v, state, total, decay, marks)
     if total is None:
-        return after, time_first(numerator).astype(out_dtype)
+        return after, time_first(numerator).astype(numerator.dtype if options.split else out_dtype)
     denominator = scores.sum(-1) + old_total
     if options.split:
         return after, (time_first(numerator), time_first(denominator))
@@ -228,6 +228,12 @@ def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mark
 
 
 def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """numerator / denominator, and 0 with zero gradient where there was nothing to normalise."""
-    empty = (denominator == 0)[..., None]
-    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator[..., None]))
+    """numerator / denominator, and 0 with zero gradient where there was nothing to normalise.
+
+    The rule of the quotient has the square of the denominator, which leaves the range of floats long before the quotient does: what is
+    differentiated is the quotient by a constant, times a reciprocal of 1.
+    """
+    empty = denominator == 0
+    constant = lax.stop_gradient(jnp.where(empty | ~jnp.isfinite(denominator), 1, denominator))
+    one = jnp.where(empty, 1, denominator / constant)
+    return jnp.where(empty[..., None], 0, numerator / constant[..., None] * (1 / one)[..., None])

@@ -45,7 +45,7 @@ def outer_product(
 ) -> tuple[Any, tuple[jax.Array, jax.Array | None]]:
     """The chunked kernel behind every member of the family: query (B, T, N, H), key (B, T, K, H), value (B, T, K, V), T >= 1.
 
-    Returns (out, (S, z)): out (B, T, N, V), or (numerator, denominator) with `options.split`. `implementation`: "chunked" one chunk after the
+    Returns (out, (S, z)): out (B, T, N, V); with `options.split` as wide as sums, with a normaliser (numerator, denominator). `implementation`: "chunked" one chunk after the
     other, "parallel" all at once; None is the first for a CPU and for short rows, the second for accelerators.
     """
     length = query.shape[1]
@@ -73,7 +73,7 @@ def outer_product(
             jnp.zeros_like(jnp.einsum("bkh,bkv->bkhv", z, value[:, 0].astype(dtype))),
             z if options.normalize else None,
         )
-    if parallel and value.dtype == jnp.bfloat16:
+    if parallel and key.dtype == value.dtype == jnp.bfloat16:
         options = options._replace(operands=value.dtype)
     body = Fixed(chunk, options, value.dtype)
     pull = Fixed(pull_chunk, options)

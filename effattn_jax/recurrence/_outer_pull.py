@@ -40,10 +40,10 @@ def _cotangents(options: Options, outputs: Any, d_out: Any, groups: int, dtype: 
         x = heads_first(x, dtype)
         return x.reshape(x.shape[0], x.shape[1] // groups, groups, *x.shape[2:])
 
-    if options.split:
-        return by_head(d_out[0]), by_head(d_out[1])
     if not options.normalize:
         return by_head(d_out), None
+    if options.split:
+        return by_head(d_out[0]), by_head(d_out[1])
     (out, denominator), (d_out, d_denominator) = map(by_head, outputs), map(by_head, d_out)
     # A row of 0 for want of keys, or of NaN, passes nothing back.
     some = (denominator != 0)[..., None] & jnp.isfinite(out)

@@ -1,0 +1,157 @@
+"""Types and sizes of numbers that calls must not break on: sums in half precision, extreme features, scales and states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effattn_jax.attention import (
+    MIXERS,
+    cosine_features,
+    delta_rule_attention,
+    dot_product_attention,
+    efficient_attention,
+    linear_attention,
+    performer_attention,
+    random_features,
+    retention_attention,
+)
+from effattn_jax.mixing import gmlp
+from effattn_jax.position import rotary_linear_attention
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+BOTH_WAYS = {
+    "retention": lambda q, k, v: retention_attention(q, k, v, decay=jnp.full(1, 0.9)),
+    "delta rule": lambda q, k, v: delta_rule_attention(q, k, v, beta=jnp.full(k.shape[:3], 0.5)),
+    "efficient": lambda q, k, v: efficient_attention(q, k, v, segment_ids=np.zeros((1, 11), np.int32)),
+    "rotary linear": lambda q, k, v: rotary_linear_attention(
+        q, k, v, query_positions=jnp.zeros((1, 11), int), normalize=False, feature_map="relu", segment_ids=np.zeros((1, 11), np.int32)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BOTH_WAYS)
+def test_past_and_future_are_added_before_they_are_rounded(name):
+    """Values that cancel: rounding each of the two sums leaves an error as large as the result, or Inf - Inf in float16."""
+    ones = jnp.full((1, 11, 1, 2), 0.5)
+    for dtype, size in ((jnp.bfloat16, 100.3), (jnp.float16, 3e4)):
+        value = jnp.where(jnp.arange(11) < 5, size, -size).at[5].set(0.5).reshape(1, 11, 1, 1).astype(dtype)
+        got = BOTH_WAYS[name](ones.astype(dtype), ones.astype(dtype), value)
+        wide = BOTH_WAYS[name](ones, ones, value.astype(jnp.float32))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, wide.astype(dtype))
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e10])
+@pytest.mark.parametrize(
+    "options",
+    [{"is_causal": True}, {}, {"implementation": "dense"}, {"segment_ids": np.zeros((1, 6), np.int32)}],
+    ids=["causal", "all", "dense", "segments"],
+)
+def test_gradients_of_a_quotient_at_every_size_of_features(size, options):
+    """The sums are 1e-20 or 1e20, whose squares float32 does not hold; first and second derivatives are those at size 1."""
+    query, key, value = jnp.abs(normal(0, 1, 6, 1, 4)) + 0.5, jnp.abs(normal(1, 1, 6, 1, 4)) + 0.5, normal(2, 1, 6, 1, 4)
+
+    def derivatives(size):
+        def loss(query, key):
+            out = linear_attention(query * size, key * size, value, feature_map="relu", **options)
+            return jnp.sum(out**2)
+
+        def slope(query, key):
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.grad(loss, (0, 1))(query, key))
+
+        return [*jax.grad(loss, (0, 1))(query, key), *jax.grad(slope, (0, 1))(query, key)]
+
+    for got, expected in zip(derivatives(size), derivatives(1.0), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-5)
+
+
+def test_performer_has_gradients_where_it_has_weights():
+    """Norms of 30, at which sums of features leave the range of float32's square root."""
+    projection = random_features(jax.random.key(0), 32, 8)
+    query, key, value = (normal(i, 1, 5, 1, 8) for i in range(3))
+    query, key = (x * 30 / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (query, key))
+
+    def loss(query, key):
+        out = performer_attention(query, key, value, projection=projection, is_causal=True)
+        return jnp.sum(out * jnp.cos(out))
+
+    assert all(jnp.isfinite(g).all() for g in jax.grad(loss, (0, 1))(query, key))
+
+
+@pytest.mark.parametrize("kernel", [linear_attention, efficient_attention, dot_product_attention])
+def test_scales_that_half_precision_does_not_hold(kernel):
+    half = [normal(i, 1, 6, 1, 4).astype(jnp.float16) for i in range(3)]
+    wide = [x.astype(jnp.float32) for x in half]
+    options = {"feature_map": "relu"} if kernel is linear_attention else {}
+    for scale in (1e5, jnp.float32(1e5)):
+        got, expected = kernel(*half, scale=scale, **options), kernel(*wide, scale=1e5, **options)
+        np.testing.assert_allclose(got, expected, atol=2e-3)
+
+
+def test_exponentials_of_large_keys_pair_by_pair():
+    """Segments that queries and keys have apart, and the dense form, which go through all pairs."""
+    query, key, value = normal(0, 1, 6, 1, 4), normal(1, 1, 6, 1, 4) + 100, normal(2, 1, 6, 1, 4)
+    ids, exp = np.zeros((1, 6), np.int32), {"feature_map": "exp"}
+    expected = linear_attention(query, key - 100, value, **exp)
+    for options in ({"segment_ids": (ids, ids.copy())}, {"implementation": "dense"}):
+        np.testing.assert_allclose(
+            linear_attention(query, key, value, **exp, **options), expected, rtol=2e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("name", ["linear", "efficient", "delta_rule", "performer"])
+def test_a_narrow_state_does_not_narrow_the_sums(name):
+    """A state that was cast to bfloat16 is a rounded one; what is added to it is added in float32, and in float64 to float64."""
+    mixer = MIXERS[name]
+    query, key, value = (normal(i, 1, 9, 2, 4) for i in range(3))
+    extras = {} if mixer.extras is None else mixer.extras(jax.random.key(3), query)
+    weights = {} if mixer.weights is None else mixer.weights(jax.random.key(4), 2, 2, 4)
+
+    def call(state):
+        return mixer.function(
+            query,
+            key,
+            value,
+            is_causal=True,
+            initial_state=state,
+            return_state=True,
+            **mixer.options,
+            **extras,
+            **weights,
+        )
+
+    def floats(state, dtype):
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    _, state = call(None)
+    narrow = floats(state, jnp.bfloat16)
+    for got, expected in zip(
+        jax.tree.leaves(call(narrow)), jax.tree.leaves(call(floats(narrow, jnp.float32))), strict=True
+    ):
+        assert got.dtype == expected.dtype != jnp.bfloat16
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_gmlp_in_float16_where_what_is_inside_is_larger():
+    kernel = 100 * jax.random.uniform(jax.random.key(1), (4, 8), minval=0.5)
+    inputs, ones = jnp.linspace(100, 900, 12).reshape(3, 4), jnp.ones
+    rest = (kernel, jnp.zeros(8), jnp.zeros((3, 3)), ones(3), ones(4), jnp.zeros(4), 1e-3 * ones((4, 4)), jnp.zeros(4))
+    np.testing.assert_allclose(gmlp(inputs.astype(jnp.float16), *rest), gmlp(inputs, *rest), rtol=2e-3)
+
+
+def test_decay_zero_has_a_gradient():
+    query, key, value = (normal(i, 1, 6, 2, 4) for i in range(3))
+    gradient = jax.grad(lambda d: retention_attention(query, key, value, decay=d, is_causal=True).sum())(
+        jnp.array([0.0, 1.0])
+    )
+    assert gradient[0] == 0 and jnp.isfinite(gradient[1])
+
+
+def test_cosines_of_the_largest_numbers():
+    for size in (9e37, 3.4e38):
+        np.testing.assert_allclose(cosine_features(jnp.full(2, size)), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
