@@ -26,7 +26,7 @@ from effattn_jax.attention._pairs import (
     Spec,
     bias_of,
     block_of,
-    heads_first,
+    flat,
     poisoned,
     rows_of,
     unrows,
@@ -67,31 +67,31 @@ def _zeros(query: jax.Array, value: jax.Array) -> jax.Array:
 def _forward(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     query, key, value, bias = arrays
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
+    bias = widened(bias, spec.dtype)
     out, bounds = _zeros(query, value).astype(value.dtype), bounds_of(spec, marks, length, keys)
 
     def row_block(i, buffers):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
         seen = span(spec, marks, bounds, i, length, keys)
-        q = rows_of(query, row, spec.rows, kv_heads, spec.dtype) * spec.scale
+        q = flat(rows_of(query, row, spec.rows, kv_heads, spec.dtype)) * spec.scale
 
         def block(state, column, begin, masked):
             top, total, acc, spoiled = state
-            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked)
+            b = block_of(spec, marks, q, key, value, bias, row, column, begin, masked)
             if masked:
                 spoiled = spoiled | poisoned(b.see, b.bad_value)
             new_top = jnp.maximum(top, b.scores.max(-1))
             safe = jnp.where(new_top == -jnp.inf, 0, new_top)
             p, shrink = jnp.exp(b.scores - safe[..., None]), jnp.exp(top - safe)
-            acc = acc * shrink[..., None] + jnp.einsum("bkgij,bkjv->bkgiv", p, b.value)
+            acc = acc * flat(shrink)[..., None] + jnp.einsum("bkmj,bkjv->bkmv", flat(p), b.value)
             return new_top, total * shrink + p.sum(-1), acc, spoiled
 
-        acc = jnp.zeros_like(jnp.einsum("bkgih,bkv->bkgiv", q, v[:, :, 0]))
-        zero = jnp.zeros_like(acc[..., 0])
+        acc = jnp.zeros_like(jnp.einsum("bkmh,bkv->bkmv", q, value[:, 0].astype(spec.dtype)))
+        zero = jnp.zeros_like(acc[..., 0]).reshape(*acc.shape[:2], acc.shape[2] // spec.rows, spec.rows)
         state = (zero - jnp.inf, zero, acc, zero > 0)
         top, total, acc, spoiled = _over_columns(spec, seen, keys, bias, block, state)
         empty = total == 0
-        done = acc / jnp.where(empty, 1, total)[..., None]
+        done = acc.reshape(*total.shape, acc.shape[3]) / jnp.where(empty, 1, total)[..., None]
         done = jnp.where(spoiled[..., None], jnp.nan, done)
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
         parts = (unrows(done).astype(value.dtype), unrows(lse))
@@ -132,8 +132,7 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
     query, key, value, bias = arrays
     (out, lse), (d_out, d_lse) = results, cotangents
     length, keys, kv_heads = query.shape[1], key.shape[1], key.shape[2]
-    k, v, bias = heads_first(key, spec.dtype), heads_first(value, spec.dtype), widened(bias, spec.dtype)
-    bounds = bounds_of(spec, marks, length, keys)
+    bias, bounds = widened(bias, spec.dtype), bounds_of(spec, marks, length, keys)
 
     def row_block(i, grads):
         row = jnp.minimum(i * spec.rows, length - spec.rows)
@@ -153,34 +152,41 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state
-            # Columns first: two of the three products then read p and ds as they lie, instead of one.
-            b = block_of(spec, marks, q, k, v, bias, row, column, begin, masked, turned=True)
+            # Columns first: then p and ds enter all products as they lie. Of products that sum over the first axis of both
+            # operands, which XLA computes at half the speed on CPU, the one for dq would be left: the key, far smaller, is turned instead.
+            b = block_of(spec, marks, flat_q, key, value, bias, row, column, begin, masked, turned=True)
             p = jnp.exp(b.scores - lse_rows)
-            ds = p * (jnp.einsum("bkjv,bkgiv->bkjgi", b.value, do) + delta[:, :, None]) * b.slope
+            ds = p * (jnp.einsum("bkjv,bkmv->bkjm", b.value, flat_do).reshape(p.shape) + delta[:, :, None]) * b.slope
             ds = jnp.where(b.see, ds, 0) if masked else ds
-            # Groups and rows as one axis: of more axes XLA makes a transposed copy on CPU.
-            flat = ds.reshape(*ds.shape[:3], ds.shape[3] * ds.shape[4])
-            dq = dq + jnp.einsum("bkjm,bkjh->bkmh", flat, b.key).reshape(dq.shape)
-            dk = _add(dk, jnp.einsum("bkjgi,bkgih->bkjh", ds, q), column, 2)
-            dv = _add(dv, jnp.einsum("bkjgi,bkgiv->bkjv", p, do), column, 2)
+            flat_p, flat_ds = (x.reshape(*x.shape[:3], x.shape[3] * x.shape[4]) for x in (p, ds))
+            key_first = lax.optimization_barrier(jnp.moveaxis(b.key, 2, 3))
+            dq = dq + jnp.einsum("bkhj,bkjm->bkhm", key_first, flat_ds)
+            dk = _add(dk, jnp.moveaxis(jnp.einsum("bkjm,bkmh->bkjh", flat_ds, flat_q), 1, 2), column, 1)
+            dv = _add(dv, jnp.moveaxis(jnp.einsum("bkjm,bkmv->bkjv", flat_p, flat_do), 1, 2), column, 1)
             return dq, dk, dv, None if db is None else add_bias(db, jnp.moveaxis(ds, 2, -1), row, column)
 
         dq, dk, dv, db = grads
-        state = (jnp.zeros_like(q), dk, dv, db)
+        flat_q, flat_do = flat(q), flat(do)
+        state = (jnp.zeros_like(jnp.moveaxis(flat_q, 2, 3)), dk, dv, db)
         dq_rows, dk, dv, db = _over_columns(spec, seen, keys, bias, block, state)
+        dq_rows = jnp.moveaxis(dq_rows, 2, 3).reshape(q.shape)
         return _add(dq, unrows(dq_rows) * spec.scale, row, 1), dk, dv, db
 
     add_bias = partial(_add_parameters, spec, marks, bias) if callable(bias) else _add_pairs
     # -0 is a zero that XLA does not take for the other zeros of the same shape, of which it would make one and copy it for each.
     zeros = (
         jnp.full_like(query, -0.0),
-        jnp.zeros_like(k),
-        jnp.full_like(v, -0.0),
+        jnp.zeros_like(key, spec.dtype),
+        jnp.full_like(value, -0.0, spec.dtype),
         jax.tree.map(lambda x: jnp.zeros_like(x, spec.dtype), bias),
     )
     dq, dk, dv, db = lax.fori_loop(0, _row_blocks(length, spec.rows), row_block, zeros)
-    dk, dv = (jnp.moveaxis(x, 1, 2).astype(like.dtype) for x, like in ((dk, key), (dv, value)))
-    return Arrays(dq, dk, dv, jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias))
+    return Arrays(
+        dq,
+        dk.astype(key.dtype),
+        dv.astype(value.dtype),
+        jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias),
+    )
 
 
 def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) -> tuple[jax.Array, jax.Array]:

@@ -161,13 +161,19 @@ def allowed(
 
 
 def logits(
-    spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None, turned: bool = False
+    spec: Spec, query: jax.Array, key: jax.Array, bias: jax.Array | None, rows: int, turned: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G, R, H), key (B, K, C, H), already scaled.
+    """cap tanh((scale q.k + bias) / cap) and its derivative by the argument; query (B, K, G R, H), already scaled, key (B, K, C, H).
 
     Scores, and a bias, are (B, K, G, R, C), or turned (B, K, C, G, R).
     """
-    s = jnp.einsum("bkjh,bkgih->bkjgi", key, query) if turned else jnp.einsum("bkgih,bkjh->bkgij", query, key)
+    groups = query.shape[2] // rows
+    if turned:
+        s = jnp.einsum("bkjh,bkmh->bkjm", key, query)
+        s = s.reshape(*s.shape[:3], groups, rows)
+    else:
+        s = jnp.einsum("bkmh,bkjh->bkmj", query, key)
+        s = s.reshape(*s.shape[:2], groups, rows, s.shape[3])
     s = s if bias is None else s + bias
     if spec.cap is None:
         return s, jnp.ones((), s.dtype)
@@ -194,6 +200,11 @@ def rows_of(x: jax.Array, row: Any, rows: int, kv_heads: int, dtype: Any) -> jax
     """Rows of (B, T, N, ...) as (B, K, G, R, ...)."""
     x = jnp.moveaxis(lax.dynamic_slice_in_dim(x, row, rows, 1), 1, 2)
     return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads, *x.shape[2:]).astype(dtype)
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """(B, K, G, R, ...) with groups and rows as one axis: of an operand with more axes XLA makes a transposed copy on CPU."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], *x.shape[4:])
 
 
 def unrows(x: jax.Array) -> jax.Array:
@@ -276,14 +287,14 @@ def whole_rows(
         bias = extra if bias is None else bias + extra
     # A row that sees nothing gives no gradient, whatever it holds: 0 * NaN is NaN.
     q = jnp.where(see.any(-1, keepdims=True), q, 0)
-    s = jnp.where(see, logits(spec, q, k, bias)[0], -jnp.inf)
+    s = jnp.where(see, logits(spec, flat(q), k, bias, rows)[0], -jnp.inf)
     if spec.top is not None and spec.top < keys:
         s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)
     weights, lse = softmax(s)
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
     if more is not None and more.values is not None:
-        flat = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
-        out = out + more.values(row, rows, flat).astype(spec.dtype).reshape(out.shape)
+        by_head = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+        out = out + more.values(row, rows, by_head).astype(spec.dtype).reshape(out.shape)
     out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
     return unrows(out).astype(value.dtype), unrows(lse), weights
 
@@ -303,19 +314,19 @@ def block_of(
     spec: Spec, marks: Marks, query: jax.Array, key: jax.Array, value: jax.Array, bias: Any,
     row: Any, column: Any, begin: Any, masked: bool, turned: bool = False,
 ) -> Block:  # fmt: skip
-    """Scaled query rows (B, K, G, R, H) from `row` on against the columns from `column` on of key and value (B, K, S, ...).
+    """Scaled query rows (B, K, G R, H) from `row` on against the columns from `column` on of key and value (B, S, K, ...).
 
     `turned` puts the axis of columns before those of groups and rows in all that has both.
     """
-    kv_heads = key.shape[1]
+    kv_heads = key.shape[2]
 
     def turn(x):
         return jnp.moveaxis(x, -1, 2) if turned else x
 
-    key, value = (lax.dynamic_slice_in_dim(x, column, spec.columns, 2) for x in (key, value))
+    key, value = (heads_first(lax.dynamic_slice_in_dim(x, column, spec.columns, 1), spec.dtype) for x in (key, value))
     if bias is not None:
         bias = turn(bias_of(bias, marks, row, spec.rows, column, spec.columns, kv_heads).astype(spec.dtype))
-    scores, slope = logits(spec, query, key, bias, turned)
+    scores, slope = logits(spec, query, key, bias, spec.rows, turned)
     if not masked:
         return Block(key, value, scores, slope, None, None)
     see = turn(allowed(spec, marks, kv_heads, row, spec.rows, column, spec.columns, begin))
