@@ -69,7 +69,8 @@ def evaluate(
         dataset = load(config.data)
     folder.compare(config, dataset)
     setup = prepare(config, dataset)
-    params = restore_named(folder, setup.abstract_state, step).params
+    with user_errors():
+        params = restore_named(folder, setup.abstract_state, step).params
     return {"": setup.evaluate(params), **{text: other.evaluate(params) for text, other in setup.also.items()}}
 
 

@@ -4,7 +4,6 @@ The run folder is all that is needed: its config, its codec and one of its check
 """
 
 import argparse
-import ast
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 
 from effattn_jax.data import codecs
 from effattn_jax.decoding.naive_bayes import POOLING
+from effattn_jax.models import ModelConfig
 from effattn_jax.parallel import make_mesh, shard_tree
 from effattn_jax.training.checkpoints import restore_named
 from effattn_jax.training.cli import quiet
@@ -23,6 +23,7 @@ from effattn_jax.training.config import Config, at_inference
 from effattn_jax.training.errors import UserError, user_errors
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.optimizer import make_optimizer
+from effattn_jax.training.options import read_fields
 from effattn_jax.training.sampling import sample_from_contexts, sample_text
 from effattn_jax.training.startup import use_compile_cache
 from effattn_jax.training.step import TrainState, init_state
@@ -77,7 +78,7 @@ def sample(
       prompt: text to continue, at least one token of it.
       tokens: how many tokens to add.
       temperature, top_k, top_p: as in `decoding.generate`; temperature 0 is greedy.
-      seed: equal seeds give equal texts.
+      seed: equal seeds give equal texts; in 0 ... 2**32 - 1.
       step: "best" by validation loss, "last", or a number.
       settings: of the model at inference alone, `ModelConfig.at_inference`: windows, scaled frequencies and so on; `train_length` is the trained
         context unless given, and `context` how many tokens the model then sees, the trained context by default.
@@ -101,8 +102,10 @@ def sample(
         codec = codecs.from_spec(dataset["codec"])
         settings = dict(settings or {})
         context = settings.pop("context", dataset["context"])
-        if not isinstance(context, int) or context < 2:
-            raise ValueError(f"context must be a whole number of at least 2; got {context!r}")
+        if not isinstance(context, int) or context < 1:
+            raise ValueError(f"context must be a whole number of at least 1; got {context!r}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in 0 ... 2**32 - 1, got {seed}.")
         model = at_inference(config, settings) if settings else config.model
         task = make_task(model, SimpleNamespace(**dataset))
         params = _restore(folder, config, task, step).params
@@ -164,17 +167,15 @@ def _texts(files: list[str]) -> list[str]:
 
 
 def _settings(given: list[str]) -> dict[str, object]:
-    """NAME=VALUE as numbers, None or booleans where they read so."""
-    settings = {}
+    """NAME=VALUE by the types of the model's fields."""
+    texts = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"--set takes NAME=VALUE, got {text}.")
-        try:
-            settings[name.replace("-", "_")] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            settings[name.replace("-", "_")] = value
-    return settings
+        texts[name.replace("-", "_")] = value
+    with user_errors("--set"):
+        return read_fields(ModelConfig, texts)
 
 
 if __name__ == "__main__":

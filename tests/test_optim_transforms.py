@@ -352,6 +352,18 @@ def test_leaves_that_start_at_zero_keep_their_step():
     np.testing.assert_allclose(masked, masked[0], rtol=1e-4)
 
 
+@pytest.mark.parametrize("make", [lamb, lars, lambda rate: layer_adaptation(coefficient=rate)])
+def test_stacked_layers_have_ratios_of_their_own(make):
+    """A scan over layers is the same optimizer as layers one by one, at the ends of the range too."""
+    layers = [jax.random.normal(jax.random.key(i), (3, 4)) * size for i, size in enumerate((1.0, 10.0, 1e-30, 1e30))]
+    optimizer = make(0.1)
+    stacked = {"layers": {"mlp": {"kernel": jnp.stack(layers)}}}
+    apart = {f"layers_{i}": {"mlp": {"kernel": p}} for i, p in enumerate(layers)}
+    got = once(optimizer, stacked, stacked)[0]["layers"]["mlp"]["kernel"]
+    expected = once(optimizer, apart, apart)[0]
+    np.testing.assert_allclose(got, jnp.stack([expected[f"layers_{i}"]["mlp"]["kernel"] for i in range(4)]), rtol=1e-5)
+
+
 def test_masks_bounds_and_ratios():
     params = {
         "a": jnp.array([3.0, 4.0]),

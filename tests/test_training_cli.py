@@ -126,13 +126,21 @@ def test_unknown_preset(capsys):
         (["--train.steps", "0"], "train.steps must be positive, got 0"),
         (["--train.microbatches", "3"], "train.microbatches must divide data.batch_size"),
         (["--train.profile-steps", "9"], "train.profile_steps must be START,STOP"),
+        (["--train.profile-steps", ""], "train.profile_steps must be START,STOP"),
+        (["--model.mlp-ratio", "inf"], "mlp_ratio must be finite; got inf"),
+        (["--train.eval-also", "data.validation_fraction=abc"], "data.validation_fraction must be a number, got 'abc'"),
+        (
+            ["--data.batch-size", "8", "--train.eval-also", "data.batch-size=6"],
+            "a multiple of the mesh's data x fsdp = 8",
+        ),
         (["--optim.name", "adamm"], "optim.name must be one of adamw"),
         (["--optim.warmup-steps", "-1"], "optim.warmup_steps must not be negative, got -1"),
         (["--optim.beta2", "1.5"], "optim.beta2 must be in [0, 1), got 1.5"),
         (["--optim.epsilon", "-1"], "optim.epsilon must not be negative, got -1.0"),
         (["--train.eval-batches", "0"], "train.eval_batches must be positive or None, got 0"),
         (["--train.sample-tokens", "-1"], "train.sample_tokens must not be negative, got -1"),
-        (["--train.sample-temperature", "-1"], "train.sample_temperature must not be negative, got -1.0"),
+        (["--train.sample-temperature", "-1"], "train.sample_temperature must lie in [0, inf), got -1.0"),
+        (["--train.sample-temperature", "inf"], "train.sample_temperature must lie in [0, inf), got inf"),
         (["--train.sample-prompt", ""], "train.sample_prompt must hold some text or be None"),
         (["--train.profile-steps", "9999,10000"], "train.profile_steps must begin before step"),
         (["--data.path", ""], "data.path: '' given, must be a file or a folder, or None"),
@@ -185,6 +193,17 @@ def test_folder_in_use(capsys, tmp_path):
 def test_config_of_another_version(capsys, tmp_path):
     (tmp_path / "config.json").write_text('{"model": {"depth": 3}}')
     assert "config.json of another version" in fails(capsys, "--train.run-dir", str(tmp_path))
+
+
+def test_a_locale_without_unicode(tmp_path):
+    program = (
+        "import sys; from effattn_jax.training import cli, folder; cli.quiet(); print(chr(9473))\n"
+        "folder.RunFolder(sys.argv[1]).write_text('text', chr(9473))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT, env=os.environ | plain, capture_output=True, check=True).stdout == b"?\n"
+    assert (tmp_path / "text").read_text(encoding="utf-8") == chr(9473)
 
 
 def test_one_line_of_an_os_error():

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import time
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,15 @@ import numpy as np
 import pytest
 from training_runs import assert_same, final_state, losses, rows, tiny
 
-from effattn_jax.training import Interrupted, UserError, train
-from effattn_jax.training.checkpoints import Checkpoints
+from effattn_jax.data import load
+from effattn_jax.models import LanguageModel, ModelConfig
+from effattn_jax.training import Interrupted, UserError, progress, train
+from effattn_jax.training.checkpoints import Checkpoints, restore_named
 from effattn_jax.training.folder import RunFolder
-from effattn_jax.training.metrics import COLUMNS
+from effattn_jax.training.metrics import COLUMNS, Metrics
 from effattn_jax.training.reports import Reporter
+from effattn_jax.training.sampling import continue_tokens
+from effattn_jax.training.setup import Setup, prepare
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,8 @@ def interrupt_after(monkeypatch, step, number=signal.SIGTERM):
     """Send this process a signal as soon as the loop reports a step."""
     report = Reporter.step
 
-    def reporting(self, done, numbers):
-        report(self, done, numbers)
+    def reporting(self, done, numbers, last=False):
+        report(self, done, numbers, last)
         if done == step:
             os.kill(os.getpid(), number)
 
@@ -92,12 +98,15 @@ def test_classification_and_answers(tmp_path):
     train(config)
     assert float(rows(tmp_path / "digits")[-1]["val/accuracy"]) >= 0
     assert "expected" in (tmp_path / "digits" / "samples.txt").read_text()
-    train(tiny(tmp_path / "mqar", data={"task": "mqar", "context": 32, "vocab_size": 64}, sample_tokens=1))
-    assert "model" in (tmp_path / "mqar" / "samples.txt").read_text()
+    data = {"task": "mqar", "context": 32, "vocab_size": 64, "validation_examples": 2}
+    train(tiny(tmp_path / "mqar", data=data, steps=1, sample_tokens=1))
+    assert (tmp_path / "mqar" / "samples.txt").read_text().count("model") == 2  # the answers of all two
 
 
-def test_regression_and_further_evaluations(tmp_path):
-    """A run of numbers has no accuracy, shows its answers, and evaluates its last parameters on other data too."""
+def test_regression_and_further_evaluations(tmp_path, monkeypatch):
+    """A run of numbers has no accuracy, shows its answers, and evaluates its last parameters, saved before, on other data too."""
+    saved, write = [], Metrics.also
+    monkeypatch.setattr(Metrics, "also", lambda *a: (saved.append((tmp_path / "run" / "8").exists()), write(*a)))
     data = {"task": "adding", "context": 16, "validation_examples": 16}
     also = ("data.context=24, data.batch-size=4, model.rate=0.5", "data.validation_examples=16")
     model = {"mixer": "s4d", "positions": "none", "state_size": 2}
@@ -108,7 +117,7 @@ def test_regression_and_further_evaluations(tmp_path):
     other, same = (line for line in lines if "also" in line)
     assert other["also"] == also[0] and other["val/loss"] != same["val/loss"]
     assert same["val/loss"] == values["val/loss"] and other["step"] == 8
-    assert also[0] in RunFolder(tmp_path / "run").finished(8)
+    assert also[0] in RunFolder(tmp_path / "run").finished(8) and saved == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +138,40 @@ def test_bad_further_evaluations(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         train(tiny(tmp_path / "run", model=model, data=data, eval_also=(text,)))
     assert not (tmp_path / "run").exists()
+
+
+def test_metrics_begin_after_the_step_that_is_resumed(tmp_path, monkeypatch):
+    """What a run writes again is dropped: in TensorBoard from the first step on, and evaluations after the last step."""
+    purged = []
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda path, purge_step: purged.append(purge_step))
+    lines = [{"step": 7}, {"step": 8}, {"step": 8, "also": "x"}, {"step": 9}]
+    for step in (0, 8):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Metrics(RunFolder(tmp_path), step, tensorboard=True).close()
+    assert purged == [1, 9]
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 7}\n{"step": 8}\n'
+
+
+def test_step_time_where_steps_are_computed_as_they_are_handed_over(tmp_path, monkeypatch):
+    """A step of one second and evaluations of a hundred, one to four steps apart: every row has one second."""
+    clock, batch, evaluate = [0.0], Setup.batch, Setup.evaluate
+
+    def taking(seconds, method):
+        return lambda *arguments: (clock.__setitem__(0, clock[0] + seconds), method(*arguments))[1]
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic))
+    monkeypatch.setattr(Setup, "batch", taking(1.0, batch))
+    monkeypatch.setattr(Setup, "evaluate", taking(100.0, evaluate))
+    train(tiny(tmp_path / "run", steps=16, eval_every=7, checkpoint_every=4))  # pauses after 4, 7, 8, 12, 14, 16
+    assert [row["ms_per_step"] for row in rows(tmp_path / "run")] == ["", *["1000"] * 15]
+    train(tiny(tmp_path / "short", steps=6, eval_every=2, checkpoint_every=6))
+    assert [row["ms_per_step"] for row in rows(tmp_path / "short")] == ["", "", "", *["1000"] * 3]
+
+
+def test_text_of_a_model_that_reads_one_token():
+    model = LanguageModel(ModelConfig(layers=1, width=4, heads=1, positions="learned", max_length=1), 8)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert continue_tokens(model, params, np.array([3]), 4, 1, jax.random.key(1)).shape == (4,)
 
 
 def test_profile_window(tmp_path):
@@ -208,6 +251,26 @@ def test_damaged_newest_checkpoint(tmp_path, reference, damage):
     assert damage is shutil.rmtree or "checkpoint 8 is damaged" in said[0]
     assert (tmp_path / "run" / "8.damaged").exists() == (damage is not shutil.rmtree)
     assert_same(final_state(config), final_state(reference))
+
+
+def test_readers_take_what_is_whole_and_change_nothing(tmp_path, reference):
+    """A damaged best checkpoint is answered with another one, and what a live run is writing stays."""
+    folder = RunFolder(shutil.copytree(reference.train.run_dir, tmp_path / "run"), writes=False)
+    for name in ("5.damaged", "9.orbax-checkpoint-tmp"):
+        (folder / name / "metrics").mkdir(parents=True)
+        (folder / name / "metrics" / "metrics").write_text("{")
+    damage_by_one_bit(folder / "8")
+    names = sorted(path.name for path in folder.path.iterdir())
+    state = prepare(reference, load(reference.data)).abstract_state
+    for step in ("best", "last"):
+        with pytest.warns(UserWarning, match=r"checkpoint 8 is damaged \(.*\); trying 6\."):
+            assert restore_named(folder, state, step).step == 6
+    with pytest.raises(UserError, match=r"step 8 of .* is damaged \(.*\); whole: 6\."):
+        restore_named(folder, state, "8")
+    (folder / "8" / "metrics" / "metrics").write_text("{")
+    with pytest.warns(UserWarning, match="its metrics are unreadable"):
+        assert restore_named(folder, state, "6").step == 6
+    assert sorted(path.name for path in folder.path.iterdir()) == names
 
 
 @pytest.mark.parametrize(("before", "after"), [({"data": 1}, {"data": 4}), ({"data": 2, "fsdp": 2}, {"data": 1})])

@@ -70,6 +70,15 @@ def test_rules_as_text():
     for text in ("no colon", "a: weight_decay", "a: =1", "a: weight_decay="):
         with pytest.raises(ValueError, match="optim.groups must hold rules"):
             make_optimizer(OptimConfig(groups=(text,)), 10)
+    for text, words in (
+        ("a: lr_multiplier=abc", "optim.groups, rule 'a': lr_multiplier must be a number, got 'abc'"),
+        ("a: trust_ratio=5", "trust_ratio must be True or False, got '5'"),
+        ("a: scale=abc", "scale must be a number or None, got 'abc'"),
+        ("a: state_dtype=abc", "state_dtype of rule 'a' must be a dtype or None, got 'abc'"),
+        ("[: lr_multiplier=1", "rule '\\[' must be a regular expression"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_optimizer(OptimConfig(groups=(text,)), 10)
     with pytest.raises(
         ValueError, match="optim.groups needs optim.name to be one of adamw, amos, lamb, lion, sgd, got 'lars'"
     ):

@@ -94,6 +94,13 @@ def test_finished_run_started_again_says_so(alone, capsys):
     assert "quickstart is finished already: 6 steps" in capsys.readouterr().out
 
 
+def test_finished_run_says_how_it_is_evaluated_further(alone, capsys):
+    more = ["--train.eval-also", "data.context=64", "--train.run-dir", str(alone[0])]
+    assert cli.main(ROOT / "configs", [*SMALL, *SHORT, *more]) == 0
+    command = f"python -m effattn_jax.evaluate {alone[0]} data.context=64 --step last"
+    assert f"not evaluated: data.context=64, which is done by {command}" in capsys.readouterr().out
+
+
 def test_finished_run_of_other_data_is_refused(alone, tmp_path, capsys):
     folder, _ = alone
     (tmp_path / "other.txt").write_text("Another text than the run's own.\n" * 2000)
@@ -162,6 +169,9 @@ def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
         (["RUN", "model.window"], 'must be a text "NAME=value, ..."'),
         (["RUN", "model.width=4"], "a setting of inference is 'width'"),
         (["RUN", "model.rotary_factor=4"], "rotary_factor must be 1 without rotary_scaling; got 4"),
+        (["RUN", "model.rate=abc"], "model.rate must be a number, got 'abc'"),
+        (["RUN", "data.context=1.5"], "data.context must be a whole number, got '1.5'"),
+        (["RUN", "data.path=2024"], "data.path: '2024' given, must be an existing file or folder"),
         (["RUN", "--data-path", "no.txt"], "no.txt"),
         (["RUN", "--data-path", __file__], "give what it was trained with"),
         (["RUN", "--batches", "0"], "batches must be positive; got 0"),
@@ -182,7 +192,11 @@ def test_evaluate_mistakes(alone, capsys, arguments, message):
         (["RUN", "--set", "random_positions=9"], "a setting of inference is 'random_positions'"),
         (["RUN", "--step", "77"], "must be best, last or a step that"),
         (["RUN", "--prompt", ""], "the prompt is empty"),
-        (["RUN", "--set", "context=1.9"], "context must be a whole number of at least 2; got 1.9"),
+        (["RUN", "--set", "context=1.9"], "context must be a whole number of at least 1; got 1.9"),
+        (["RUN", "--set", "rate=abc"], "--set: rate must be a number, got 'abc'"),
+        (["RUN", "--set", "window=abc"], "--set: window must be a whole number or None, got 'abc'"),
+        (["RUN", "--set", "rotary_factor=None"], "--set: rotary_factor must be a number, got 'None'"),
+        (["RUN", "--seed", "99999999999999999999"], "seed must lie in 0 ... 2**32 - 1, got 99999999999999999999"),
         (["RUN", "--pooling", "mean"], "pooling given without contexts"),
         (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
         (["RUN", "--tokens", "-1"], "must not be negative, got -1"),

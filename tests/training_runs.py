@@ -55,8 +55,8 @@ def final_state(config: Config, step: int | None = None):
     from effattn_jax.data import load
 
     setup = prepare(dataclasses.replace(config, mesh=MeshConfig(data=1)), load(config.data))
-    with Checkpoints(RunFolder(config.train.run_dir, writes=False)) as checkpoints:
-        state, _ = checkpoints.restore(setup.abstract_state, step)
+    with Checkpoints(RunFolder(config.train.run_dir, writes=False), read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(setup.abstract_state, None if step is None else [step])
     return jax.tree.map(np.asarray, state)
 
 

@@ -48,7 +48,7 @@ class SequenceClassifier(nn.Module):
             learned positions or a mixer fix the length.
         """
         c = self.config.validate()
-        x_BxTxD = self._embed(inputs)
+        x_BxTxD = self._embed(inputs, mask)
         check_inputs(x_BxTxD, c.width, mask, None)
         check_length(c, x_BxTxD.shape[1])
         positions = count_positions(x_BxTxD.shape[:2], mask)
@@ -68,13 +68,13 @@ class SequenceClassifier(nn.Module):
             self.num_classes, dtype=pooled_BxD.dtype, param_dtype=c.param_dtype, kernel_init=init, name="head"
         )(pooled_BxD)
 
-    def _embed(self, inputs):
+    def _embed(self, inputs, mask):
         c = self.config
         if self.vocab_size is not None:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(f"inputs must be integers of shape (B, T); got {inputs.dtype}{list(inputs.shape)}")
             return Embedding(self.vocab_size, c.width, c.dtype, c.param_dtype, name="tokens")(inputs)
-        return embed_features(c, inputs)
+        return embed_features(c, inputs, mask)
 
 
 def _masked_mean(x_BxTxD, mask):

@@ -41,8 +41,10 @@ class InputEmbedding(nn.Module):
         return hierarchical_embedding(rows, positions, alpha=self.config.hierarchical_alpha)
 
 
-def embed_features(config: ModelConfig, inputs: jax.Array) -> jax.Array:
+def embed_features(config: ModelConfig, inputs: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Inside a compact method: feature vectors (B, T, F) to the width, by one layer of the name `features`.
+
+    What stands in padded places is 0 from the start: 0 * NaN would be NaN in the layer's gradient. A mask of another shape is left to whoever checks it.
 
     Raises:
       ValueError: inputs of another rank or type.
@@ -50,6 +52,8 @@ def embed_features(config: ModelConfig, inputs: jax.Array) -> jax.Array:
     if inputs.ndim != 3 or not jnp.issubdtype(inputs.dtype, jnp.floating):
         given = f"{inputs.dtype}{list(inputs.shape)}"
         raise ValueError(f"inputs must be floats of shape (B, T, F) without vocab_size; got {given}")
+    if mask is not None and jnp.shape(mask) == inputs.shape[:2]:
+        inputs = jnp.where(jnp.asarray(mask)[..., None], inputs, 0)
     return nn.Dense(config.width, dtype=config.dtype, param_dtype=config.param_dtype, name="features")(inputs)
 
 

@@ -56,7 +56,7 @@ class SequenceRegressor(nn.Module):
         c = self.config.validate()
         x_BxTxD, after = run_causal(
             c,
-            embed_features(c, inputs),
+            embed_features(c, inputs, mask),
             segment_ids=segment_ids,
             mask=mask,
             positions=positions,

@@ -20,17 +20,18 @@ def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     return x * factor.astype(x.real.dtype)
 
 
-def squared_norm(x: jax.Array) -> jax.Array:
-    """sum |x|^2 over a leaf, real.
+def squared_norm(x: jax.Array, kept: int = 0) -> jax.Array:
+    """sum |x|^2 over a leaf, or over all its axes but the first `kept`, real.
 
     As a product of the leaf with itself: a sum of squares takes twice the time on a CPU. All axes are contracted as they
     are, since flattening would gather what is sharded, and the result is whole where an explicit mesh splits the leaf.
     """
-    axes, sharding = tuple(range(x.ndim)), jax.typeof(x).sharding
+    (first, axes), sharding = (tuple(range(kept)), tuple(range(kept, x.ndim))), jax.typeof(x).sharding
     split = any(name is not None for name in sharding.spec)
     whole = jax.NamedSharding(sharding.mesh, jax.P()) if split else None
     precise = jax.lax.Precision.HIGHEST
-    return jax.lax.dot_general(x, jnp.conj(x), ((axes, axes), ((), ())), precision=precise, out_sharding=whole).real
+    dims = ((axes, axes), (first, first))
+    return jax.lax.dot_general(x, jnp.conj(x), dims, precision=precise, out_sharding=whole).real
 
 
 def all_finite(*trees: Any) -> jax.Array:

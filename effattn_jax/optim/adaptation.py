@@ -2,7 +2,8 @@ r"""Layer adaptation: each leaf moves in proportion to its own size.
 
     u_l <- u_l * k phi(|theta_l|) / |u_l|,    phi(z) = min(max(z, low), high)
 
-LAMB is this around Adam with weight decay, LARS around SGD, before momentum. One norm of update and parameter a leaf.
+LAMB is this around Adam with weight decay, LARS around SGD, before momentum. One norm of update and parameter a leaf, or
+a layer of a leaf that stacks layers, as those of a scan over `layers` do.
 Sources: You et al. 2017 (arXiv 1708.03888), You et al. 2020 (arXiv 1904.00962), Su (kexue.fm 7094).
 """
 
@@ -14,10 +15,11 @@ import optax
 
 from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, resolve_mask, wide
 from effattn_jax.optim.clipping import norms_of
+from effattn_jax.optim.scales import is_stacked
 
 
 class LayerAdaptationState(NamedTuple):
-    """The trust ratio that the last update had, a float32 scalar a leaf."""
+    """The trust ratio that the last update had, a float32 scalar a leaf, (L,) of one that stacks L layers."""
 
     ratio: Any
 
@@ -96,26 +98,33 @@ def layer_adaptation(
         raise ValueError(f"bounds must be (low, high) with 0 <= low <= high, got {bounds}.")
 
     def init(params: Any) -> LayerAdaptationState:
-        return LayerAdaptationState(map_leaves(lambda path, p: (jnp.ones((), jnp.float32),), 1, params)[0])
+        return LayerAdaptationState(map_leaves(lambda path, p: (_ones(path, p),), 1, params)[0])
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, LayerAdaptationState]:
         del state, extra
         if params is None:
             raise ValueError("layer_adaptation needs the parameters: call update(updates, state, params).")
         chosen = resolve_mask(mask, params)
-        pairs = map_leaves(
-            lambda path, u, p, scaled: ((p, u) if _adapts(u, scaled) else (),), 1, updates, params, chosen
-        )
-        norms = iter(norms_of([[x] for x in jax.tree.leaves(pairs)], axis_name))
+        groups, kept = [], []
+
+        def collect(path: Path, u: jax.Array, p: jax.Array, scaled: bool) -> tuple:
+            if _adapts(u, scaled):
+                groups.extend(([p], [u]))
+                kept.extend([int(is_stacked(path))] * 2)
+            return (None,)
+
+        map_leaves(collect, 1, updates, params, chosen)
+        norms = iter(norms_of(groups, axis_name, kept))
 
         def adapt(path: Path, u: jax.Array, scaled: bool) -> tuple:
             if not _adapts(u, scaled):
-                return u, jnp.ones((), jnp.float32)
+                return u, _ones(path, u)
             size, step = next(norms), next(norms)
             size = size if bounds is None else jnp.clip(size, *bounds)
             usable = (size > 0) & (step > 0)
             ratio = jnp.where(usable, coefficient * size / jnp.where(usable, step, 1), 1)
-            return (wide(u) * ratio.astype(wide(u).real.dtype)).astype(u.dtype), ratio.astype(jnp.float32)
+            each = jnp.expand_dims(ratio, tuple(range(ratio.ndim, jnp.ndim(u))))
+            return (wide(u) * each.astype(wide(u).real.dtype)).astype(u.dtype), ratio.astype(jnp.float32)
 
         updates, ratio = map_leaves(adapt, 2, updates, chosen)
         return updates, LayerAdaptationState(ratio)
@@ -258,3 +267,8 @@ def lars(
     adapt = layer_adaptation(mask=trust_ratio_mask, bounds=bounds, coefficient=trust_coefficient, axis_name=axis_name)
     rate, trace = optax.scale_by_learning_rate(learning_rate), optax.trace(momentum, nesterov)
     return in_float32(optax.chain(decay, adapt, rate, trace))
+
+
+def _ones(path: Path, x: jax.Array) -> jax.Array:
+    """Ratios of 1, of the shape that those of a leaf have."""
+    return jnp.ones(jnp.shape(x)[:1] if is_stacked(path) else (), jnp.float32)

@@ -55,8 +55,11 @@ def global_norm(tree: Any, *, axis_name: Axes = None) -> jax.Array:
     return norms_of([jax.tree.leaves(tree)], axis_name)[0]
 
 
-def norms_of(groups: list[list[jax.Array]], axis_name: Axes = None) -> list[jax.Array]:
-    """The joint norm of each list of leaves, as `global_norm` has it, with one decision for all: on a GPU each costs a wait."""
+def norms_of(groups: list[list[jax.Array]], axis_name: Axes = None, kept: list[int] | None = None) -> list[jax.Array]:
+    """The joint norm of each list of leaves, as `global_norm` has it, with one decision for all: on a GPU each costs a wait.
+
+    `kept`: of each list, how many first axes of its leaves the norm is not over, which it then has; none where left out.
+    """
     parts = []  # (place in groups, mapped axes, leaves that are split over them)
     for place, group in enumerate(groups):
         split = {}
@@ -67,30 +70,35 @@ def norms_of(groups: list[list[jax.Array]], axis_name: Axes = None) -> list[jax.
     if not parts:
         return [jnp.zeros((), jnp.float32)] * len(groups)
     found = [[] for _ in groups]
-    for (place, names, _), (scale, squares) in zip(parts, _squares([leaves for *_, leaves in parts])):
+    kept = kept or [0] * len(groups)
+    squared = _squares([leaves for *_, leaves in parts], [kept[place] for place, *_ in parts])
+    for (place, names, _), (scale, squares) in zip(parts, squared):
         found[place].append((names, jax.lax.stop_gradient(scale), squares))
     return [_root(of_group) for of_group in found]
 
 
-def _squares(parts: list[list[jax.Array]]) -> list[tuple[jax.Array, jax.Array]]:
+def _squares(parts: list[list[jax.Array]], kept: list[int]) -> list[tuple[jax.Array, jax.Array]]:
     """(s, q) with s^2 q the sum of squares of each part."""
-    sums = [sum(squared_norm(x) for x in leaves) for leaves in parts]
+    sums = [sum(squared_norm(x, n) for x in leaves) for leaves, n in zip(parts, kept)]
 
     def at_once(parts: list) -> list:
         return [(jnp.where(q > SMALL, 1, q), q) for q in sums]  # 1, of the type that q has on mapped axes
 
     def after_division(parts: list) -> list:
         out = []
-        for leaves, q in zip(parts, sums):
-            largest = jnp.max(jnp.stack([jax.lax.stop_gradient(jnp.max(jnp.abs(x))) for x in leaves]))
+        for leaves, q, n in zip(parts, sums, kept):
+            axes = [tuple(range(n, x.ndim)) for x in leaves]
+            sizes = [jnp.max(jnp.abs(x), a) for x, a in zip(leaves, axes)]
+            largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes), axis=0))
             # No more than 2^96 in float32: by more XLA divides as a product with a reciprocal that is flushed to 0.
             most = jnp.finfo(q.dtype).max ** 0.75
             scale = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, most), 1).astype(q.dtype)
             divisor = jnp.where(scale > 0, scale, 1)
-            out.append((scale, sum(jnp.sum(jnp.abs(x / divisor.astype(x.real.dtype)) ** 2) for x in leaves)))
+            small = [x / jnp.expand_dims(divisor, a).astype(x.real.dtype) for x, a in zip(leaves, axes)]
+            out.append((scale, sum(jnp.sum(jnp.abs(x) ** 2, a) for x, a in zip(small, axes))))
         return out
 
-    good = jnp.all(jnp.stack([jnp.isfinite(q) & (q > SMALL) for q in sums]))
+    good = jnp.all(jnp.stack([jnp.all(jnp.isfinite(q) & (q > SMALL)) for q in sums]))
     return jax.lax.cond(good, at_once, after_division, parts)
 
 
@@ -99,7 +107,7 @@ def _root(parts: list[tuple[tuple[str, ...], jax.Array, jax.Array]]) -> jax.Arra
     if not parts:
         return jnp.zeros((), jnp.float32)
     scales = [jax.lax.pmax(scale, names) if names else scale for names, scale, _ in parts]
-    scale = jnp.max(jnp.stack(scales))
+    scale = jnp.max(jnp.stack(scales), axis=0)
     scale = jnp.where(scale > 0, scale, 1)
     total = 0
     for names, own, squares in parts:

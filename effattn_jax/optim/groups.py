@@ -7,6 +7,7 @@ with a row-wise (lazy) form and slots of another dtype where asked; one state, o
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,8 +48,8 @@ class GroupOptions:
     soft_clip: bool = False
     lazy: str | None = None
     state_dtype: Any = None
-    scale: Any = None
-    slot_shape: Any = None
+    scale: float | Callable[[tuple[int, ...]], Any] | None = None
+    slot_shape: tuple | Callable[[tuple[int, ...]], Any] | None = None
 
 
 Table = Mapping[str, Mapping[str, Any] | GroupOptions]
@@ -200,12 +201,22 @@ class Groups:
 
 
 def _options(pattern: str, given: Mapping[str, Any] | GroupOptions) -> GroupOptions:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"rule {pattern!r} must be a regular expression: {error}.") from error
     if not isinstance(given, GroupOptions):
         known = [f.name for f in dataclasses.fields(GroupOptions)]
         for name in given:
             if name not in known:
                 raise ValueError(f"option {name!r} of rule {pattern!r} is unknown; {nearest(name, known)}.")
         given = GroupOptions(**given)
+    try:
+        jnp.dtype("float32" if given.state_dtype is None else given.state_dtype)
+    except TypeError as error:
+        raise ValueError(
+            f"state_dtype of rule {pattern!r} must be a dtype or None, got {given.state_dtype!r}."
+        ) from error
     if given.lazy not in (None, "frozen", "decay"):
         raise ValueError(f"lazy of rule {pattern!r} must be None, 'frozen' or 'decay', got {given.lazy!r}.")
     if given.clip_norm is not None and not given.clip_norm > 0:

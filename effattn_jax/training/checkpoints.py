@@ -5,9 +5,11 @@ sets a damaged step aside with a warning, and takes the one before. The mesh may
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,17 +23,28 @@ from effattn_jax.training.folder import RunFolder
 
 
 class Checkpoints:
-    """The checkpoints of one run; every process of the run takes part in each call."""
+    """The checkpoints of one run; every process of the run takes part in each call.
 
-    def __init__(self, folder: RunFolder):
+    Args:
+      folder: the run folder.
+      read_only: leave it as it is; another process may be writing to it.
+    """
+
+    def __init__(self, folder: RunFolder, read_only: bool = False):
         # Whatever Orbax logs as an error it also raises, and is then reported in one line.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder
+        self._renames = folder.writes and not read_only
         self._last: int | None = None
-        if folder.writes:
-            self._set_unreadable_aside()
+        unreadable = self._unreadable() if folder.writes or read_only else []
+        for step in unreadable:
+            then = "the newest counts as the best" if read_only else "not using it"
+            warnings.warn(f"checkpoint {step} is damaged (its metrics are unreadable); {then}.", stacklevel=2)
+            if self._renames:
+                _rename_damaged(folder, step)
         _barrier("checkpoints")
-        self.manager = ocp.CheckpointManager(folder.path, options=_options())
+        options = _options(read_only, best=not (read_only and unreadable))
+        self.manager = ocp.CheckpointManager(folder.path, options=options)
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, oldest first."""
@@ -81,29 +94,31 @@ class Checkpoints:
             if error is None:
                 raise
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-        """The newest whole checkpoint, or None where there is none.
+    def restore(self, abstract_state: Any, steps: Sequence[int] | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """The first whole checkpoint of some, or None where there is none.
 
         Args:
           abstract_state: shapes, dtypes and shardings to restore to.
-          step: a certain step instead of the newest.
+          steps: in which order to try them; all, newest first, by default.
 
         Returns:
           (state, {"step", "val_loss", "checksum"}).
 
         Warns:
-          for each damaged step, which is renamed to STEP.damaged.
+          for each damaged step, which the process that writes renames to STEP.damaged.
         """
-        wanted = [step] if step is not None else self.steps()[::-1]
-        for candidate in wanted:
-            restored, problem = self._attempt(candidate, abstract_state)
+        wanted = self.steps()[::-1] if steps is None else list(steps)
+        for candidate, following in itertools.zip_longest(wanted, wanted[1:]):
+            restored, problem = self.attempt(candidate, abstract_state)
             if _agreed(restored is not None):
                 return restored
-            warnings.warn(f"checkpoint {candidate} is damaged ({problem}); taking the one before.", stacklevel=2)
+            instead = "there is no other" if following is None else f"trying {following}"
+            warnings.warn(f"checkpoint {candidate} is damaged ({problem}); {instead}.", stacklevel=2)
             self._set_aside(candidate)
         return None
 
-    def _attempt(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+    def attempt(self, step: int, abstract_state: Any) -> tuple[Any, str]:
+        """(what `restore` returns, "") of one step, or (None, what is wrong with it)."""
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore())
         try:
             restored = self.manager.restore(step, args=items)
@@ -116,40 +131,56 @@ class Checkpoints:
             return None, one_line(error)[:120]
 
     def _set_aside(self, step: int) -> None:
-        if self.folder.writes:
+        if self._renames:
             _rename_damaged(self.folder, step)
         _barrier(f"aside-{step}")
         self.manager.reload()
 
-    def _set_unreadable_aside(self) -> None:
-        """Orbax reads every step's metrics when it opens a folder, and fails as a whole on a damaged one."""
+    def _unreadable(self) -> list[int]:
+        """Orbax reads every step's metrics when it opens a folder to find the best, and fails as a whole on a damaged one."""
+        steps = []
         for path in self.folder.path.glob("[0-9]*/metrics/metrics"):
+            name = path.parent.parent.name
+            if not name.isdigit():  # set aside, or on its way
+                continue
             try:
-                json.loads(path.read_text())
+                json.loads(path.read_text(encoding="utf-8"))
             except ValueError:
-                step = int(path.parent.parent.name)
-                warnings.warn(f"checkpoint {step} is damaged (its metrics are unreadable); not using it.", stacklevel=4)
-                _rename_damaged(self.folder, step)
+                steps.append(int(name))
+        return steps
 
     def _writing(self, step: int | None) -> "_Writing":
         return _Writing(self, step)
 
 
 def restore_named(folder: RunFolder, abstract_state: Any, step: str) -> Any:
-    """The state of a step that a person names: "best" by validation loss, "last", or a number.
+    """The state of a step that a person names: "best" by validation loss, "last", or a number; nothing is written.
+
+    A damaged best or last one is answered with the newest whole one, and a warning.
 
     Raises:
-      UserError: no such step, or no whole checkpoint.
+      UserError: no such step, a damaged one named by its number, or no whole checkpoint.
     """
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         known = checkpoints.steps()
         if step not in ("best", "last", *map(str, known)):
             held = f"a step that {folder.path} holds ({', '.join(map(str, known))})"
             raise UserError(f"--step must be best, last or {held}, got {step!r}.")
-        number = checkpoints.best() if step == "best" else None if step == "last" else int(step)
-        restored = checkpoints.restore(abstract_state, number)
+        if step not in ("best", "last"):
+            return _restore_number(checkpoints, abstract_state, int(step))
+        best = checkpoints.best() if step == "best" else None
+        restored = checkpoints.restore(abstract_state, sorted(known, key=lambda s: (s == best, s), reverse=True))
     if restored is None:
         raise UserError(f"{folder.path} has no whole checkpoint.")
+    return restored[0]
+
+
+def _restore_number(checkpoints: Checkpoints, abstract_state: Any, step: int) -> Any:
+    restored, problem = checkpoints.attempt(step, abstract_state)
+    if restored is None:
+        others = [s for s in checkpoints.steps() if s != step and checkpoints.attempt(s, abstract_state)[0]]
+        whole = ", ".join(map(str, others)) or "none"
+        raise UserError(f"step {step} of {checkpoints.folder.path} is damaged ({problem}); whole: {whole}.")
     return restored[0]
 
 
@@ -181,15 +212,17 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _options() -> ocp.CheckpointManagerOptions:
+def _options(read_only: bool, best: bool) -> ocp.CheckpointManagerOptions:
     keep = ocp.checkpoint_managers
-    best = keep.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
+    best_kept = keep.BestN(get_metric_fn=lambda m: -m["val_loss"], n=1, keep_checkpoints_without_metrics=False)
     return ocp.CheckpointManagerOptions(
-        best_fn=lambda m: m["val_loss"],
+        best_fn=(lambda m: m["val_loss"]) if best else None,
         best_mode="min",
-        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best]),
-        cleanup_tmp_directories=True,
+        preservation_policy=keep.AnyPreservationPolicy([keep.LatestN(2), best_kept]),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
         enable_async_checkpointing=True,
+        **({} if best else {"lightweight_initialize": True}),
     )
 
 

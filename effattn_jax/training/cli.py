@@ -8,6 +8,7 @@ import importlib.util
 import io
 import os
 import re
+import shlex
 import sys
 import textwrap
 import warnings
@@ -58,7 +59,7 @@ def _run(folder: Path, arguments: list[str]) -> int:
     summary = run.finished(config.train.steps)
     if summary is not None:
         _check_finished(run, config)
-        print(f"{name} is finished already: {summary}; {config.train.run_dir}")
+        print(f"{name} is finished already: {summary}; {config.train.run_dir}{_also(config, summary)}")
         return 0
     from effattn_jax.training.loop import train
 
@@ -79,6 +80,15 @@ def _check_finished(run, config) -> None:
 
         with user_errors():
             run.compare(config, load(config.data))
+
+
+def _also(config, summary: str) -> str:
+    """How to evaluate a finished run under the conditions of `train.eval_also` that its summary does not have."""
+    texts = [text for text in config.train.eval_also if f"; {text}: " not in summary]
+    if not texts:
+        return ""
+    command = ["python", "-m", "effattn_jax.evaluate", config.train.run_dir, *texts, "--step", "last"]
+    return f"; not evaluated: {', '.join(texts)}, which is done by {shlex.join(command)}"
 
 
 def presets(folder: Path) -> dict[str, str]:
@@ -186,7 +196,10 @@ def _check_names(fields: list[str], arguments: Sequence[str]) -> None:
 
 
 def quiet() -> None:
-    """Show warnings as one line; drop what TensorStore's threads say after an error that is reported anyway."""
+    """Show warnings as one line, and `?` for what the terminal cannot write; drop what TensorStore's threads say after an error that is reported anyway."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     unraisable = sys.unraisablehook
 
     def hook(problem):

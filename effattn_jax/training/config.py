@@ -3,14 +3,15 @@
 The command line, the help, `config.json` and the comparison of a run folder with a command are all made from these.
 """
 
-import ast
 import dataclasses
+import math
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from effattn_jax.data import DataConfig
 from effattn_jax.models import ModelConfig
+from effattn_jax.training.options import read_fields, split_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,8 @@ class Config:
             raise ValueError(f"train.microbatches must divide data.batch_size, got {given}.")
         self._check_sampling()
         self.optim.validate()
-        if self.train.profile_steps and profile_window(self.train.profile_steps)[0] >= self.train.steps:
+        window = profile_window(self.train.profile_steps)
+        if window and window[0] >= self.train.steps:
             raise ValueError(
                 f"train.profile_steps must begin before step {self.train.steps}, got {self.train.profile_steps!r}."
             )
@@ -192,8 +194,8 @@ class Config:
             raise ValueError(f"train.eval_batches must be positive or None, got {train.eval_batches}.")
         if train.sample_tokens < 0:
             raise ValueError(f"train.sample_tokens must not be negative, got {train.sample_tokens}.")
-        if not train.sample_temperature >= 0:
-            raise ValueError(f"train.sample_temperature must not be negative, got {train.sample_temperature}.")
+        if not 0 <= train.sample_temperature < math.inf:
+            raise ValueError(f"train.sample_temperature must lie in [0, inf), got {train.sample_temperature}.")
         if train.sample_prompt == "":
             raise ValueError("train.sample_prompt must hold some text or be None, got ''.")
 
@@ -225,13 +227,13 @@ def changed(config: Config, text: str) -> Config:
       text: "NAME=value, NAME=value", the names dotted, data.FIELD or model.FIELD.
 
     Raises:
-      ValueError: text that is not of this form, an unknown field, or a model field that is fixed by training.
+      ValueError: text that is not of this form, an unknown field, a value of another type, or a model field that is fixed by training.
 
     Example:
       >>> changed(Config(), "data.context=4096, model.rate=0.5").data.context
       4096
     """
-    options = parse_options(text)
+    options = split_options(text)
     rooms = {"data": {}, "model": {}}
     for name, value in (options or {}).items():
         room, _, field = name.replace("-", "_").partition(".")
@@ -241,8 +243,9 @@ def changed(config: Config, text: str) -> Config:
         rooms[room][field] = value
     if not options:
         raise ValueError(f'an evaluation must be a text "NAME=value, ...", got {text!r}.')
-    data = dataclasses.replace(config.data, **rooms["data"])
-    return dataclasses.replace(config, data=data, model=at_inference(config, rooms["model"]))
+    data = dataclasses.replace(config.data, **read_fields(DataConfig, rooms["data"], "data."))
+    model = at_inference(config, read_fields(ModelConfig, rooms["model"], "model."))
+    return dataclasses.replace(config, data=data, model=model)
 
 
 def at_inference(config: Config, settings: Mapping[str, Any]) -> ModelConfig:
@@ -255,26 +258,6 @@ def at_inference(config: Config, settings: Mapping[str, Any]) -> ModelConfig:
     if settings and config.model.train_length is None:
         settings = {"train_length": config.data.context, **settings}
     return config.model.at_inference(**settings)
-
-
-def parse_options(text: str) -> dict[str, Any] | None:
-    """Options "NAME=value, NAME=value", values being numbers, True, False, None or words; None for another form.
-
-    Example:
-      >>> parse_options("weight_decay=0.1, lazy=frozen"), parse_options("lazy")
-      ({'weight_decay': 0.1, 'lazy': 'frozen'}, None)
-    """
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
-        return None
-    return {name.strip(): _literal(value.strip()) for name, _, value in pairs}
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def profile_window(text: str | None) -> tuple[int, int] | None:

@@ -105,7 +105,7 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         """Contents of a JSON file, None where there is none or it is damaged."""
         try:
-            return json.loads((self / name).read_text())
+            return json.loads((self / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
@@ -116,7 +116,7 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write a text file in one piece: a kill in between leaves the old one."""
         temporary = self / f".{name}.tmp"
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self / name)
 
     def newest(self, before: int | None = None) -> str:

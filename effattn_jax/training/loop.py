@@ -93,12 +93,12 @@ def _steps(
             evaluate = last or done % config.eval_every == 0
             save = last or stop or done % config.checkpoint_every == 0
             if evaluate or save:
-                _check(reporter, checkpoints, state, *pending)
+                _check(reporter, checkpoints, state, *pending, last=True)
                 pending = None
                 values = reporter.evaluate(done, state.params) if evaluate else {}
                 if save:
                     checkpoints.save(done, state, values.get("val/loss"))
-                reporter.pause()
+                reporter.resume(done)
             if stop and not last:
                 checkpoints.wait()
                 raise Interrupted(
@@ -110,11 +110,18 @@ def _steps(
         return reporter.finish(state)
 
 
-def _check(reporter: Reporter, checkpoints: Checkpoints, state: Any, step: int, numbers: dict[str, jax.Array]) -> None:
+def _check(
+    reporter: Reporter,
+    checkpoints: Checkpoints,
+    state: Any,
+    step: int,
+    numbers: dict[str, jax.Array],
+    last: bool = False,
+) -> None:
     """Read a step's numbers; after a bad one the state has stood still, and is saved before the run stops."""
     values = jax.device_get(numbers)
     if values["good"]:
-        reporter.step(step, values)
+        reporter.step(step, values, last)
         return
     checkpoints.save(step - 1, state)
     checkpoints.wait()

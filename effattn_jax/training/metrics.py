@@ -50,10 +50,11 @@ class Metrics:
     ):
         rows = [row for row in read_csv(folder) if int(row["step"]) <= resume_step]
         folder.write_text("metrics.csv", _csv_text(rows))
-        lines = [line for line in _read_jsonl(folder) if line["step"] <= resume_step]
+        # A further evaluation is made after the last step was saved, so it goes with the steps after it.
+        lines = [line for line in _read_jsonl(folder) if line["step"] + ("also" in line) <= resume_step]
         folder.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-        self._csv = open(folder / "metrics.csv", "a", newline="")
-        self._jsonl = open(folder / "metrics.jsonl", "a")
+        self._csv = open(folder / "metrics.csv", "a", encoding="utf-8", newline="")
+        self._jsonl = open(folder / "metrics.jsonl", "a", encoding="utf-8")
         self._tensorboard = _tensorboard(folder, resume_step) if tensorboard else None
         self._wandb = _wandb(folder, wandb, config) if wandb else None
 
@@ -91,7 +92,7 @@ class Metrics:
 def read_csv(folder: RunFolder) -> list[dict[str, str]]:
     """Complete rows of metrics.csv as text, in the order of the file; none where there is no file."""
     try:
-        text = (folder / "metrics.csv").read_text()
+        text = (folder / "metrics.csv").read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     complete = text[: text.rfind("\n") + 1]
@@ -101,7 +102,7 @@ def read_csv(folder: RunFolder) -> list[dict[str, str]]:
 
 def _read_jsonl(folder: RunFolder) -> list[dict[str, Any]]:
     try:
-        text = (folder / "metrics.jsonl").read_text()
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -119,7 +120,7 @@ def _csv_text(rows: list[dict[str, Any]], header: bool = True) -> str:
 def _tensorboard(folder: RunFolder, resume_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(folder.path), purge_step=resume_step + 1 if resume_step else None)
+    return SummaryWriter(str(folder.path), purge_step=resume_step + 1)
 
 
 def _wandb(folder: RunFolder, project: str, config: dict[str, Any] | None) -> Any:

@@ -13,6 +13,7 @@ import optax
 
 from effattn_jax.nn.layers import EMBEDDING_STD
 from effattn_jax.optim import (
+    GroupOptions,
     amos,
     clip_by_global_norm,
     group_table,
@@ -23,7 +24,8 @@ from effattn_jax.optim import (
     soft_clip_by_global_norm,
     tiger,
 )
-from effattn_jax.training.config import OptimConfig, parse_options
+from effattn_jax.training.config import OptimConfig
+from effattn_jax.training.options import read_fields, split_options
 
 Direction = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
@@ -145,17 +147,18 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
     """A rule of `optim.groups` as (regular expression, options); values are numbers, True, False, None or words.
 
     Raises:
-      ValueError: text without a colon, or an option without a value.
+      ValueError: text without a colon, an option without a value, or a value of another type.
 
     Example:
       >>> parse_rule("embedding$: weight_decay=0.1, lazy=frozen")
       ('embedding$', {'weight_decay': 0.1, 'lazy': 'frozen'})
     """
     pattern, colon, rest = text.rpartition(":")
-    options = parse_options(rest)
+    options = split_options(rest)
     if not colon or options is None:
         raise ValueError(f'optim.groups must hold rules "REGEX: option=value, ...", got {text!r}.')
-    return pattern.strip(), options
+    pattern = pattern.strip()
+    return pattern, read_fields(GroupOptions, options, f"optim.groups, rule {pattern!r}: ")
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:

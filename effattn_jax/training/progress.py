@@ -16,6 +16,10 @@ SECONDS_BETWEEN_LINES = 3.0
 class Clock:
     """Steps a second over the last few seconds, pauses (evaluation, saving, compiling) taken out.
 
+    A step is read after the next one was handed over, and a small program on a CPU is computed while it is handed over. What lies between two ticks
+    is one step's time there too; the last step before a pause, read at once, has none of its own. Where only one or two steps lie between
+    pauses, they are timed as a whole.
+
     Example:
       >>> clock = Clock()
       >>> clock.tick(1)
@@ -25,21 +29,30 @@ class Clock:
 
     def __init__(self, memory: float = 0.9):
         self._memory = memory
+        self._start: tuple[int, float] | None = None
         self._last: tuple[int, float] | None = None
         self.seconds_per_step: float | None = None
 
     def tick(self, step: int) -> None:
-        """Note that a step is complete."""
+        """Note that a step was read after the next one was handed over."""
         now = time.perf_counter()
-        if self._last is not None and step > self._last[0]:
-            seconds = (now - self._last[1]) / (step - self._last[0])
-            old = self.seconds_per_step
-            self.seconds_per_step = seconds if old is None else self._memory * old + (1 - self._memory) * seconds
+        self._measure(self._last, step, now)
         self._last = (step, now)
 
-    def pause(self) -> None:
-        """What follows until the next tick counts for no step."""
-        self._last = None
+    def close(self, step: int) -> None:
+        """Note that the last step before a pause is complete."""
+        if self._start is not None and step - self._start[0] <= 2:
+            self._measure(self._start, step, time.perf_counter())
+
+    def start(self, step: int) -> None:
+        """The pause after a step is over; the first steps of all, which are compiled, have no start."""
+        self._start, self._last = (step, time.perf_counter()), None
+
+    def _measure(self, since: tuple[int, float] | None, step: int, now: float) -> None:
+        if since is None:
+            return
+        seconds, old = (now - since[1]) / (step - since[0]), self.seconds_per_step
+        self.seconds_per_step = seconds if old is None else self._memory * old + (1 - self._memory) * seconds
 
 
 class Screen:

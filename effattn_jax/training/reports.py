@@ -54,9 +54,12 @@ class Reporter:
             if error is None:
                 raise
 
-    def step(self, step: int, numbers: dict[str, Any]) -> None:
-        """Take in one step's numbers."""
-        self._clock.tick(step)
+    def step(self, step: int, numbers: dict[str, Any], last: bool = False) -> None:
+        """Take in one step's numbers; `last` says that a pause follows."""
+        if last:
+            self._clock.close(step)
+        else:
+            self._clock.tick(step)
         self._row = {f"train/{name}": float(value) for name, value in numbers.items() if name != "good"}
         seconds = self._clock.seconds_per_step
         if seconds:
@@ -73,9 +76,9 @@ class Reporter:
         if self._metrics:
             self._metrics.write(step, values)
 
-    def pause(self) -> None:
-        """Keep what happens until the next step out of the step time."""
-        self._clock.pause()
+    def resume(self, step: int) -> None:
+        """Keep what has happened since step `step` out of the step time."""
+        self._clock.start(step)
 
     def evaluate(self, step: int, params: Any) -> dict[str, float]:
         """Evaluate, write the step's row, sample; returns the validation metrics."""
@@ -84,8 +87,6 @@ class Reporter:
         self._screen.say(f"step {step}: {describe(self._values, self._unit)}", style="bold")
         if self._config.sample_tokens:
             self._sample(step, params)
-        if step == self._config.steps:
-            self._evaluate_also(step, params)
         return self._values
 
     def _evaluate_also(self, step: int, params: Any) -> None:
@@ -117,8 +118,9 @@ class Reporter:
         return prompt + sample_text(model, params, dataset.codec, prompt, length, dataset.context, **options)
 
     def finish(self, state: Any) -> dict[str, float]:
-        """The last line; the run is finished from here on."""
+        """The further evaluations and the last line, the last step being saved; the run is finished from here on."""
         values = self._values or self._setup.evaluate(state.params)
+        self._evaluate_also(self._config.steps, state.params)
         speed = ""
         if "tokens_per_second" in self._row:
             rate = self._row["tokens_per_second"]

@@ -37,7 +37,7 @@ def continue_tokens(
       params: its parameters.
       prompt: token ids (T,), T >= 1; its last half context is used.
       num_tokens: how many to add.
-      context: longest sequence that the model was trained on, at least 2.
+      context: longest sequence that the model was trained on.
       key: source of the samples.
       temperature, top_k, top_p: as in `decoding.generate`.
 
@@ -59,13 +59,14 @@ def continue_tokens(
         seen = text[-half:]
         padded = np.pad(seen, (half - seen.size, 0))
         key, use = jax.random.split(key)
-        piece = _piece(model, params, padded[None], (np.arange(half) >= half - seen.size)[None], use, half, options)
+        state = model.init_state(1, min(2 * half, context))  # the last token is not read again
+        given = (np.arange(half) >= half - seen.size)[None]
+        piece = _piece(model, params, state, padded[None], given, use, half, options)
         text = np.concatenate([text, np.asarray(piece)[0]])
     return text[prompt.size : end]
 
 
-def _piece(model, params, prompt, mask, key, half, options):
-    state = model.init_state(1, 2 * half)
+def _piece(model, params, state, prompt, mask, key, half, options):
     make = partial(generate, model.step, params, state, num_tokens=half, key=key, **options)
     return make(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask))
 
@@ -115,6 +116,7 @@ def sample_from_contexts(
 
 def show_answers(task: Any, params: Any, dataset: Dataset, rows: int = 3) -> str:
     """A few validation rows of a task that is no text: what was asked, what was expected, what the model says."""
+    rows = min(rows, dataset.num_validation_items)
     batch = dataset.validation_items(np.arange(rows))
     predicted = np.asarray(jax.jit(task.predict)(params, batch))
     lines = []

@@ -112,7 +112,9 @@ def _varied(setup: Setup, text: str) -> Setup:
     if old != new:
         raise ValueError(f"{text!r} changes what the model reads or says, (kind, sizes) from {old} to {new}")
     check_length(config.model, dataset.context)
-    _make_mesh(config)  # raises where the batch does not fit it
+    groups = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    if dataset.batch_size % groups:
+        raise ValueError(f"data.batch_size must be a multiple of the mesh's data x fsdp = {groups}, got {text!r}.")
     task = make_task(config.model, dataset)
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
     step = jax.jit(task.evaluate, out_shardings=everywhere)
