@@ -49,7 +49,7 @@ def plot_attention(
             raise ValueError(
                 f"{name} must have {count} entries, as weights has the shape {weights.shape}; got {len(given)}"
             )
-    return _draw(weights, titles or [f"head {n}" for n in range(heads)], query_labels, key_labels)
+    return _draw(weights, [f"head {n}" for n in range(heads)] if titles is None else titles, query_labels, key_labels)
 
 
 def _draw(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from effattn_jax.attention import MIXERS, as_attention_fn
+from effattn_jax.attention import MIXERS, as_attention_fn, residual_attention
+from effattn_jax.position import Alibi
 
 B, T, D, N = 2, 7, 8, 2
 H = D // N
@@ -220,3 +221,47 @@ def test_what_changes_nothing_is_accepted():
     assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="is_causal=True of Flax aligns the first query"):
         as_attention_fn("softmax")(x[:, :3], x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["softmax", "local", "sparse", "fixed", "synthesizer_random", "retention"])
+def test_decoding_from_flax_cache(name):
+    """Linen's cache has empty slots behind its tokens, hidden by a mask: token by token is what the whole row gives."""
+    options = options_of(name, is_causal=True, **MIXERS[name].options)
+    options = {k: v for k, v in options.items() if k != "log_decay"}
+    if name == "softmax":
+        options["bias"] = Alibi(jnp.array([0.5, 0.25]))
+    x, weights = small()
+    whole = in_linen(name, x, weights, options=options)
+    layer = linen.MultiHeadDotProductAttention(num_heads=N, attention_fn=as_attention_fn(name, **options), decode=True)
+    variables = layer.init(jax.random.key(0), jnp.zeros((B, 9, D)))  # a cache of nine slots
+    step = jax.jit(
+        lambda cache, x: layer.apply({"params": flax_parameters(weights), "cache": cache}, x, mutable="cache")
+    )
+    cache, rows = variables["cache"], []
+    for i in range(T):
+        row, mutated = step(cache, x[:, i : i + 1])
+        cache = mutated["cache"]
+        rows.append(row)
+    np.testing.assert_allclose(jnp.concatenate(rows, axis=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: as_attention_fn("softmax", mask=jnp.ones((T, T), bool)), "mask is no option"),
+        (lambda: as_attention_fn(residual_attention), "pass 'residual'"),
+        (
+            lambda: as_attention_fn("softmax")(*[jnp.ones((1, 2, 1, 4))] * 3, precision=("highest", "default")),
+            "one for both",
+        ),
+    ],
+)
+def test_options_that_no_layer_can_have(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_precision_by_preset():
+    x = jnp.ones((1, 2, 1, 4))
+    for precision in (jax.lax.DotAlgorithmPreset.F32_F32_F32, jax.lax.Precision.HIGH, ("highest", "highest")):
+        np.testing.assert_array_equal(as_attention_fn("softmax")(x, x, x, precision=precision), x)

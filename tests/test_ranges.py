@@ -54,7 +54,11 @@ def test_past_and_future_are_added_before_they_are_rounded(name):
 )
 def test_gradients_of_a_quotient_at_every_size_of_features(size, options):
     """The sums are 1e-20 or 1e20, whose squares float32 does not hold; first and second derivatives are those at size 1."""
-    query, key, value = jnp.abs(normal(0, 1, 6, 1, 4)) + 0.5, jnp.abs(normal(1, 1, 6, 1, 4)) + 0.5, normal(2, 1, 6, 1, 4)
+    query, key, value = (
+        jnp.abs(normal(0, 1, 6, 1, 4)) + 0.5,
+        jnp.abs(normal(1, 1, 6, 1, 4)) + 0.5,
+        normal(2, 1, 6, 1, 4),
+    )
 
     def derivatives(size):
         def loss(query, key):
@@ -155,3 +159,64 @@ def test_decay_zero_has_a_gradient():
 def test_cosines_of_the_largest_numbers():
     for size in (9e37, 3.4e38):
         np.testing.assert_allclose(cosine_features(jnp.full(2, size)), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
+
+
+ALIGNED = [
+    "softmax",
+    "residual",
+    "linear",
+    "linear_hedgehog",
+    "performer",
+    "retention",
+    "delta_rule",
+    "efficient",
+    "gated_linear",
+]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", ALIGNED)
+def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
+    """A query that sees no key gives 0 and passes nothing back, whatever it holds; a state that came in is something to see."""
+    mixer, mask = MIXERS[name], jnp.array([False, False, True, True, True])
+    arrays = [normal(i, 1, 5, 2, 4) for i in range(3)]
+    extras = {} if mixer.extras is None else mixer.extras(jax.random.key(3), arrays[0])
+    weights = {} if mixer.weights is None else mixer.weights(jax.random.key(4), 2, 2, 4)
+    hidden = {} if is_causal else {"segment_ids": jnp.array([[0, 0, 1, 1, 1]])}
+
+    def loss(arrays, **more):
+        options = {**mixer.options, **extras, **weights, **more}
+        out = mixer.function(*arrays, mask=mask[None, None, None], is_causal=is_causal, **options)
+        return jnp.sum(out**2), out
+
+    poisoned = [x.at[:, :2].set(jnp.nan) for x in arrays]
+    clean = [x.at[:, :2].set(0) for x in arrays]
+    (got, expected) = (jax.grad(loss, has_aux=True)(xs, **hidden) for xs in (poisoned, clean))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
+    assert not jnp.any(got[1][:, :2])
+
+
+@pytest.mark.parametrize(
+    "name, option",
+    [("local", "window"), ("sparse", "window"), ("atrous", "dilation"), ("fixed", "block"), ("topk", "k")],
+)
+def test_patterns_larger_than_any_row(name, option):
+    """Up to sys.maxsize and beyond: as a number that is just larger than the row, in both forms."""
+    mixer, x = MIXERS[name], normal(0, 1, 9, 1, 4)
+    for form in ({"implementation": "dense"}, {"implementation": "chunked"}):
+        calls = [
+            mixer.function(x, x, x, is_causal=True, **mixer.options | {option: n}, **form)
+            for n in (2**31 - 1, 2**65, 30)
+        ]
+        for got in calls[:2]:
+            np.testing.assert_allclose(got, calls[2], atol=1e-6)
+
+
+def test_a_call_of_no_tokens_leaves_the_segment_in_progress():
+    x, ids = normal(0, 1, 4, 2, 4), jnp.full((1, 4), 7)
+    _, state = dot_product_attention(x, x, x, is_causal=True, segment_ids=ids, return_state=True)
+    none = x[:, :0]
+    _, after = dot_product_attention(
+        none, none, none, is_causal=True, segment_ids=ids[:, :0], initial_state=state, return_state=True
+    )
+    assert after.last == 7

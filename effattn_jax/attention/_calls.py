@@ -14,6 +14,7 @@ from effattn_jax.attention._pairs import Arrays, Marks, Spec
 __all__: list[str] = []
 
 FORMS = (None, "dense", "chunked")
+FAR = 2**30  # neighbours that reach past both ends of any row, and positions beyond them still fit int32
 DENSE_PAIRS = 256 * 512  # up to so many (query, key) pairs a head all scores are formed at once
 
 
@@ -25,7 +26,7 @@ def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]
         raise ValueError(
             f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}"
         )
-    left, right = pair
+    left, right = (None if w is None or w >= FAR else w for w in pair)
     return left, (0 if is_causal else right)
 
 

@@ -78,6 +78,9 @@ class View(NamedTuple):
 class Pattern(Protocol):
     """What `run` needs of a pattern."""
 
+    def within(self, places: int) -> "Pattern":
+        """The same for queries and keys that stand less than so many places apart, with no number larger than that."""
+
     def dense(self, view: View) -> jax.Array:
         """The output from all scores at once."""
 
@@ -99,6 +102,8 @@ def run(
         return ready.results(ready.nothing(), return_state)
     view = View(ready.spec, ready.arrays, ready.marks, ready.offset, chunk_size)
     length, keys = view.lengths
+    if isinstance(length, int) and isinstance(keys, int):  # in an export they may be unknown
+        pattern = pattern.within(length + keys)
     if (
         callable(ready.arrays.bias) and ready.marks.key_positions is None
     ):  # parts of a pattern no longer count one by one

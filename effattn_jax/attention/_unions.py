@@ -22,6 +22,11 @@ class Union(NamedTuple):
     period: int
     num_global: int = 0
 
+    def within(self, places: int) -> "Union":
+        """See `Pattern`."""
+        window = None if self.window is None else tuple(min(size, places) for size in self.window)
+        return Union(window, min(self.period, places), min(self.num_global, places))
+
     def keys_seen(self, context: int) -> int:
         """How many keys a query sees at most, those that several sets hold counted for each."""
         near = 0 if self.window is None else 1 + sum(self.window)
@@ -175,6 +180,10 @@ class Fixed(NamedTuple):
         """How many keys a query sees at most."""
         return min(context, self.block + context // self.block * self.summary)
 
+    def within(self, places: int) -> "Fixed":
+        """See `Pattern`: a block that no row fills ends nowhere, however long it is."""
+        return Fixed(min(self.block, places + 1), min(self.summary, places + 1))
+
     def dense(self, view: View) -> jax.Array:
         """See `Pattern`."""
         ends, key_blocks, query_blocks = self._blocks(view)
@@ -257,6 +266,10 @@ class Top(NamedTuple):
     """The largest scores of a row."""
 
     count: int
+
+    def within(self, places: int) -> "Top":
+        """See `Pattern`."""
+        return Top(min(self.count, places))
 
     def dense(self, view: View) -> jax.Array:
         """See `Pattern`."""

@@ -53,7 +53,7 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     Args:
       kernel: a name of `attention.MIXERS` or any function under the contract.
       **options: passed on to the kernel, such as `is_causal=True` or `window=64`; inputs beside query, key and value (`log_decay`, the
-        tables of a Synthesizer) too.
+        tables of a Synthesizer) too, and a `bias` for calls that bring none. With `is_causal=True` a layer may decode from Flax's cache.
 
     Returns:
       f(query, key, value, bias=None, mask=None, *, dropout_rng, dropout_rate, broadcast_dropout, deterministic, dtype, precision, module, ...)
@@ -116,6 +116,9 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         settings = {**options, "is_causal": is_causal or options.get("is_causal", False)}
+        bias = settings.pop("bias", None) if bias is None else bias
+        if settings["is_causal"] and mask is not None and query.shape[-3] < key.shape[-3]:
+            key, value, bias, mask = _filled_last(key, value, bias, mask)
         if precision is None:
             return kernel(query, key, value, bias, mask, **settings)
         with jax.default_matmul_precision(_precision_name(precision)):
@@ -124,8 +127,37 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     return attention_fn
 
 
+def _filled_last(key: jax.Array, value: jax.Array, bias: Any, mask: jax.Array) -> tuple:
+    """Keys with the empty slots behind the last real one moved in front of them.
+
+    Flax's cache holds empty slots behind its tokens, hidden by a mask over keys; where ends are aligned, as ours are, the last query stands at
+    the last slot, from which windows and remainders would be counted.
+    """
+    keys = key.shape[-3]
+    if mask.ndim != key.ndim or mask.shape[-3:] != (1, 1, keys):
+        return key, value, bias, mask
+    real = jnp.broadcast_to(mask[..., 0, 0, :], (*key.shape[:-3], keys))
+    empty = jnp.where(real.any(-1), jnp.argmax(real[..., ::-1], axis=-1), 0)
+    slots = (jnp.arange(keys).reshape((1,) * empty.ndim + (keys,)) - empty[..., None]) % keys
+    key, value = (jnp.take_along_axis(x, slots[..., None, None], axis=-3) for x in (key, value))
+    if bias is not None and not callable(bias) and bias.shape[-1] == keys:
+        lead = (*key.shape[:-3], *bias.shape[-3:])
+        bias = jnp.take_along_axis(jnp.broadcast_to(bias, lead), slots[..., None, None, :], axis=-1)
+    return key, value, bias, jnp.take_along_axis(real, slots, axis=-1)[..., None, None, :]
+
+
 def _check_options(kernel: Callable, options: dict[str, Any]) -> None:
+    from effattn_jax.attention import MIXERS
+
     parameters = inspect.signature(kernel).parameters
+    for name in ("query", "key", "value", "mask"):
+        if name in options:
+            raise ValueError(f"{name} is no option of an attention_fn: the layer passes it with every call")
+    for name, mixer in MIXERS.items():
+        if kernel is mixer.with_scores:
+            raise ValueError(
+                f"kernel={kernel.__name__} returns scores beside the output; pass {name!r}, which does not"
+            )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     for name in options:
@@ -138,6 +170,11 @@ def _check_options(kernel: Callable, options: dict[str, Any]) -> None:
 
 
 def _precision_name(precision: Any) -> str:
+    """The name under which `jax.default_matmul_precision` knows a precision as Flax takes it."""
     if isinstance(precision, tuple):
+        if len(set(precision)) != 1:
+            raise ValueError(f"precision must be one for both operands; got {precision!r}")
         precision = precision[0]
+    if isinstance(precision, jax.lax.DotAlgorithmPreset):
+        return precision.name
     return precision if isinstance(precision, str) else jax.lax.Precision(precision).name.lower()

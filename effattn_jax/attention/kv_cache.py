@@ -107,7 +107,7 @@ def extend(state: Cache, call: Call, valid: jax.Array | None) -> Cache:
         joined = [
             jnp.concatenate([old, x.astype(old.dtype)], axis=1) for old, x in zip(state[:4], new[:4], strict=True)
         ]
-        return Cache(*joined, new.last, None)
+        return Cache(*joined, new.last if count else state.last, None)
     capacity = state.key.shape[1]
     known = not isinstance(state.length, jax.core.Tracer)
     if count > capacity or (known and int(state.length) + count > capacity):

@@ -70,9 +70,11 @@ def residual_attention(
         (batch, length, heads, dim), (keys, kv_heads) = call.query.shape, call.key.shape[1:3]
         dtype = accumulator(call.query, call.key, call.value)
         key, bad = finite_or_zero(call.key.astype(dtype))
-        grouped = call.query.astype(dtype).reshape(batch, length, kv_heads, heads // kv_heads, dim)
+        grouped, bad_query = finite_or_zero(call.query.astype(dtype))
+        grouped = grouped.reshape(batch, length, kv_heads, heads // kv_heads, dim)
         grouped = grouped * scale_or(1 / math.sqrt(dim), scale)
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key).reshape(batch, heads, length, keys)
+        scores = jnp.where(jnp.moveaxis(bad_query, 2, 1)[..., None], jnp.nan, scores)
         if previous_scores is not None:
             scores = scores + _previous(previous_scores, call, scores.shape).astype(dtype)
         return Scores(

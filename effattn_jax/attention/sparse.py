@@ -9,7 +9,7 @@ arXiv:1904.10509; Beltagy et al., arXiv:2004.05150 (global tokens).
 from typing import Any
 
 from effattn_jax._contract import ArrayLike, positive
-from effattn_jax.attention._calls import window_bounds
+from effattn_jax.attention._calls import FAR, window_bounds
 from effattn_jax.attention._patterns import run
 from effattn_jax.attention._unions import Fixed, Union
 from effattn_jax.attention.kv_cache import Cache
@@ -161,9 +161,10 @@ def sparse_attention(
     True
     """
     positive(dilation=dilation)
-    left, right = window_bounds(window, is_causal)
-    if left is None or right is None:
+    bounds = window_bounds(window, is_causal)
+    if window is None or (isinstance(window, tuple | list) and None in window):
         raise ValueError(f"window must be an int >= 0 or a pair (left, right) of them; got {window!r}")
+    left, right = (FAR if w is None else w for w in bounds)
     if not isinstance(num_global, int) or isinstance(num_global, bool) or num_global < 0:
         raise ValueError(f"num_global must be an int >= 0; got {num_global!r}")
     return run(
@@ -215,7 +216,7 @@ def strided_attention(
     (1, 9, 2, 4)
     """
     positive(stride=stride)
-    reach = stride - 1
+    reach = min(stride - 1, FAR)
     return run(
         Union((reach, 0 if is_causal else reach), stride),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
