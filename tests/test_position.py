@@ -1,11 +1,14 @@
 """Rotary and sinusoidal positions against float64, and the law that scores depend on distances only."""
 
+from decimal import Decimal, localcontext
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.position import rotary, sinusoidal_embedding
+from effattn_jax.position import rotary, sinusoidal_embedding, xpos
+from effattn_jax.position.angles import angles, inverse_frequencies
 
 OFFSETS = (0, 1_000, 1_000_000)
 
@@ -84,6 +87,35 @@ def test_rotary_in_float64(qk):
     np.testing.assert_allclose(rotary(x, positions), oracle(x, positions), atol=1e-9)
 
 
+@pytest.mark.usefixtures("x64")
+def test_xpos_in_float64(qk):
+    q, k = np.asarray(qk, np.float64)
+    decay = np.tile((np.arange(0, 16, 2) / 16 + 0.4) / 1.4, 2) ** (
+        (np.arange(6)[:, None] - np.arange(6))[..., None] / 512
+    )
+    expected = np.einsum("btnh,bsnh,tsh->bnts", *(oracle(x, np.arange(6)) for x in (q, k)), decay)
+    at = 1_000 + np.arange(6)
+    np.testing.assert_allclose(np.einsum("btnh,bsnh->bnts", *xpos(q, k, at, at)), expected, atol=1e-11)
+
+
+def test_angles_are_right_to_float32_up_to_the_last_position():
+    """Against 50 digits."""
+    places, w = [10**8 + 7, 2**31 - 1, 1 - 2**31], inverse_frequencies(64, 10000.0)
+    found = angles(jnp.array(places), w)
+    with localcontext() as digits:
+        digits.prec = 50
+        turn = 2 * Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
+        apart = [[(t * Decimal(f) - Decimal(float(a))) / turn for f, a in zip(w, row)] for t, row in zip(places, found)]
+        worst = max(abs(x - x.to_integral_value()) for row in apart for x in row) * turn
+    assert worst < 6e-7
+
+
+def test_rotary_frequencies_may_be_a_list(qk):
+    w = inverse_frequencies(16, 10000.0)
+    at = 1_000_000 + jnp.arange(6)
+    np.testing.assert_array_equal(rotary(qk[0], at, frequencies=w.tolist()), rotary(qk[0], at, frequencies=w))
+
+
 def test_rotary_gradient_is_the_turn_back(qk):
     x, cotangent = qk
     positions = jnp.arange(6) * 1000
@@ -103,6 +135,18 @@ def test_rotary_errors():
         rotary(x, jnp.arange(4), base=0.0)
     with pytest.raises(ValueError, match=r"\(\*B, T, N, H\)"):
         rotary(jnp.ones((4, 6)), jnp.arange(4))
+    refused = {
+        r"scaling must be a number or of shape \(dim/2,\) = \(3,\); got \(2,\)": {"scaling": np.ones(2)},
+        "scaling must be None where frequencies": {"scaling": 0.5, "frequencies": np.ones(3)},
+        "dim must be even and at least 2": {"dim": 5, "frequencies": np.ones(2)},
+        r"frequencies must have shape \(dim/2,\) = \(3,\); got \(2,\)": {"frequencies": [1.0, 0.1]},
+        "frequencies must be real numbers; got complex": {"frequencies": np.ones(3, complex)},
+        "x must be a floating array; got int32": {"x": jnp.ones((1, 4, 2, 6), jnp.int32)},
+        "positions must be integers or real floats; got complex64": {"positions": jnp.ones(4, jnp.complex64)},
+    }
+    for message, options in refused.items():
+        with pytest.raises(ValueError, match=message):
+            rotary(**{"x": x, "positions": jnp.arange(4), **options})
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

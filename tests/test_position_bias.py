@@ -95,6 +95,26 @@ def test_values_by_position_and_by_distance(start):
             np.testing.assert_allclose(values, formula(biases[name], d), atol=2e-5, err_msg=name)
 
 
+@pytest.mark.usefixtures("x64")
+def test_sandwich_in_float64():
+    bias, d = Sandwich(1 / jnp.arange(1.0, N + 1), dim=16), np.arange(3, 14)[None] - np.arange(7)[:, None]
+    waves = np.cos(d[..., None] * bias.base ** (-np.arange(0, 16, 2) / 16)).sum(-1)
+    expected = np.array(1 / np.arange(1.0, N + 1))[:, None, None] * waves
+    np.testing.assert_allclose(bias.at_distance(d), expected, atol=1e-13)
+    np.testing.assert_allclose(bias(1_000 + np.arange(7), 1_000 + np.arange(3, 14)), expected, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
+def test_narrow_and_unsigned_positions(dtype):
+    """Differences and sizes do not wrap."""
+    places = np.array([0, 100, 127]).astype(dtype)
+    d = np.array([-128, 0, 127]) if dtype == "int8" else np.array([0, 127, 127])
+    for name, bias in objects(both_ways=True).items():
+        wide = bias(places.astype(np.int32), places.astype(np.int32))
+        np.testing.assert_array_equal(bias(places, places), wide, err_msg=name)
+        np.testing.assert_array_equal(bias.at_distance(d.astype(dtype)), bias.at_distance(d), err_msg=name)
+
+
 def positions_of(mask, keys=T):
     """Real keys before each key, (B, S)."""
     real = np.broadcast_to(np.ones((1, keys)) if mask is None else mask[:, 0, 0], (2, keys))
@@ -268,6 +288,9 @@ def test_refusals():
         dot_product_attention(q, k, v, alibi, implementation="cudnn")
     with pytest.raises(ValueError, match="relative must be integers"):
         t5_bucket(jnp.ones(3), bidirectional=True)
+    for options in ({"num_buckets": 0}, {"num_buckets": 1}, {"num_buckets": 7, "bidirectional": True}):
+        with pytest.raises(ValueError, match="num_buckets must"):
+            T5Bias.initial(N, jax.random.key(0), **options)
     with pytest.raises(ValueError, match="max_distance"):
         t5_bucket(jnp.array([1]), bidirectional=True, max_distance=8)
     with pytest.raises(NotImplementedError):

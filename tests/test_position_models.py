@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effattn_jax._places import count_positions
 from effattn_jax.generate import _settings
 from effattn_jax.models import LanguageModel, ModelConfig
 from effattn_jax.nn import MIXERS, MultiHeadAttention, Placing
@@ -78,12 +79,11 @@ def test_steps_equal_the_whole_and_padding_nothing(name):
 
 
 def test_models_at_shifted_positions():
-    """Outputs at positions from 10^3 and 10^6 on are those from 0: turned inputs, turned features, XPOS's decays, scaled frequencies."""
+    """Outputs at positions from 10^3 and 10^6 on are those from 0: turned inputs, turned features, scaled frequencies."""
     relative = {
         "softmax": {},
         "yarn": {"rotary_scaling": "yarn", "rotary_factor": 8.0, "train_length": 64},
         "features": {"mixers": "linear,linear_hedgehog", "layers": 2},
-        "xpos in linear time": TRAINED["xpos in linear time"],
         "delta rule": {"mixers": "gated_linear,gated_delta_rule,retention", "layers": 3},
     }
     models = {name: LanguageModel(ModelConfig(**{**SMALL, **options}), 20) for name, options in relative.items()}
@@ -99,6 +99,63 @@ def test_models_at_shifted_positions():
     for start in (1_000, 1_000_000):
         for name, out in run(start).items():
             assert_close(out, here[name], 1e-5, f"{name} from {start}")
+
+
+@pytest.mark.parametrize(
+    "options", [{"positions": p} for p in ("alibi", "t5", "xpos", "kerple_log", "sandwich")]
+    + [{"mixer": "xpos"}, {"rerope_window": 4}, {"window": 3, "sinks": 1}, {"log_scale": "train", "train_length": 8}],
+)  # fmt: skip
+def test_positions_that_no_kernel_would_read_are_refused(options):
+    with pytest.raises(ValueError, match=r"positions must be None where kernels count .*; got \(2, 12\)"):
+        model = LanguageModel(ModelConfig(**{**SMALL, **options}), 20)
+        model.init(jax.random.key(0), jnp.asarray(TOKENS), positions=jnp.zeros((2, 12), jnp.int32))
+
+
+IDS = np.array([[0] * 5 + [1] * 7, [3] * 12])
+SEEN = {
+    "causal, sinks": ({"window": 2, "sinks": 2}, True, {}),
+    "causal, packed, sinks": ({"window": 2, "sinks": 2}, True, {"segment_ids": IDS}),
+    "all": ({}, False, {}),
+    "packed, hidden": ({}, False, {"segment_ids": IDS, "mask": np.arange(12) % 4 > 0}),
+    "window": ({"window": 3}, False, {}),
+    "wide window": ({"window": 40}, False, {"segment_ids": IDS}),
+    "window, packed, hidden": ({"window": 2}, False, {"segment_ids": IDS, "mask": np.arange(12) % 4 > 0}),
+    "sinks, packed, padded": ({"window": 1, "sinks": 2}, False, {"segment_ids": IDS, "mask": MASK}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEEN)
+def test_log_n_counts_the_keys_that_the_kernel_shows(case):
+    """n of each real row against the weights above 0 of the module's own kernel."""
+    options, causal, marks = SEEN[case]
+    marks = {name: jnp.broadcast_to(x, (2, 12)) for name, x in marks.items()}
+    placing = Placing(log_scale="train", train_length=8, sinks=options.get("sinks", 0))
+    window, keep = options.get("window"), marks.get("mask", jnp.ones((2, 12), bool))
+    positions = count_positions((2, 12), **marks)
+    factor = placing.query_factor("softmax", {}, positions, window, causal=causal, **marks)
+    kernel, chosen = placing.kernel("softmax", {}, window, 4, None)
+    zeros, values = jnp.zeros((2, 12, 1, 4)), jnp.broadcast_to(jnp.eye(12)[None, :, None], (2, 12, 1, 12))
+    hidden = {"mask": keep[:, None, None], "segment_ids": marks.get("segment_ids"), "is_causal": causal}
+    seen = np.count_nonzero(kernel(zeros, zeros, values, **hidden, **chosen)[:, :, 0], axis=-1)
+    found = np.broadcast_to(np.exp(np.asarray(factor)[..., 0, 0] * np.log(8)), seen.shape)
+    np.testing.assert_allclose(found[keep], seen[keep], rtol=1e-5)
+
+
+def test_log_n_in_a_model_both_ways():
+    """Reversing the row reverses the outputs; a packed row is its documents alone, counted without given positions in a causal one too."""
+    x = np.random.default_rng(0).normal(size=(1, 12, 8)).astype(np.float32)
+    placing = Placing(log_scale="train", train_length=16)
+    one, other = (MultiHeadAttention(8, causal=causal, placing=placing) for causal in (False, True))
+
+    @jax.jit
+    def run(x):
+        params = one.init(jax.random.key(0), x)
+        packed = [m.apply(params, x, segment_ids=jnp.asarray(IDS[:1])) for m in (one, other)]
+        return one.apply(params, x), one.apply(params, x[:, ::-1]), packed, [m.apply(params, x[:, 5:]) for m in (one, other)]  # fmt: skip
+
+    whole, back, packed, alone = run(x)
+    assert_close(back[:, ::-1], whole, 1e-6)
+    assert_close([y[:, 5:] for y in packed], alone, 1e-6)
 
 
 def test_random_and_stretched_positions():
@@ -131,8 +188,8 @@ def test_xpos_in_linear_time_is_the_sum_written_out():
 
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 1, 8)).astype(np.float32)
     decay = jnp.broadcast_to(jnp.tile(jnp.asarray(xpos_decay(8), jnp.float32), 2), q.shape)
-    turned = [rotary(x, jnp.arange(7)) for x in (q, k)]
-    out = gated_linear_attention(*turned, v, log_decay=decay, is_causal=True)
+    turned, later = ([rotary(x, start + jnp.arange(7)) for x in (q, k)] for start in (0, 1_000_000))
+    out = gated_linear_attention(*later, v, log_decay=decay, is_causal=True)
     r = np.arange(7)[:, None] - np.arange(7)[None]
     fading = np.exp(np.tile(xpos_decay(8), 2) * np.maximum(r, 0)[..., None])
     scores = np.einsum("tnh,snh,tsh->ts", *(np.asarray(x[0]) for x in turned), fading) * (r >= 0)
@@ -303,6 +360,18 @@ def test_published_parts():
         ({"log_scale": "train"}, "train_length must be above 1"),
         ({"rotary_scaling": "yarn", "rotary_factor": 2.0}, "train_length must be above 1"),
         ({"rotary_scaling": "ntk", "positions": "none"}, "rotary_scaling must be none without rotary"),
+        (
+            {"rotary_base": 1.0, "rotary_scaling": "yarn", "rotary_factor": 4.0, "train_length": 16},
+            "rotary_base must be above 1 with yarn; got 1.0",
+        ),
+        (
+            {"positions": "none", "mixer": "xpos", "width": 12},
+            "mixer must be another option, since the head .* 3 is odd",
+        ),
+        (
+            {"positions": "none", "mixers": "rerope", "layers": 1, "width": 12},
+            "mixers must be another .* 3 is odd; got 'rerope'",
+        ),
         ({"rotary_factor": 0.5}, "rotary_factor must be at least 1"),
         ({"rotary_factor": 8.0}, "rotary_factor must be 1 without rotary_scaling"),
         ({"rerope_leak": 0.1}, "rerope_leak must be 0 without rerope_window"),

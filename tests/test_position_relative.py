@@ -263,6 +263,10 @@ def test_frequencies():
     np.testing.assert_allclose(*linear, rtol=1e-12)
     yarn = rotary_frequencies(128, scaling="yarn", factor=8, train_length=2048)
     np.testing.assert_allclose([yarn[0], yarn[-1] * 8], [plain[0], plain[-1]])
+    for short in ({"train_length": 4}, {"train_length": 16, "slow": 4.0}):  # no pair makes so much as `slow` turns
+        np.testing.assert_allclose(rotary_frequencies(128, scaling="yarn", factor=8, **short), plain / 8)
+    fast = rotary_frequencies(8, base=2.0, scaling="yarn", factor=8, train_length=10**6)  # every pair makes above 32
+    np.testing.assert_allclose(fast, rotary_frequencies(8, base=2.0))
     assert yarn_temperature(1) == 1 and np.isclose(yarn_temperature(np.e**10), 2)
     scale = log_length_scale(jnp.array([16, 64, 512, 1024, 4096]), 512)
     np.testing.assert_allclose(scale, [0.4444, 0.6667, 1, 1.1111, 1.3333], atol=1e-4)
@@ -283,6 +287,18 @@ def test_shifts_change_nothing(start):
         np.testing.assert_allclose(scores(start, w), scores(0, w), atol=1e-5, err_msg=scaling)
     shifted = product(*xpos(q, k, start + jnp.arange(6), start + jnp.arange(6), center=start + 2))
     np.testing.assert_allclose(shifted, product(*xpos(q, k, jnp.arange(6), jnp.arange(6))), atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [T, 11])
+def test_places_of_tupe_at_hidden_keys(length):
+    """A query there stands where the next token would, at the last place of a full table; it is no first token."""
+    arrays, weights = [x[:, :length] for x in inputs()], {**MEMBERS["tupe"][2]}
+    keep = np.broadcast_to(~np.isin(np.arange(T), [4, 11, 12]), (B, 1, 1, T))
+    weights |= {name: weights[name][:10] for name in ("position_query", "position_key")}
+    out = tupe_attention(*arrays, mask=keep[..., :length], is_causal=True, **weights)
+    padded = {n: np.concatenate([x, x[-1:]]) if n != "first_token" else x for n, x in weights.items()}
+    expected = reference("tupe", inputs(), padded, is_causal=True, mask=keep)[:, :length]
+    np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
 def test_xpos_at_the_end_of_a_long_row():
@@ -321,6 +337,13 @@ def test_absolute_embeddings():
             hierarchical_embedding(table, jnp.array([1]), **wrong)
     with pytest.raises(ValueError, match=r"positions must lie in \[0, n\^2\) = \[0, 36\)"):
         hierarchical_embedding(table, jnp.array([36]))
+    with pytest.raises(ValueError, match="got from -3 to 2"):
+        hierarchical_embedding(table, jnp.array([2, -3]))
+    narrow = jnp.array([3, 35], jnp.int8)
+    wide = draw(0, 20, 4)  # n^2 is beyond int8
+    np.testing.assert_array_equal(
+        hierarchical_embedding(wide, narrow), hierarchical_embedding(wide, jnp.array([3, 35]))
+    )
     factors = draw(7, 5, 4)
     np.testing.assert_allclose(
         position.multiplicative_embedding(factors[None], factors[None]), (factors * (1 + factors))[None]
@@ -350,6 +373,18 @@ def test_mistakes():
         "scaling='ntkk' is unknown": lambda: rotary_frequencies(8, scaling="ntkk"),
         "factor must be at least 1": lambda: rotary_frequencies(8, scaling="ntk", factor=0.5),
         "train_length must be given": lambda: rotary_frequencies(8, scaling="yarn", factor=2.0),
+        "base must be above 1": lambda: rotary_frequencies(8, base=1.0, scaling="yarn", factor=2.0, train_length=8),
+        "with 0 < slow < fast; got slow=0, fast=0": lambda: rotary_frequencies(8, scaling="yarn", train_length=8, fast=0, slow=0),
+        "with 0 < slow < fast; got slow=32, fast=1": lambda: rotary_frequencies(8, scaling="yarn", train_length=8, fast=1, slow=32),
+        "exponent must be at least 0 and finite": lambda: rotary_frequencies(8, scaling="ntk_mixed", factor=2.0, exponent=-1.0),
+        "with scaling='ntk_mixed'; got nan": lambda: rotary_frequencies(8, scaling="ntk_mixed", factor=2.0, exponent=math.nan),
+        "query and key must be": lambda: xpos(q, k[..., :4], jnp.arange(T), jnp.arange(T)),
+        "embedding must broadcast to x, (1, 2)": lambda: position.multiplicative_embedding(jnp.ones((1, 2)), jnp.ones((5, 3, 2))),
+        "embedding must broadcast to x, (2, 1)": lambda: position.multiplicative_embedding(jnp.ones((2, 1)), jnp.ones((2, 3))),
+        "must all be (*B, T, D), of one shape": lambda: complex_order_embedding(v[0], v[0], v[0, :, :, :2], jnp.arange(T)),
+        "positions must broadcast to (*B, T) = (13, 2)": lambda: complex_order_embedding(v[0], v[0], v[0], jnp.ones((3, 13, 2))),
+        "(*B, T) = (13, 2); got (3,)": lambda: complex_order_embedding(v[0], v[0], v[0], jnp.arange(3)),
+        "frequencies must have shape (H/2,) = (4,); got (2,)": lambda: rerope_attention(q, k, v, window=2, frequencies=[1.0, 0.1]),
         "frequencies must have shape": lambda: position.rotary(q, jnp.arange(T), frequencies=np.ones(3)),
         "train_length must be above 1": lambda: log_length_scale(3, 1),
         "length must be at most max_length": lambda: random_positions(jax.random.key(0), 5, 4),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._places import count_positions
-from effattn_jax.models.config import ModelConfig
+from effattn_jax.models.config import COUNTED, ModelConfig
 from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
 from effattn_jax.nn.mixer import check_inputs
@@ -34,10 +34,12 @@ def run_causal(
       segment_ids, mask, positions, deterministic, state, return_state: as in `LanguageModel`.
 
     Raises:
-      ValueError: wrong shapes, or a sequence beyond max_length where positions or a mixer fix it.
+      ValueError: wrong shapes, a sequence beyond max_length where positions or a mixer fix it, or positions that would not be honoured.
     """
     check_inputs(x_BxTxD, config.width, mask, segment_ids)
     check_length(config, x_BxTxD.shape[1])
+    if positions is not None and config.counts_positions:
+        raise ValueError(f"positions must be None {COUNTED}; got {jnp.asarray(positions).shape}")
     if positions is None:
         positions = count_positions(x_BxTxD.shape[:2], mask, segment_ids, *(state[:2] if state is not None else ()))
     y_BxTxD, placed = InputEmbedding(config, name="inputs")(x_BxTxD, positions, mask, deterministic)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from typing import Literal, get_args, get_type_hints
 
@@ -174,6 +175,17 @@ class ModelConfig:
         }
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether kernels count positions themselves, or keys by them, so that no others would be honoured."""
+        by_kernel = self.positions not in ("none", "learned", "sinusoidal", "rotary") or self.rerope_window is not None
+        return bool(by_kernel or self.sinks or self._with_positions() or self.log_scale != "none")
+
+    def _with_positions(self) -> list[str]:
+        """The mixers that have positions of their own."""
+        options = self._mixer_options(True)
+        return [name for name in self.layer_mixers() if nn.MIXERS[name](**options, parent=None).has_positions()]
+
+    @property
     def fixes_length(self) -> bool:
         """Whether no sequence may be longer than max_length: with learned positions, or weights for each place."""
         options = self._mixer_options(False)
@@ -194,7 +206,7 @@ class ModelConfig:
 
     def validate(self) -> "ModelConfig":
         """Returns itself, or raises a ValueError that names the field, what it holds and the rule."""
-        self._validate_choices()
+        self._validate_kinds()
         for field in ("layers", "width", "heads", "num_kv_heads", "max_length"):
             _require(getattr(self, field) >= 1, field.removeprefix("num_"), getattr(self, field), "at least 1")
         _require(self.width % self.heads == 0, "heads", self.heads, f"a divisor of the width {self.width}")
@@ -208,24 +220,25 @@ class ModelConfig:
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         self._validate_mixers()
         self._validate_lengths()
-        if self.positions in ("rotary", "xpos"):
-            size = self.width // self.heads
-            _require(
-                size % 2 == 0,
-                "positions",
-                self.positions,
-                f"another option, since the head dimension width / heads = {size} is odd",
-            )
+        size = self.width // self.heads
+        odd = f"another option, since the head dimension width / heads = {size} is odd"
+        _require(size % 2 == 0 or self.positions not in ("rotary", "xpos"), "positions", self.positions, odd)
+        turns = [name for name in self.layer_mixers() if name in ("xpos", "rerope")]
+        field = "mixers" if self.mixers else "mixer"
+        _require(size % 2 == 0 or not turns, field, getattr(self, field), odd)
         if self.positions == "sinusoidal":
             _require(self.width % 2 == 0, "width", self.width, "even for sinusoidal positions")
         return self
 
-    def _validate_choices(self) -> None:
+    def _validate_kinds(self) -> None:
         hints = get_type_hints(type(self))
         for field in dataclasses.fields(self):
             choices = get_args(hints[field.name])
             if choices and all(isinstance(choice, str) for choice in choices):
                 _check_name(field.name, getattr(self, field.name), choices)
+            if hints[field.name] is float:
+                value = getattr(self, field.name)
+                _require(abs(value) < math.inf, field.name, value, "finite")
 
     def _validate_lengths(self) -> None:
         _require(self.rotary_factor >= 1, "rotary_factor", self.rotary_factor, "at least 1")
@@ -234,6 +247,8 @@ class ModelConfig:
         _require(known or not relative, "train_length", self.train_length, "above 1 with log_scale or yarn")
         scaled = self.rotary_scaling != "none"
         _require(scaled or self.rotary_factor == 1, "rotary_factor", self.rotary_factor, "1 without rotary_scaling")
+        rising = self.rotary_base > 1 or self.rotary_scaling != "yarn"
+        _require(rising, "rotary_base", self.rotary_base, "above 1 with yarn")
         turned = self.positions == "rotary"
         _require(turned or self.rotary_scaling == "none", "rotary_scaling", self.rotary_scaling, "none without rotary")
         window = self.rerope_window
@@ -262,20 +277,13 @@ class ModelConfig:
             alpha,
             "0 without learned positions, else in (0, 1) but not 0.5",
         )
-        own = [n for n in self.layer_mixers() if nn.MIXERS[n](**self._mixer_options(True), parent=None).has_positions()]
+        own = self._with_positions()
         added = self.positions in ("learned", "sinusoidal")
         _require(
             not (own and added), "positions", self.positions, f"rotary or none, since {', '.join(own[:1])} has its own"
         )
         drawn = self.random_positions
-        counted = self.positions not in ("none", "learned", "sinusoidal", "rotary") or window is not None or self.sinks
-        counted = counted or own
-        _require(
-            drawn == 0 or (drawn > 0 and not counted and self.log_scale == "none"),
-            "random_positions",
-            drawn,
-            "0 where kernels count positions themselves (biases, xpos, rerope, sinks, mixers with positions) or with log_scale",
-        )
+        _require(drawn == 0 or (drawn > 0 and not self.counts_positions), "random_positions", drawn, f"0 {COUNTED}")
         _require(
             self.positions != "learned" or drawn <= self.max_length, "random_positions", drawn, "at most max_length"
         )
@@ -312,6 +320,9 @@ class ModelConfig:
             )
 
 
+COUNTED = (
+    "where kernels count positions themselves (biases, xpos, rerope, sinks, mixers with positions) or with log_scale"
+)
 INFERENCE_FIELDS = (
     "window", "sinks", "full_layers", "full_rotary", "rotary_base", "rotary_scaling", "rotary_factor", "train_length", "log_scale", "rerope_window",
     "rerope_leak", "hierarchical_alpha", "chunk_size", "rate",

@@ -61,13 +61,15 @@ class LanguageModel(nn.Module):
           segment_ids: (B, T); tokens see their own segment only and positions restart, so packed documents are as if
             alone. None continues the segment of the state.
           mask: (B, T) bool, False at padding, which nothing sees and which has no position of its own.
-          positions: (B, T) to overrule the counted ones.
+          positions: (B, T) to overrule the counted ones: learned, sinusoidal or rotary. None where kernels count for themselves, as
+            biases, xpos, rerope, sinks, mixers with positions of their own, and log_scale do.
           deterministic: False applies dropout, with rngs={"dropout": key}.
           state: from `init_state` or an earlier call.
           return_state: whether to return (logits, state).
 
         Raises:
-          ValueError: wrong shapes or types, a sequence beyond max_length where positions or a mixer fix it, an invalid config.
+          ValueError: wrong shapes or types, a sequence beyond max_length where positions or a mixer fix it, positions that would not
+            be honoured, an invalid config.
         """
         c = self.config.validate()
         if tokens_BxT.ndim != 2 or not jnp.issubdtype(tokens_BxT.dtype, jnp.integer):

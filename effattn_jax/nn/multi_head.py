@@ -12,10 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._places import count_positions
 from effattn_jax.nn import kernels
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
 from effattn_jax.nn.placing import Placing
 from effattn_jax.position import rotary, xpos_decay
+from effattn_jax.position.angles import signed
 
 DECAY_RANK = 16
 DECAY_TEMPERATURE = 16.0
@@ -81,7 +83,7 @@ class MultiHeadAttention(SequenceMixer):
         check_inputs(x_BxTxD, self.width, mask, segment_ids)
         self._check_state(state, return_state)
         inputs = {"query": self._heads(x_BxTxD, "query", self.heads), "key": self._heads(x_BxTxD, "key", self.kv_heads)}
-        inputs = self._placed(x_BxTxD, inputs, positions, state)
+        inputs = self._placed(x_BxTxD, inputs, positions, state, {"mask": mask, "segment_ids": segment_ids})
         if self.unit_keys:
             inputs = {name: _unit(value) for name, value in inputs.items()}
         inputs["value"] = self._heads(x_BxTxD, "value", self.kv_heads)
@@ -103,15 +105,16 @@ class MultiHeadAttention(SequenceMixer):
             return jnp.zeros(shape, self.dtype)
         return self._dense(heads * self._head_dim, name)(x_BxTxD).reshape(shape)
 
-    def _placed(self, x_BxTxD, inputs, positions, state):
+    def _placed(self, x_BxTxD, inputs, positions, state, seen):
         placing = self.placing or Placing()
         turned = self._turns()
         if turned != "nothing" or placing.log_scale != "none":
-            positions = self._positions(x_BxTxD, positions, state)
+            positions = self._positions(x_BxTxD, positions, state, seen)
         if turned == "inputs":
             frequencies = placing.frequencies(self._head_dim, self.rotary_base)
             inputs = {name: rotary(value, positions, frequencies=frequencies) for name, value in inputs.items()}
-        factor = placing.query_factor(self.kernel, self.options or {}, positions, self.window)
+        options = self.options or {}
+        factor = placing.query_factor(self.kernel, options, positions, self.window, causal=self.causal, **seen)
         if not (isinstance(factor, float) and factor == 1):
             inputs["query"] = (_wide(inputs["query"]) * factor).astype(inputs["query"].dtype)
         return inputs | {"query_positions": positions} if turned == "features" else inputs
@@ -133,13 +136,13 @@ class MultiHeadAttention(SequenceMixer):
             fading = fading[None, None, None]  # padding is no distance
             inputs["log_decay"] += fading if mask is None else jnp.where(mask[..., None, None], fading, 0)
 
-    def _positions(self, x_BxTxD, positions, state):
+    def _positions(self, x_BxTxD, positions, state, seen):
         if positions is None and state is not None:
             raise ValueError(
-                "positions must be given on a call with a state when rotary_base is set: "
+                "positions must be given on a call with a state when rotary_base or a log_scale is set: "
                 "the state does not count tokens"
             )
-        return jnp.arange(x_BxTxD.shape[1])[None] if positions is None else positions
+        return count_positions(x_BxTxD.shape[:2], **seen) if positions is None else signed(positions)
 
     def _gate(self, x_BxTxD, name, mask):
         if name not in ("log_decay", "beta"):

@@ -35,7 +35,9 @@ class Placing:
       kind: "rotary" (where the mixer has a rotary_base), "xpos", or a bias on scores by its name.
       scaling, factor: of rotary frequencies, see `position.rotary_frequencies`.
       train_length: N, the length of training, which "yarn" and log_scale are relative to.
-      log_scale: factor on scores by the number of keys n that a row sees: "train" log n / log N, "inference" at least 1, "none".
+      log_scale: factor on scores by the number of keys n that a row sees: "train" log n / log N, "inference" at least 1, "none". Causal, n
+        follows from the row's position, which counts real tokens, its window and its sinks: keys hidden inside a window are counted too. Both ways
+        it is the real keys of the segment, a run of equal ids, that window and sinks leave. A kernel's own pattern beside a window is not counted.
       rerope_window, rerope_leak: see `position.rerope_attention`; None is no such window.
       sinks: how many first tokens stay visible beside a window; their distances then end at the window's.
     """
@@ -61,14 +63,21 @@ class Placing:
         return self.kind == "xpos" or self.rerope_window is not None or self.sinks > 0
 
     def query_factor(
-        self, kernel: str, options: Mapping[str, Any], positions: jax.Array, window: int | None
-    ) -> jax.Array | float:
-        """The factor on queries, (B | 1, T, 1, 1) or a number; 1 where it would be no temperature."""
+        self, kernel: str, options: Mapping[str, Any], positions: jax.Array, window: int | None, *, causal: bool = True,
+        mask: jax.Array | None = None, segment_ids: jax.Array | None = None,
+    ) -> jax.Array | float:  # fmt: skip
+        """The factor on queries, (B | 1, T, 1, 1) or a number; 1 where it would be no temperature.
+
+        Causal, positions (B | 1, T) say how many keys come before; both ways, mask and segment_ids (B, T) say which keys there are.
+        """
         tempered = self.scaling == "yarn" and _exponential(kernel, options)
         factor = yarn_temperature(self.factor) ** 2 if tempered else 1.0
         if self.log_scale == "none":
             return factor
-        seen = positions + 1 if window is None else jnp.minimum(positions, window) + 1
+        if not causal:
+            seen = _seen_both_ways(positions.shape[1], mask, segment_ids, window, self.sinks)
+        else:
+            seen = (positions if window is None else jnp.minimum(positions, window + self.sinks)) + 1
         scale = log_length_scale(seen, self.train_length, at_least_one=self.log_scale == "inference")
         return factor * scale[..., None, None]
 
@@ -151,6 +160,27 @@ class Placing:
         if kernel in ("xl", "tupe", "disentangled") and self.log_scale != "none":
             return f"a factor on queries does not reach all terms of the scores of {kernel}: log_scale must be none"
         return ""
+
+
+def _seen_both_ways(
+    length: int, mask: jax.Array | None, segment_ids: jax.Array | None, window: int | None, sinks: int
+) -> jax.Array:
+    """How many real keys of its segment a row sees inside its window and among the first of the segment, (B | 1, T), 1 where there are none."""
+    real = jnp.ones((1, length), jnp.int32) if mask is None else mask.astype(jnp.int32)
+    through = jnp.cumsum(real, axis=1, dtype=jnp.int32)
+    before, first, last = through - real, 0, through[:, -1:]
+    if segment_ids is not None:
+        new, edge = segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)
+        first = jax.lax.cummax(jnp.where(jnp.concatenate([edge, new], axis=1), before, 0), axis=1)
+        last = jax.lax.cummin(jnp.where(jnp.concatenate([new, edge], axis=1), through, length), axis=1, reverse=True)
+    if window is None:
+        return jnp.maximum(last - first, 1)
+    # Counts grow along a row, so a bound of the segment and one of the window meet in the larger, or the smaller, of the two.
+    near = min(window, length)
+    low = jnp.maximum(jnp.pad(before[:, : length - near], ((0, 0), (near, 0))), first)
+    high = jnp.minimum(jnp.pad(through[:, near:], ((0, 0), (0, near)), constant_values=length), last)
+    outside = jnp.minimum(low - first, sinks) + jnp.maximum(jnp.minimum(first + sinks, last) - high, 0)
+    return jnp.maximum(high - low + outside, 1)
 
 
 def _exponential(kernel: str, options: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import floating, positive
+from effattn_jax.position.angles import given_positions, signed
 
 __all__ = ["complex_order_embedding", "floater_embedding", "hierarchical_embedding", "multiplicative_embedding"]
 
@@ -35,15 +36,16 @@ def hierarchical_embedding(table: Any, positions: Any, *, alpha: float = 0.4) ->
      [1. 2.]]
     """
     (table,) = floating(table=table)
-    positions = jnp.asarray(positions)
+    positions = signed(positions)
     if table.ndim != 2 or not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"table must be (n, D) and positions integers; got {table.shape} and {positions.dtype}")
     if not 0 < alpha < 1 or alpha == 0.5:
         raise ValueError(f"alpha must lie between 0 and 1 and not be 1/2, where both digits count alike; got {alpha}")
     size = table.shape[0]
     if not isinstance(positions, jax.core.Tracer) and positions.size:
-        if int(positions.min()) < 0 or int(positions.max()) >= size * size:
-            raise ValueError(f"positions must lie in [0, n^2) = [0, {size * size}); got up to {int(positions.max())}")
+        least, most = int(positions.min()), int(positions.max())
+        if least < 0 or most >= size * size:
+            raise ValueError(f"positions must lie in [0, n^2) = [0, {size * size}); got from {least} to {most}")
     wide = table.astype(jnp.promote_types(table.dtype, jnp.float32))
     digits = (wide - alpha * wide[:1]) / (1 - alpha)
     coarse = digits.at[jnp.where(positions < 0, size, positions // size)].get(mode="fill", fill_value=jnp.nan)
@@ -112,12 +114,18 @@ def multiplicative_embedding(x: jax.Array, embedding: jax.Array) -> jax.Array:
     Returns:
       like x.
 
+    Raises:
+      ValueError: arrays that are not floating, an embedding that does not broadcast to x.
+
     Source: the survey kexue.fm/archives/8130.
 
     >>> import jax.numpy as jnp
     >>> multiplicative_embedding(jnp.ones((1, 2)), jnp.array([[0.0, 0.5]])).tolist()
     [[1.0, 1.5]]
     """
+    x, embedding = floating(x=x, embedding=embedding)
+    if x.ndim != embedding.ndim or not all(a in (1, b) for a, b in zip(embedding.shape, x.shape, strict=True)):
+        raise ValueError(f"embedding must broadcast to x, {x.shape}, with as many axes; got {embedding.shape}")
     return x * (1 + embedding).astype(x.dtype)
 
 
@@ -131,6 +139,9 @@ def complex_order_embedding(amplitude: Any, frequency: Any, phase: Any, position
     Returns:
       (*B, T, D), complex; the model that reads it is complex too.
 
+    Raises:
+      ValueError: tables that are not alike or no (*B, T, D), positions that do not broadcast to (*B, T).
+
     Cost O(D) a token. Source: Wang et al., arXiv:1912.12333.
 
     >>> import jax.numpy as jnp
@@ -139,7 +150,9 @@ def complex_order_embedding(amplitude: Any, frequency: Any, phase: Any, position
     [[1.0], [-1.0]]
     """
     amplitude, frequency, phase = floating(amplitude=amplitude, frequency=frequency, phase=phase)
-    places = jnp.asarray(positions, jnp.promote_types(frequency.dtype, jnp.float32))
-    places = places.reshape((1,) * (frequency.ndim - 1 - places.ndim) + places.shape)
+    shapes = amplitude.shape, frequency.shape, phase.shape
+    if amplitude.ndim < 2 or len(set(shapes)) > 1:
+        raise ValueError(f"amplitude, frequency and phase must all be (*B, T, D), of one shape; got {shapes}")
+    places = given_positions(positions, frequency.shape[:-1]).astype(jnp.promote_types(frequency.dtype, jnp.float32))
     angle = places[..., None] * frequency + phase
     return amplitude * jax.lax.complex(jnp.cos(angle), jnp.sin(angle))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import positive
-from effattn_jax.position.angles import angles, inverse_frequencies
+from effattn_jax.position.angles import angles, inverse_frequencies, signed, wide_positions
 from effattn_jax.position.sinusoidal import sinusoidal_embedding
 
 __all__ = ["Alibi", "KerpleLog", "KerplePower", "PositionBias", "Sandwich", "T5Bias", "alibi_slopes", "t5_bucket"]
@@ -38,7 +38,7 @@ class PositionBias:
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """(T,) and (S,) positions -> (N, T, S), float32 at least."""
-        return self.at_distance(key_positions[None, :] - query_positions[:, None])
+        return self.at_distance(signed(key_positions)[None, :] - signed(query_positions)[:, None])
 
 
 def _bias(*static: str):
@@ -59,7 +59,7 @@ def _heads(parameter: Any, distance: jax.Array) -> jax.Array:
 
 def _size(distance: jax.Array, dtype: Any) -> jax.Array:
     """|distance| as (1, ...) floats."""
-    return jnp.abs(distance).astype(jnp.promote_types(dtype, jnp.float32))[None]
+    return jnp.abs(signed(distance)).astype(jnp.promote_types(dtype, jnp.float32))[None]
 
 
 def alibi_slopes(num_heads: int) -> jax.Array:
@@ -214,13 +214,17 @@ class Sandwich(PositionBias):
 
     def at_distance(self, distance: jax.Array) -> jax.Array:
         """See `PositionBias`."""
-        waves = jnp.cos(angles(distance, inverse_frequencies(self.dim, self.base))).sum(-1)
+        waves = jnp.cos(angles(self._wide(distance), inverse_frequencies(self.dim, self.base))).sum(-1)
         return _heads(self.scale, distance) * waves[None]
 
     def __call__(self, query_positions: jax.Array, key_positions: jax.Array) -> jax.Array:
         """See `PositionBias`; a product of embeddings, O(dim) less memory than cosines of all differences."""
-        rows, columns = (sinusoidal_embedding(x, self.dim, base=self.base) for x in (query_positions, key_positions))
+        places = (self._wide(x) for x in (query_positions, key_positions))
+        rows, columns = (sinusoidal_embedding(x, self.dim, base=self.base) for x in places)
         return jnp.asarray(self.scale)[:, None, None] * jnp.einsum("td,sd->ts", rows, columns)[None]
+
+    def _wide(self, positions):
+        return wide_positions(jnp.asarray(positions), jnp.asarray(self.scale).dtype)
 
 
 def t5_bucket(relative: jax.Array, *, bidirectional: bool, num_buckets: int = 32, max_distance: int = 128) -> jax.Array:
@@ -247,15 +251,10 @@ def t5_bucket(relative: jax.Array, *, bidirectional: bool, num_buckets: int = 32
     >>> t5_bucket(jnp.array([0, -7, -8, -12, -500, 1]), bidirectional=True).tolist()
     [0, 7, 8, 9, 15, 17]
     """
-    relative = jnp.asarray(relative)
+    relative = signed(relative)
     if not jnp.issubdtype(relative.dtype, jnp.integer):
         raise ValueError(f"relative must be integers, differences of positions; got {relative.dtype}{relative.shape}")
-    positive(num_buckets=num_buckets, max_distance=max_distance)
-    side = num_buckets // 2 if bidirectional else num_buckets
-    exact = side // 2
-    if exact < 1 or max_distance <= exact or (bidirectional and num_buckets % 2):
-        rule = "num_buckets must be even and leave an exact bucket a side, and max_distance exceed the exact ones"
-        raise ValueError(f"{rule}; got num_buckets={num_buckets}, max_distance={max_distance}")
+    side, exact = _buckets(bidirectional, num_buckets, max_distance)
     ratios = (max_distance / exact) ** (np.arange(1, side - exact) / (side - exact))
     bounds = [
         math.ceil(exact * ratio * (1 - 1e-12)) for ratio in ratios
@@ -264,6 +263,17 @@ def t5_bucket(relative: jax.Array, *, bidirectional: bool, num_buckets: int = 32
     wide = exact + sum((distance >= bound).astype(jnp.int32) for bound in bounds)
     bucket = jnp.where(distance < exact, distance.astype(jnp.int32), wide)
     return bucket + jnp.where(relative > 0, side, 0).astype(jnp.int32) if bidirectional else bucket
+
+
+def _buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> tuple[int, int]:
+    """Buckets of a side, and how many of them hold one distance each."""
+    positive(num_buckets=num_buckets, max_distance=max_distance)
+    side = num_buckets // 2 if bidirectional else num_buckets
+    exact = side // 2
+    if exact < 1 or max_distance <= exact or (bidirectional and num_buckets % 2):
+        rule = "num_buckets must leave an exact bucket a side, be even where bidirectional, and max_distance exceed the exact ones"
+        raise ValueError(f"{rule}; got num_buckets={num_buckets}, max_distance={max_distance}")
+    return side, exact
 
 
 @_bias("bidirectional", "max_distance")
@@ -290,6 +300,7 @@ class T5Bias(PositionBias):
     def initial(cls, num_heads: int, key: jax.Array, *, bidirectional: bool = False, num_buckets: int = 32) -> "T5Bias":
         """A normal table of standard deviation 0.02."""
         positive(num_heads=num_heads)
+        _buckets(bidirectional, num_buckets, cls.max_distance)
         return cls(0.02 * jax.random.normal(key, (num_buckets, num_heads)), bidirectional)
 
     def at_distance(self, distance: jax.Array) -> jax.Array:

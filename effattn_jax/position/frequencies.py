@@ -36,18 +36,18 @@ def rotary_frequencies(
 
     Args:
       dim: H, or the part of it that is turned; even.
-      base: sets the lowest frequency, base^(-1 + 2 / dim).
+      base: sets the lowest frequency, base^(-1 + 2 / dim); above 1 with "yarn".
       scaling: "none", "linear" (position interpolation), "ntk" (a larger base), "ntk_fixed", "ntk_mixed" or "yarn"; see the module.
       factor: k >= 1, evaluated length over trained length.
-      exponent: b of "ntk_mixed".
+      exponent: b >= 0 of "ntk_mixed".
       train_length: of "yarn", which counts turns in it.
-      fast, slow: of "yarn": turns in the trained length above which a frequency stays, and below which it is interpolated.
+      fast, slow: of "yarn": turns in the trained length above which a frequency stays, and below which it is interpolated; 0 < slow < fast.
 
     Returns:
       (dim/2,) float64 numpy, constants that `rotary(frequencies=)` takes on its exact path.
 
     Raises:
-      ValueError: an unknown scaling, a factor below 1, dim odd, "yarn" without train_length.
+      ValueError: an unknown scaling, a factor below 1, dim odd, an exponent below 0, "yarn" without train_length or with bounds out of order.
 
     Sources: linear arXiv:2306.15595; ntk and its mixed forms kexue.fm/archives/9675 and 9706; yarn arXiv:2309.00071.
 
@@ -66,6 +66,8 @@ def rotary_frequencies(
     if scaling == "ntk_fixed":
         return frequencies / factor ** (2 * places / dim)
     if scaling == "ntk_mixed":
+        if not 0 <= exponent < math.inf:
+            raise ValueError(f"exponent must be at least 0 and finite with scaling='ntk_mixed'; got {exponent}")
         return frequencies / np.exp(math.log(factor) * (places / (dim / 2)) ** exponent)
     if scaling == "yarn":
         kept = _yarn_kept(dim, base, train_length, fast, slow)
@@ -78,12 +80,18 @@ def _yarn_kept(dim: int, base: float, train_length: int | None, fast: float, slo
     if train_length is None:
         raise ValueError("train_length must be given with scaling='yarn', which counts turns in it; got None")
     positive(train_length=train_length)
+    if not 1 < base < math.inf:
+        raise ValueError(f"base must be above 1 with scaling='yarn', so that turns fall from pair to pair; got {base}")
+    if not 0 < slow < fast < math.inf:
+        raise ValueError(f"slow and fast must be turns with 0 < slow < fast; got slow={slow}, fast={fast}")
 
     def place(turns):
         return dim * math.log(train_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), dim - 1)
-    high = high + 0.001 if high == low else high
+    low, high = math.floor(place(fast)), min(math.ceil(place(slow)), dim - 1)
+    if high > 0:  # else no pair makes `slow` turns: the ramp ends before the first
+        low = max(low, 0)
+    high = high if high > low else low + 0.001
     return 1 - np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
 
 

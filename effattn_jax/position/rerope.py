@@ -18,7 +18,7 @@ from effattn_jax._contract import ArrayLike, positive
 from effattn_jax.attention._pairs import whole_rows
 from effattn_jax.attention._patterns import Part, View, documents, merge, part, run
 from effattn_jax.attention.kv_cache import Cache
-from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
+from effattn_jax.position.angles import angles, given_frequencies, inverse_frequencies, wide_positions
 from effattn_jax.position.rotation import turn
 
 __all__ = ["rerope_attention"]
@@ -145,8 +145,8 @@ def rerope_attention(
     size = jnp.shape(query)[-1] if jnp.ndim(query) else 0
     if frequencies is None and dim is None:
         frequencies = inverse_frequencies(size, base)
-    elif frequencies is not None and frequencies.shape != (size // 2,):
-        raise ValueError(f"frequencies must have shape (H/2,) = ({size // 2},); got {frequencies.shape}")
+    elif frequencies is not None:
+        frequencies = given_frequencies(frequencies, size // 2, "(H/2,)")
     return run(
         _ReRope(window, float(leak), frequencies if dim is None else None, interleaved, sinks),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,

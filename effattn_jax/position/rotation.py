@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax.position.angles import angles, inverse_frequencies, wide_positions
+from effattn_jax._contract import floating
+from effattn_jax.position.angles import (
+    angles,
+    check_pairs,
+    given_frequencies,
+    given_positions,
+    inverse_frequencies,
+    wide_positions,
+)
 
 
 def rotary(
@@ -29,18 +37,19 @@ def rotary(
 
     Args:
       x: (*B, T, N, H), any floating type.
-      positions: (*B, T), or any shape that broadcasts to it such as (T,); integers (exact up to 2^31) or floats.
+      positions: (*B, T), or any shape that broadcasts to it such as (T,); integers (angles right to float32 up to 2^31) or floats.
       base: sets the lowest frequency, base^(-1 + 2 / dim).
       interleaved: the layout of the pairs.
       scaling: factor on the frequencies, a number or (dim/2,): 1/k is position interpolation by k. None is 1.
-      frequencies: (dim/2,) angles a position, in place of base and scaling: what `rotary_frequencies` returns.
+      frequencies: (dim/2,) angles a position, in place of base and of scaling: what `rotary_frequencies` returns.
       dim: only the first `dim` features are turned, the others pass unchanged. None is all of H.
 
     Returns:
       Array like x: same shape, same dtype (the rotation itself is computed in float32 at least).
 
     Raises:
-      ValueError: dim odd or larger than H, frequencies of another shape, positions not broadcastable to (*B, T), x of fewer than three axes.
+      ValueError: dim odd or larger than H, frequencies or scaling of another shape, or both, positions that are no real numbers or not
+        broadcastable to (*B, T), x of fewer than three axes or not floating.
 
     Cost: O(H) a token and head, no state. Source: RoFormer, arXiv 2104.09864.
 
@@ -50,26 +59,31 @@ def rotary(
     >>> bool(jnp.allclose(score(5, 3), score(1_000_005, 1_000_003), atol=1e-5))
     True
     """
+    (x,) = floating(x=x)
     if x.ndim < 3:
         raise ValueError(f"x must have the shape (*B, T, N, H); got {x.shape}")
-    positions = jnp.asarray(positions)
-    lead = x.shape[:-2]
-    fits = all(size in (1, axis) for size, axis in zip(positions.shape[::-1], lead[::-1]))
-    if positions.ndim > len(lead) or not fits:
-        raise ValueError(f"positions must broadcast to (*B, T) = {lead}; got {positions.shape}")
+    positions = wide_positions(given_positions(positions, x.shape[:-2]), x.dtype)
     dim = x.shape[-1] if dim is None else dim
     if dim > x.shape[-1]:
         raise ValueError(f"dim must be at most the head dimension {x.shape[-1]}; got {dim}")
-    if frequencies is None:
-        frequencies = inverse_frequencies(dim, base)
-    elif frequencies.shape != (dim // 2,):
-        raise ValueError(f"frequencies must have shape (dim/2,) = ({dim // 2},); got {frequencies.shape}")
-    if scaling is not None:
-        frequencies = frequencies * scaling
-    positions = wide_positions(positions, x.dtype)
-    angle = angles(positions.reshape((1,) * (len(lead) - positions.ndim) + positions.shape), frequencies)[..., None, :]
+    check_pairs(dim)
+    angle = angles(positions, _frequencies(dim, base, scaling, frequencies))[..., None, :]
     turned = turn(x[..., :dim].astype(jnp.promote_types(x.dtype, jnp.float32)), angle, interleaved).astype(x.dtype)
     return turned if dim == x.shape[-1] else jnp.concatenate([turned, x[..., dim:]], axis=-1)
+
+
+def _frequencies(dim, base, scaling, frequencies):
+    if frequencies is not None:
+        if scaling is not None:
+            raise ValueError(f"scaling must be None where frequencies, which replace it, are given; got {scaling!r}")
+        return given_frequencies(frequencies, dim // 2, "(dim/2,)")
+    frequencies = inverse_frequencies(dim, base)
+    if scaling is None:
+        return frequencies
+    scaling = scaling if isinstance(scaling, jax.Array) else np.asarray(scaling)
+    if scaling.shape not in ((), frequencies.shape):
+        raise ValueError(f"scaling must be a number or of shape (dim/2,) = {frequencies.shape}; got {scaling.shape}")
+    return frequencies * scaling
 
 
 def turn(x: jax.Array, angle: jax.Array, interleaved: bool) -> jax.Array:

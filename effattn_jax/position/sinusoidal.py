@@ -16,7 +16,7 @@ def sinusoidal_embedding(positions: jax.Array, dim: int, *, base: float = 10000.
     is dim / 2 at t = s.
 
     Args:
-      positions: integers (exact at any size) or floats, any shape.
+      positions: integers (angles right to float32 below 2^31) or floats, any shape.
       dim: number of features, even.
       base: the longest wavelength is 2 pi * base, approached by the last pair.
 

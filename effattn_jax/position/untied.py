@@ -195,11 +195,13 @@ def _places(call: Call, marks: Marks, limit: int) -> tuple[jax.Array, jax.Array]
     plain = marks.key_mask is None and marks.key_segments is None
     if plain and keys > limit:
         raise ValueError(f"key must hold at most {limit} tokens, the places of position_key; got {keys}")
-    columns = count_positions((call.key.shape[0], keys), marks.key_mask, marks.key_segments)
+    rows = columns = count_positions((call.key.shape[0], keys), marks.key_mask, marks.key_segments)
     if marks.key_mask is not None:
-        columns = jnp.where(marks.key_mask, columns, 0)  # hidden keys have no place
+        # Hidden keys have no place. Queries there have that of the next token, which may be one beyond the table.
+        rows = jnp.where(marks.key_mask, columns, jnp.minimum(columns, limit - 1))
+        columns = jnp.where(marks.key_mask, columns, 0)
     missing = max(length - keys, 0)
-    front = jnp.pad(columns, [(0, 0), (missing, 0)])
+    front = jnp.pad(rows, [(0, 0), (missing, 0)])
     return lax.dynamic_slice_in_dim(front, marks.offset + missing, length, axis=1), columns
 
 

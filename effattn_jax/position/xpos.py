@@ -16,11 +16,12 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, scale_or
+from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores
+from effattn_jax.position.angles import given_positions
 from effattn_jax.position.relative import _run
 from effattn_jax.position.rotation import rotary
 from effattn_jax.recurrence._outer_chunks import repeat_heads
@@ -73,10 +74,10 @@ def xpos(
       interleaved: the layout of pairs, see `rotary`.
 
     Returns:
-      (query, key), like the inputs.
+      (query, key), like the inputs, computed in float32 at least.
 
     Raises:
-      ValueError: what `rotary` and `xpos_decay` raise.
+      ValueError: query and key of different H; what `rotary` and `xpos_decay` raise.
 
     Source: arXiv:2212.10554; for rows of any length `xpos_attention`.
 
@@ -86,20 +87,27 @@ def xpos(
     >>> bool(jnp.allclose(scores(0), scores(1_000_000), atol=1e-5))
     True
     """
+    query, key = floating(query=query, key=key)
+    if min(query.ndim, key.ndim) < 3 or query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must be (*B, T, N, H) and (*B, S, K, H), of one H; got {query.shape} and {key.shape}"
+        )
     decay = xpos_decay(query.shape[-1], gamma=gamma, scale_base=scale_base)
-    key_positions, query_positions = jnp.asarray(key_positions), jnp.asarray(query_positions)
+    query_positions = given_positions(query_positions, query.shape[:-2], "query_positions")
+    key_positions = given_positions(key_positions, key.shape[:-2], "key_positions")
     if center is None:
-        center = (jnp.min(key_positions) + jnp.max(key_positions)) // 2
+        first = jnp.min(key_positions)
+        center = first + (jnp.max(key_positions) - first) // 2
     out = []
     for x, positions, sign in ((query, query_positions, 1), (key, key_positions, -1)):
         turned = rotary(x, positions, base=base, interleaved=interleaved)
-        positions = positions.reshape((1,) * (x.ndim - 2 - positions.ndim) + positions.shape)
-        exponents = (sign * (positions - center)).astype(jnp.float32)[..., None, None]
-        out.append((turned * jnp.exp(exponents * _features(decay, x.ndim, interleaved))).astype(x.dtype))
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        exponents = (sign * (positions - center)).astype(dtype)[..., None, None]
+        out.append((turned * jnp.exp(exponents * _features(decay, x.ndim, interleaved, dtype))).astype(x.dtype))
     return out[0], out[1]
 
 
-def _features(decay: np.ndarray, rank: int, interleaved: bool, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def _features(decay: np.ndarray, rank: int, interleaved: bool, dtype: DTypeLike) -> jax.Array:
     features = np.repeat(decay, 2) if interleaved else np.tile(decay, 2)
     return jnp.asarray(features, dtype).reshape((1,) * (rank - 1) + (-1,))
 

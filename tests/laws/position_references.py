@@ -115,11 +115,11 @@ def counted(inputs, mask, segment_ids):
 
 
 def in_segments(inputs, mask, segment_ids):
-    """They count from 0 in each segment; hidden keys, and rows before every key, stand at 0."""
+    """They count from 0 in each segment; hidden keys, and rows before every key, stand at 0, rows at hidden keys where the next token would."""
     ids = segment_ids[1] if isinstance(segment_ids, tuple) else segment_ids
     real = key_mask_of(inputs, mask)
-    columns = np.where(real, places_in_segments(real, ids), 0)
-    return at_rows(columns, inputs["query"].shape[1], np.zeros_like), columns
+    places = places_in_segments(real, ids)
+    return at_rows(places, inputs["query"].shape[1], np.zeros_like), np.where(real, places, 0)
 
 
 POSITION_REFERENCES = {
