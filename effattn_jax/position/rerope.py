@@ -33,6 +33,11 @@ class _ReRope(NamedTuple):
     interleaved: bool
     sinks: int | None
 
+    def within(self, places: int) -> "_ReRope":
+        """See `_patterns.Pattern`."""
+        sinks = None if self.sinks is None else min(self.sinks, places)
+        return self._replace(window=min(self.window, places), sinks=sinks)
+
     def dense(self, view: View) -> jax.Array:
         """See `_patterns.Pattern`."""
         return merge(self._parts(view, _all_rows))
