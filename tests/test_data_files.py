@@ -9,7 +9,7 @@ import pytest
 from effattn_jax.data import DataConfig, load
 from effattn_jax.data.codecs import Bytes, Characters, Symbols, Tokenizer, from_spec
 from effattn_jax.data.prepare import atomic, main, pieces, prepare, split_pieces
-from effattn_jax.data.text import python_topics
+from effattn_jax.data.text import python_topics, text_files
 from effattn_jax.data.tokens import load_tokens
 
 TEXT = "".join(f"Line {i}: café 春 \U0001f600\n" for i in range(120))
@@ -262,6 +262,22 @@ def test_prepare_keeps_what_exists(file, tmp_path):
         prepare(str(file), str(tmp_path / "out"))
     file.write_text(TEXT * 2)
     assert prepare(str(file), str(tmp_path / "out"), overwrite=True)["tokens"] == 2 * first["tokens"]
+
+
+@pytest.mark.parametrize("output", ["out", "sub/../out"])
+def test_prepare_into_the_folder_it_reads(file, tmp_path, tokenizer, output):
+    tokenizer = tokenizer.rename(tmp_path / ".tokenizer.json")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "notes.json").write_text('"text of a person"')
+    options = {"tokenizer": str(tokenizer), "overwrite": True}
+    first = prepare(str(tmp_path), str(tmp_path / output), **options)
+    assert prepare(str(tmp_path), str(tmp_path / output), **options) == first
+    assert prepare(str(tmp_path), str(tmp_path / "other"), **options)["sha256"] == first["sha256"]
+    assert [path.name for path in text_files(str(tmp_path))] == ["notes.json", "text.txt"]
+    (tmp_path / "out.bin").unlink()
+    assert prepare(str(tmp_path), str(tmp_path / output), **options) == first
+    with pytest.raises(ValueError, match="must hold text besides the files of the output"):
+        prepare(str(tmp_path / "out.json"), str(tmp_path / output), **options)
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):

@@ -11,6 +11,7 @@ from effattn_jax import attention, nn, position
 from effattn_jax._places import count_positions
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
 from effattn_jax.nn.products import dense_product, float32_product, table_product
+from effattn_jax.parallel import make_mesh, shard_tree
 from tests.random_parameters import random_parameters
 
 
@@ -237,6 +238,15 @@ def test_parameters_have_the_names_that_sharding_rules_read():
     names = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(params)}
     assert {name.rsplit("/", 1)[-1] for name in names} == {"kernel", "bias", "scale", "embedding"}
     assert {"tokens/embedding", "head/kernel", "stack/norm/scale", "stack/layers_0/mixer/query/kernel"} <= names
+
+
+@pytest.mark.parametrize("mixer", ["gmlp", "amlp"])
+def test_weights_of_functions_are_sharded_as_layers_are(mixer):
+    """A projection back into the width contracts what the one before it splits."""
+    module = nn.MIXERS[mixer](8, heads=2, max_length=4)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 4, 8)))["params"]
+    specs = {name: tuple(sharding.spec) for name, sharding in shard_tree(params, make_mesh()).items()}
+    assert specs["in_kernel"] == ("fsdp", "tensor") and specs["out_kernel"] == ("tensor", "fsdp")
 
 
 def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():

@@ -146,6 +146,10 @@ def test_unknown_preset(capsys):
         (["--data.path", ""], "data.path: '' given, must be a file or a folder, or None"),
         (["--optim.clip-norm", "-1"], "optim.clip_norm must be positive or None, got -1.0"),
         (["--data.task", "mqra"], "nearest: mqar"),
+        (
+            ["--model.mlp-ratio", "1e300"],
+            "model.mlp_ratio times model.width must be less than 2**31, got 1e+300 and 128",
+        ),
         (["--mesh.fsdp", "64"], "needs 64 devices, and there are 8"),
         (["--mesh.process-id", "0"], "must be given together"),
         (["--data.path", "no/such/file"], "must be an existing file or folder"),

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from effattn_jax import nn
 from effattn_jax.optim import LookaheadState
 from effattn_jax.training import OptimConfig, UserError, train
-from effattn_jax.training.optimizer import OPTIMIZERS, make_optimizer, parse_rule
+from effattn_jax.training.optimizer import OPTIMIZERS, decayed, make_optimizer, parse_rule
 from tests.training_runs import rows, tiny
 
 PARAMS = {"embed": {"embedding": jnp.full((4, 3), 0.5)}, "out": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
@@ -60,6 +61,28 @@ def test_a_run_with_groups_prints_them_and_logs_norms(tmp_path, capsys):
         assert float(row["train/update_norm"]) > 0 and float(row["train/param_norm"]) > 0
     with pytest.raises(UserError, match="rule 'bias' is idle"):
         train(tiny(tmp_path / "idle", optim={"groups": ("bias:", ".*:")}))
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options", "left"),
+    [
+        ("mlp_mixer", {"max_length": 4}, set()),
+        ("ffn_stack", {"max_length": 4}, set()),
+        ("gmlp", {"max_length": 4}, set()),
+        ("amlp", {"max_length": 4}, set()),
+        ("rg_lru", {}, set()),
+        ("external", {}, {"memory_key", "memory_value"}),
+    ],
+)
+def test_weight_decay_reaches_every_matrix(mixer, options, left):
+    module = nn.MIXERS[mixer](8, heads=2, causal=False, **options)
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.ones((1, 4, 8)))["params"]
+    decays = jax.tree.leaves_with_path(decayed(params))
+    # All of rank 2 and more, and no bias or norm.
+    matrices = {path for path, leaf in jax.tree.leaves_with_path(params) if leaf.ndim >= 2}
+    skipped = {path for path, decay in decays if not decay} & matrices
+    assert {jax.tree_util.keystr(path[-1:], simple=True) for path in skipped} == left
+    assert {path for path, decay in decays if decay} <= matrices
 
 
 def test_rules_as_text():

@@ -107,7 +107,8 @@ def prepare(
 
     Without a tokenizer the ids are bytes, and a file may hold any bytes; with one, the text must be UTF-8 and is
     tokenized in pieces of about a megabyte that end at a line. The last `validation_fraction` of the bytes, from the
-    next line on, is for validation. Folders as in `data.load_text`. Memory: a few pieces; time: the tokenizer's.
+    next line on, is for validation. Folders as in `data.load_text`, without the output's files.
+    Memory: a few pieces; time: the tokenizer's.
 
     Args:
       progress: called with (bytes done, all bytes).
@@ -118,11 +119,15 @@ def prepare(
     """
     if not 0 < validation_fraction < 1:
         raise invalid("validation_fraction", validation_fraction, "must lie strictly between 0 and 1")
-    files = text_files(source)
+    ids, meta_path = token_paths(output)
+    copy = ids.with_name(ids.stem + ".tokenizer.json")
+    own = {path.resolve() for path in (ids, meta_path, copy)}
+    files = [file for file in text_files(source) if file.resolve() not in own]
+    if not files:
+        raise invalid("path", source, f"must hold text besides the files of the output {output!r}")
     total = sum(file.stat().st_size for file in files) + len(files) - 1
     if total <= len(files) - 1:
         raise invalid("path", source, "must hold text, and is empty")
-    ids, meta_path = token_paths(output)
     if (ids.exists() or meta_path.exists()) and not overwrite:
         raise ValueError(f"output: {output!r} given, exists already: choose another or pass --overwrite")
     codec = _codec(tokenizer)
@@ -134,8 +139,8 @@ def prepare(
         meta |= _write(file, stream, _encoder(codec, source), DTYPES[small], lambda done: progress(done, total))
         meta_path.unlink(missing_ok=True)  # an old one must not describe the new ids
     if isinstance(codec, codecs.Tokenizer):
-        meta["tokenizer"] = ids.stem + ".tokenizer.json"
-        with atomic(ids.with_name(meta["tokenizer"])) as file:
+        meta["tokenizer"] = copy.name
+        with atomic(copy) as file:
             file.write(codec.spec()["json"].encode("utf-8"))
     with atomic(meta_path) as file:
         file.write(json.dumps(meta, indent=2).encode() + b"\n")

@@ -85,9 +85,10 @@ def load_text(config: DataConfig) -> Dataset:
     """Bytes or characters of `path`, or of the documentation that Python itself carries.
 
     A file is read as UTF-8. Of a folder, all files below it with a text suffix (`SUFFIXES`) are read in the order of
-    their relative paths, hidden ones left out, and joined by a newline. The first 1 - validation_fraction of the
-    characters are for training and the rest for validation, as in nanoGPT's Shakespeare run. The default text is
-    split by topics instead (see `python_topics`). The vocabulary of `level="characters"` is that of the whole text.
+    their relative paths, hidden ones and what describes a token file left out, and joined by a newline. The first
+    1 - validation_fraction of the characters are for training and the rest for validation, as in nanoGPT's Shakespeare
+    run. The default text is split by topics instead (see `python_topics`). The vocabulary of `level="characters"` is
+    that of the whole text.
 
     Raises:
       ValueError: missing, unreadable, empty or too short text, bytes that are no UTF-8, a folder without text files.
@@ -144,9 +145,16 @@ def text_files(path: str) -> list[Path]:
         raise invalid("path", path, "must be an existing file or folder")
     found = [file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
     found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    found = [file for file in found if not _describes_tokens(file)]
     if not found:
         raise invalid("path", path, f"must hold at least one text file ({' '.join(SUFFIXES)}), and has none")
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _describes_tokens(file: Path) -> bool:
+    """Whether it is CORPUS.json or CORPUS.tokenizer.json beside CORPUS.bin: no text of a person's."""
+    stem = file.name.removesuffix(".json")
+    return stem != file.name and file.with_name(stem.removesuffix(".tokenizer") + ".bin").is_file()
 
 
 def _decoded(file: Path) -> str:

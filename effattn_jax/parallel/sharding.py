@@ -19,7 +19,7 @@ RULES: tuple[Rule, ...] = (
     # A table of rows: vocabulary over tensor, so that tied logits come out split over tensor; width over fsdp.
     (r"embedding$", ("tensor", "fsdp")),
     # The projections back into the width: they contract the axis that the projections before them split.
-    (r"(out|down|output)[^/]*/kernel$", ("tensor", "fsdp")),
+    (r"(out|down|output)[^/]*[/_]kernel$", ("tensor", "fsdp")),
     # Every other matrix maps the width to heads or features.
     (r"kernel$", ("fsdp", "tensor")),
 )

@@ -35,7 +35,9 @@ class OptimConfig:
     epsilon: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings, times the learning rate; biases and norms are left out (amos has its own)."""
+    """Decay of matrices and embeddings, times the learning rate; biases and norms are left out (amos has its own), and so
+    are a mixer's own tables: of positions (shaw, xl, tupe, disentangled, t5), of synthesizers and external memories, the
+    projections over time of linformer, hedgehog's feature maps, rep_mlp's convolutions, the state matrices of s4 ... mamba."""
     extra_l2: float = 0.0
     """Amos: further decay of all parameters, not times the learning rate."""
     clip_norm: float | None = 1.0
@@ -169,6 +171,9 @@ class Config:
         """
         self.data.validate()
         self.model.validate()
+        if not self.model.mlp_ratio * self.model.width < 2**31:
+            given = f"{self.model.mlp_ratio} and {self.model.width}"
+            raise ValueError(f"model.mlp_ratio times model.width must be less than 2**31, got {given}.")
         for name in ("steps", "microbatches", "checkpoint_every", "eval_every", "log_every"):
             if getattr(self.train, name) < 1:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self.train, name)}.")

@@ -52,8 +52,11 @@ class RunFolder:
             elif self.writes:
                 self.write_json("dataset.json", describe(dataset))
                 self.write_json("config.json", dataclasses.asdict(config))
-        except OSError as error:
-            raise UserError(f"run folder {self.path} cannot be used: {one_line(error)}") from error
+        except BaseException as error:
+            self.close()  # who keeps the error, as a notebook does, keeps this object and would keep the lock
+            if isinstance(error, OSError):
+                raise UserError(f"run folder {self.path} cannot be used: {one_line(error)}") from error
+            raise
 
     def _take_lock(self) -> None:
         self._lock = open(self / ".lock", "w")
@@ -101,6 +104,7 @@ class RunFolder:
         """Give the lock back."""
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def read_json(self, name: str) -> Any:
         """Contents of a JSON file, None where there is none or it is damaged."""
@@ -134,9 +138,9 @@ class RunFolder:
     def finished(self, steps: int) -> str | None:
         """The summary of a finished run of `steps` steps whose final checkpoint has all its bytes, else None."""
         record = self.read_json("finished.json")
-        if not record or record["step"] < steps or record["files"] != self._sizes(record["step"]):
+        if not record or record["step"] < steps or not record["files"]:
             return None
-        return record["summary"]
+        return record["summary"] if record["files"] == self._sizes(record["step"]) else None
 
     def _sizes(self, step: int) -> dict[str, int]:
         root = self / str(step)

@@ -1,6 +1,7 @@
 """Being asked to stop: SIGTERM and SIGINT (Ctrl-C) end a run after the step at hand, with its state saved."""
 
 import signal
+import threading
 from typing import Any
 
 import jax
@@ -10,7 +11,8 @@ from jax.experimental import multihost_utils
 class StopSignals:
     """While this context is open, the first signal is only noted; a second Ctrl-C interrupts at once.
 
-    In a run of several processes SIGTERM belongs to jax, whose service lets all of them agree on the last step.
+    In a run of several processes SIGTERM belongs to jax, whose service lets all of them agree on the last step. Outside
+    the main thread, where Python hands out no signals, they stay as they are.
     """
 
     def __init__(self) -> None:
@@ -18,14 +20,15 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None is a handler from outside Python, which cannot be put back; with ours left, signals would do nothing.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: Any) -> None:
         self._received = number

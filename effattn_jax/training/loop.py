@@ -38,8 +38,8 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
     # ------------------------------------------------------------------ folder, state, steps
     folder = RunFolder(config.train.run_dir, writes=first_process)
-    folder.open(config, dataset)
     screen = Screen(name, config.train.steps, visible=first_process)
+    folder.open(config, dataset)
     screen.say(f"{name}: {device_summary()}; run folder {config.train.run_dir}")
     try:
         checkpoints = Checkpoints(folder)
@@ -54,7 +54,11 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
 
 
 def _first_state(setup: Setup, checkpoints: Checkpoints, screen: Screen) -> tuple[Any, int]:
-    """The newest whole checkpoint, or the initial state."""
+    """The newest whole checkpoint, or the initial state.
+
+    Raises:
+      UserError: the checkpoint lies beyond the run's last step, so a longer run would pass for this one.
+    """
     params = setup.abstract_state.params
     screen.table(params, jax.tree.map(lambda x: x.sharding, params))
     groups = describe_groups(setup.config.optim, params)
@@ -64,6 +68,9 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, screen: Screen) -> tupl
     if restored is None:
         return setup.init(np.uint32(setup.config.train.seed)), 0
     state, meta = restored
+    if meta["step"] > setup.config.train.steps:
+        done = f"the {meta['step']} steps that run folder {checkpoints.folder.path} has done"
+        raise UserError(f"train.steps must be at least {done}, got {setup.config.train.steps}.")
     screen.say(f"resuming after step {meta['step']}")
     return state, meta["step"]
 

@@ -4,6 +4,7 @@ To add a rule, add one line to `OPTIMIZERS`, and one to `DIRECTIONS` where group
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,9 @@ from effattn_jax.optim import (
 )
 from effattn_jax.training.config import OptimConfig
 from effattn_jax.training.options import read_fields, split_options
+
+# Last names of matrices: those of functions that bring their own weights (in_kernel), and of pairs of layers by number.
+MATRICES = re.compile(r"(kernel|embedding|_ffn_[02])$")
 
 Direction = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
@@ -177,10 +181,16 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(params: Any) -> Any:
-    """True for matrices and embeddings, False for biases, norms and gains: the mask of the weight decay."""
+    """The mask of the weight decay: True for matrices and embeddings; `OptimConfig.weight_decay` says what is left out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> decayed({"in_kernel": jnp.ones((2, 3)), "in_bias": jnp.ones(3), "key_table": jnp.ones((4, 3))})
+      {'in_bias': False, 'in_kernel': True, 'key_table': False}
+    """
 
     def matrix(path, leaf):
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        return leaf.ndim >= 2 and name in ("kernel", "embedding")
+        return leaf.ndim >= 2 and bool(MATRICES.search(name))
 
     return jax.tree_util.tree_map_with_path(matrix, params)
