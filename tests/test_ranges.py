@@ -1,5 +1,7 @@
 """Types and sizes of numbers that calls must not break on: sums in half precision, extreme features, scales and states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,6 +196,27 @@ def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
     (got, expected) = (jax.grad(loss, has_aux=True)(xs, **hidden) for xs in (poisoned, clean))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
     assert not jnp.any(got[1][:, :2])
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("lengths", [(1, 4), (4, 2)])
+@pytest.mark.parametrize("name", ["linear", "performer", "delta_rule"])
+def test_masks_where_lengths_differ(name, lengths, is_causal):
+    """A mask of all keys changes nothing, and a hidden key in front neither."""
+    mixer, (length, keys) = MIXERS[name], lengths
+    query, key, value = normal(0, 1, length, 2, 4), normal(1, 1, keys, 2, 4), normal(2, 1, keys, 2, 4)
+    extras = {} if mixer.extras is None else mixer.extras(jax.random.key(3), key)
+    weights = {} if mixer.weights is None else mixer.weights(jax.random.key(4), 2, 2, 4)
+    call = functools.partial(mixer.function, is_causal=is_causal, **mixer.options, **weights)
+    plain = call(query, key, value, **extras)
+    whole = call(query, key, value, mask=jnp.ones((1, 1, 1, keys), bool), **extras)
+    np.testing.assert_allclose(whole, plain, rtol=1e-6, atol=1e-7)
+    if length > keys:
+        return  # queries would move to other keys
+    key, value = (jnp.pad(x, [(0, 0), (1, 0), (0, 0), (0, 0)], constant_values=jnp.nan) for x in (key, value))
+    extras = {name: jnp.pad(x, [(0, 0), (1, 0), (0, 0)]) for name, x in extras.items()}
+    mask = (jnp.arange(keys + 1) > 0)[None, None, None]
+    np.testing.assert_allclose(call(query, key, value, mask=mask, **extras), plain, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -158,10 +158,11 @@ def _sighted(call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool
     seen = (latest >= start) | ((start == 0) & stateful)
     if not is_causal:
         seen = seen | (jax.lax.cummin(jnp.where(real, place, keys), axis=1, reverse=True) < end)
-        if length != keys:
-            seen = jnp.broadcast_to(seen[:, :1], (batch, length))
-    seen = seen[:, max(keys - length, 0) :]
-    seen = jnp.pad(seen, [(0, 0), (length - seen.shape[1], 0)], constant_values=stateful)
+    if is_causal or length == keys:
+        seen = seen[:, max(keys - length, 0) :]
+        seen = jnp.pad(seen, [(0, 0), (length - seen.shape[1], 0)], constant_values=stateful)
+    else:  # without segments: each query sees all that the first key's place does
+        seen = jnp.broadcast_to(seen[:, :1], (batch, length))
     return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
 
 

@@ -90,8 +90,8 @@ def _squares(parts: list[list[jax.Array]], kept: list[int]) -> list[tuple[jax.Ar
             axes = [tuple(range(n, x.ndim)) for x in leaves]
             sizes = [jnp.max(jnp.abs(x), a) for x, a in zip(leaves, axes)]
             largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes), axis=0))
-            # No more than 2^96 in float32: by more XLA divides as a product with a reciprocal that is flushed to 0.
-            most = jnp.finfo(q.dtype).max ** 0.75
+            # No more than 2^125 in float32: by more XLA divides as a product with a reciprocal that is flushed to 0.
+            most = jnp.finfo(q.dtype).max / 8
             scale = jnp.where(jnp.isfinite(largest), jnp.minimum(largest, most), 1).astype(q.dtype)
             divisor = jnp.where(scale > 0, scale, 1)
             small = [x / jnp.expand_dims(divisor, a).astype(x.real.dtype) for x, a in zip(leaves, axes)]
