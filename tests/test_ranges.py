@@ -1,6 +1,7 @@
 """Types and sizes of numbers that calls must not break on: sums in half precision, extreme features, scales and states."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -163,17 +164,17 @@ def test_cosines_of_the_largest_numbers():
         np.testing.assert_allclose(cosine_features(jnp.full(2, size)), [1, 0.5**0.5, 0.5**0.5], rtol=1e-6)
 
 
-ALIGNED = [
-    "softmax",
-    "residual",
-    "linear",
-    "linear_hedgehog",
-    "performer",
-    "retention",
-    "delta_rule",
-    "efficient",
-    "gated_linear",
-]
+def weights_of(mixer):
+    if mixer.weights is None:
+        return {}
+    length = {"length": 8} if "length" in inspect.signature(mixer.weights).parameters else {}
+    return mixer.weights(jax.random.key(4), 2, 2, 4, **length)
+
+
+# Of the table all with segments, but these, whose tables and mixtures meet the query before rows know what they see.
+ALIGNED = sorted(
+    {n for n in MIXERS if "causality" not in MIXERS[n].exempt} - {"synthesizer_factorized_dense", "synthesizer_mixed"}
+)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -183,17 +184,17 @@ def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
     mixer, mask = MIXERS[name], jnp.array([False, False, True, True, True])
     arrays = [normal(i, 1, 5, 2, 4) for i in range(3)]
     extras = {} if mixer.extras is None else mixer.extras(jax.random.key(3), arrays[0])
-    weights = {} if mixer.weights is None else mixer.weights(jax.random.key(4), 2, 2, 4)
+    weights = weights_of(mixer)
     hidden = {} if is_causal else {"segment_ids": jnp.array([[0, 0, 1, 1, 1]])}
 
-    def loss(arrays, **more):
-        options = {**mixer.options, **extras, **weights, **more}
+    def loss(arrays, weights):
+        options = {**mixer.options, **extras, **weights, **hidden}
         out = mixer.function(*arrays, mask=mask[None, None, None], is_causal=is_causal, **options)
         return jnp.sum(out**2), out
 
     poisoned = [x.at[:, :2].set(jnp.nan) for x in arrays]
     clean = [x.at[:, :2].set(0) for x in arrays]
-    (got, expected) = (jax.grad(loss, has_aux=True)(xs, **hidden) for xs in (poisoned, clean))
+    got, expected = (jax.grad(loss, (0, 1), has_aux=True)(xs, weights) for xs in (poisoned, clean))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
     assert not jnp.any(got[1][:, :2])
 

@@ -181,12 +181,8 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         jax.tree.map(lambda x: jnp.zeros_like(x, spec.dtype), bias),
     )
     dq, dk, dv, db = lax.fori_loop(0, _row_blocks(length, spec.rows), row_block, zeros)
-    return Arrays(
-        dq,
-        dk.astype(key.dtype),
-        dv.astype(value.dtype),
-        jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias),
-    )
+    db = jax.tree.map(lambda x, like: x.astype(like.dtype), db, arrays.bias)
+    return Arrays(dq, dk.astype(key.dtype), dv.astype(value.dtype), db)
 
 
 def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) -> tuple[jax.Array, jax.Array]:

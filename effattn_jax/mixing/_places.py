@@ -159,9 +159,8 @@ def empty_past(tokens: Tokens, length: int, *shapes: tuple[int, ...]) -> PastTok
         return jnp.broadcast_to(zero.reshape((-1, 1) + (1,) * len(shape)), (zero.shape[0], length, *shape))
 
     count = zero.astype(jnp.int32)
-    return PastTokens(
-        tuple(zeros(shape) for shape in shapes), count, count + 0
-    )  # two buffers, so that both can be donated
+    # `count + 0` is a buffer of its own, so that both can be donated.
+    return PastTokens(tuple(zeros(shape) for shape in shapes), count, count + 0)
 
 
 def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, places: Places) -> PastTokens:

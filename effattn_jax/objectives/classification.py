@@ -14,8 +14,9 @@ def cross_entropy(
     """Sum of negative log-likelihoods in nats, and the sum of the weights to divide it by.
 
     loss = sum_i w_i (logsumexp(z_i) - z_{i, y_i}), computed in float32 at least with the maximum taken out of both, so
-    logits of any finite size are safe, and what is common to all classes changes nothing. A position of weight 0 is not seen: its logits may be NaN and its target out of range
-    (-1, -100), with gradient 0. A target out of range with a positive weight gives NaN rather than a wrong number.
+    logits of any finite size are safe, and what is common to all classes changes nothing. A position of weight 0 is not
+    seen: its logits may be NaN and its target out of range (-1, -100), with gradient 0. A target out of range with a
+    positive weight gives NaN rather than a wrong number.
 
     Args:
       logits: (..., A) of any floating type; -inf is a class of probability 0.
@@ -84,7 +85,6 @@ def _classes(logits: jax.Array) -> jax.Array:
 
 
 def _in_range(targets: jax.Array, num_classes: int) -> jax.Array:
-    last = min(
-        num_classes - 1, jnp.iinfo(targets.dtype).max
-    )  # 256 classes are more than uint8 counts, and 256 would be 0 there
+    # 256 classes are more than uint8 counts, where 256 itself would be 0.
+    last = min(num_classes - 1, jnp.iinfo(targets.dtype).max)
     return (targets >= 0) & (targets <= last)

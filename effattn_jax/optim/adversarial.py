@@ -257,9 +257,8 @@ def _perturbed(
             _, g = value_and_gradients(
                 lambda p: loss_fn(*rebuild(p), **kwargs), points, parameters=parameters, axis_name=axis_name
             )
-            uphill = [
-                jnp.conj(x) for x in jax.lax.stop_gradient(g)
-            ]  # JAX's gradient by a complex array is the conjugate
+            # By a complex array JAX's gradient is the conjugate of the way up.
+            uphill = [jnp.conj(x) for x in jax.lax.stop_gradient(g)]
             steps = _of_length(uphill, step_size, norm, per_example, split_over)
             displacement = [d + s for d, s in zip(displacement, steps)]
             return (_into_ball(displacement, epsilon, norm, per_example, split_over) if project else displacement), None

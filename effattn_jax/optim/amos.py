@@ -249,11 +249,9 @@ def _mean_square(x: jax.Array, leaf: AmosLeaf, axes: tuple[tuple[str, ...], ...]
     """The mean of |x|^2 over the axes that the slot lacks, over all devices that have a part of them."""
     reduced = [i for i in range(x.ndim) if not leaf.slot or (leaf.slot[i] == 1 and leaf.shape[i] != 1)]
     squares = (x * jnp.conj(x)).real
-    mean = (
-        jnp.mean(squares, axis=tuple(reduced), keepdims=bool(leaf.slot))
-        if x.size
-        else jnp.zeros(leaf.slot, squares.dtype)
-    )
+    mean = jnp.zeros(leaf.slot, squares.dtype)
+    if x.size:
+        mean = jnp.mean(squares, axis=tuple(reduced), keepdims=bool(leaf.slot))
     names = tuple(name for i in reduced for name in axes[i])
     return jax.lax.pmean(mean, names) if names else mean
 

@@ -186,9 +186,8 @@ def _slope(function: Callable, arrays: list, gradients: list, step: float, axis_
     """(L(s + h g) - L(s - h g)) / 2h with h = step / |g|: its derivative by anything is that of |g|^2 / 2 at fixed L."""
     norm = global_norm(gradients, axis_name=axis_name)
     h = step / jnp.where(norm > 0, norm, 1)
-    gradients = [
-        jnp.conj(g) for g in gradients
-    ]  # of a complex array the loss rises along the conjugate of JAX's gradient
+    # Of a complex array the loss rises along the conjugate of JAX's gradient.
+    gradients = [jnp.conj(g) for g in gradients]
 
     def moved(sign: int) -> jax.Array:
         return split_loss(function([a + (sign * h * g).astype(a.dtype) for a, g in zip(arrays, gradients)]))[0]
