@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first)
 
 # Okabe and Ito's palette, told apart by every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+OURS, BLUE, OTHERS = "effattn_jax", COLOURS[0], (*COLOURS[1:5], COLOURS[6])  # no second blue beside ours
 COLUMNS = 8  # groups side by side
 
 
@@ -56,13 +57,15 @@ def plot(path: pathlib.Path) -> pathlib.Path:
 
 
 def _draw(axis, rows: list[dict], names: list[str], field: str) -> None:
-    """One panel: a line a contender, ours the widest; contenders beyond the palette are dashed."""
+    """One panel: a line a contender, ours the widest and the only blue one; contenders beyond the palette are dashed."""
+    order = [OURS, *(name for name in names if name != OURS)]
     for name in names:
         points = [(r["length"], r[field]) for r in rows if r["name"] == name]
         if points:
-            turn, colour = divmod(names.index(name), len(COLOURS))
-            style = {"color": COLOURS[colour], "linestyle": ("-", "--", ":")[turn % 3], "marker": "o", "markersize": 4}
-            axis.plot(*zip(*points), **style, label=name, linewidth=2.2 if name == "effattn_jax" else 1.2)
+            turn, colour = divmod(max(order.index(name) - 1, 0), len(OTHERS))
+            colour = BLUE if name == OURS else OTHERS[colour]
+            style = {"color": colour, "linestyle": ("-", "--", ":")[turn], "marker": "o", "markersize": 4}
+            axis.plot(*zip(*points), **style, label=name, linewidth=2.2 if name == OURS else 1.2)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.grid(alpha=0.25)
