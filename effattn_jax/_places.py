@@ -1,8 +1,10 @@
-"""Where each token of a row stands, with padding, packed documents and earlier calls counted as they should be."""
+"""Where each token of a row stands and whether it sees anything, with padding, packed documents and earlier calls counted as they should be."""
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+
+from effattn_jax._contract import Call
 
 __all__: list[str] = []
 
@@ -46,6 +48,35 @@ def count_positions(
     # The count at the latest boundary is the largest of all so far, and none is negative; `start` holds before any.
     start = start + jnp.zeros_like(boundary, jnp.int32)  # sharded as the ids are, where a broadcast would not be
     return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
+
+
+def with_sight(call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool) -> Call:
+    """The call with 0 for the queries that see no key, whose output is 0 whatever they hold: 0 * NaN would be NaN, in gradients too.
+
+    Not where queries and keys have segments apart, which all pairs would have to be asked for. `mask` is over keys, (B, S), and with
+    `stateful` the first segment goes on from keys that are not here.
+    """
+    (batch, length), keys = call.query.shape[:2], call.key.shape[1]
+    unaligned = call.query_segments is not call.key_segments
+    if unaligned or keys == 0 or (mask is None and (length <= keys or not is_causal)):
+        return call
+    place = jnp.arange(keys)[None]
+    real = jnp.ones((batch, keys), bool) if mask is None else mask
+    latest, start, end = jax.lax.cummax(jnp.where(real, place, -1), axis=1), 0, keys
+    if call.key_segments is not None:
+        changes = call.key_segments[:, 1:] != call.key_segments[:, :-1]
+        start = jax.lax.cummax(jnp.where(jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True), place, 0), axis=1)
+        last = jnp.where(jnp.pad(changes, [(0, 0), (0, 1)], constant_values=True), place + 1, keys)
+        end = jax.lax.cummin(last, axis=1, reverse=True)
+    seen = (latest >= start) | ((start == 0) & stateful)
+    if not is_causal:
+        seen = seen | (jax.lax.cummin(jnp.where(real, place, keys), axis=1, reverse=True) < end)
+    if is_causal or length == keys:
+        seen = seen[:, max(keys - length, 0) :]
+        seen = jnp.pad(seen, [(0, 0), (length - seen.shape[1], 0)], constant_values=stateful)
+    else:  # without segments: each query sees all that the first key's place does
+        seen = jnp.broadcast_to(seen[:, :1], (batch, length))
+    return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
 
 
 def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> jax.Array:

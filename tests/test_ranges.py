@@ -171,10 +171,8 @@ def weights_of(mixer):
     return mixer.weights(jax.random.key(4), 2, 2, 4, **length)
 
 
-# Of the table all with segments, but these, whose tables and mixtures meet the query before rows know what they see.
-ALIGNED = sorted(
-    {n for n in MIXERS if "causality" not in MIXERS[n].exempt} - {"synthesizer_factorized_dense", "synthesizer_mixed"}
-)
+# Of the table all with segments.
+ALIGNED = sorted(n for n in MIXERS if "causality" not in MIXERS[n].exempt)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -184,8 +182,8 @@ def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
     mixer, mask = MIXERS[name], jnp.array([False, False, True, True, True])
     arrays = [normal(i, 1, 5, 2, 4) for i in range(3)]
     extras = {} if mixer.extras is None else mixer.extras(jax.random.key(3), arrays[0])
-    weights = weights_of(mixer)
     hidden = {} if is_causal else {"segment_ids": jnp.array([[0, 0, 1, 1, 1]])}
+    weights = {**weights_of(mixer), "scale": jnp.array(0.7)}
 
     def loss(arrays, weights):
         options = {**mixer.options, **extras, **weights, **hidden}

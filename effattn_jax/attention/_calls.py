@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or, scaled
+from effattn_jax._places import with_sight
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._pairs import Arrays, Marks, Spec
 
@@ -132,8 +133,11 @@ class Prepared(NamedTuple):
     spec: Spec  # causal or not, one block of everything
 
     def whole(self) -> Call:
-        """The call over all the keys."""
-        return self.call._replace(query=self.arrays.query, key=self.arrays.key, value=self.arrays.value)
+        """The call over all the keys, for scores that meet the query before its rows know what they see: rows that see nothing hold 0."""
+        call = self.call._replace(query=self.arrays.query, key=self.arrays.key, value=self.arrays.value)
+        if self.call.key.shape[1] != call.key.shape[1]:
+            return call
+        return with_sight(call, self.marks.key_mask, self.spec.right == 0, False)
 
     @property
     def no_pairs(self) -> bool:
@@ -178,6 +182,8 @@ def prepare(
             f"bias must cover all {full.key.shape[1]} keys of the state after the call; got {jnp.shape(bias)}"
         )
     query, (length, keys) = full.query, (full.query.shape[1], full.key.shape[1])
+    if state is None and scale is not None and not isinstance(scale, numbers.Real):  # whose gradient meets all queries
+        query = with_sight(full, marks.key_mask, is_causal, False).query
     query, scale = number_scale(query, scale)
     spec = Spec(None, 0 if is_causal else None, None, scale, length, keys, accumulator(query, full.key, full.value))
     offset = keys - length if state is None or state.length is None else None

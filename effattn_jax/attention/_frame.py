@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import Call, accumulator, check_call, choose, key_mask, positive, scale_or, scaled
+from effattn_jax._places import with_sight
 from effattn_jax.attention.features import num_features
 
 __all__ = ["LinearState"]
@@ -132,38 +133,10 @@ def open_call(
         raise ValueError(
             "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
         )
-    call = _sighted(call, mask, is_causal, initial_state is not None)
+    call = with_sight(call, mask, is_causal, initial_state is not None)
     if scale is not None:
         call = call._replace(query=scaled(call.query, scale_or(1.0, scale)))
     return call, mask
-
-
-def _sighted(call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool) -> Call:
-    """The call with 0 for the queries that see no key, whose output is 0 whatever they hold: 0 * NaN would be NaN, in gradients too.
-
-    Not where queries and keys have segments apart, which all pairs would have to be asked for.
-    """
-    (batch, length), keys = call.query.shape[:2], call.key.shape[1]
-    unaligned = call.query_segments is not call.key_segments
-    if unaligned or keys == 0 or (mask is None and (length <= keys or not is_causal)):
-        return call
-    place = jnp.arange(keys)[None]
-    real = jnp.ones((batch, keys), bool) if mask is None else mask
-    latest, start, end = jax.lax.cummax(jnp.where(real, place, -1), axis=1), 0, keys
-    if call.key_segments is not None:
-        changes = call.key_segments[:, 1:] != call.key_segments[:, :-1]
-        start = jax.lax.cummax(jnp.where(jnp.pad(changes, [(0, 0), (1, 0)], constant_values=True), place, 0), axis=1)
-        last = jnp.where(jnp.pad(changes, [(0, 0), (0, 1)], constant_values=True), place + 1, keys)
-        end = jax.lax.cummin(last, axis=1, reverse=True)
-    seen = (latest >= start) | ((start == 0) & stateful)
-    if not is_causal:
-        seen = seen | (jax.lax.cummin(jnp.where(real, place, keys), axis=1, reverse=True) < end)
-    if is_causal or length == keys:
-        seen = seen[:, max(keys - length, 0) :]
-        seen = jnp.pad(seen, [(0, 0), (length - seen.shape[1], 0)], constant_values=stateful)
-    else:  # without segments: each query sees all that the first key's place does
-        seen = jnp.broadcast_to(seen[:, :1], (batch, length))
-    return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
 
 
 def refuse(name: str, implementation: str | None, *unknown: str) -> None:
