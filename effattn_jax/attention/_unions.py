@@ -8,7 +8,7 @@ from jax import lax
 
 from effattn_jax.attention._blocks import by_rows
 from effattn_jax.attention._pairs import Arrays, whole_rows
-from effattn_jax.attention._patterns import Part, View, by_class, dense, documents, merge, part, select
+from effattn_jax.attention._patterns import Part, View, by_class, dense, documents, merge, part
 
 __all__: list[str] = []
 
@@ -111,6 +111,13 @@ def at_once(view: View, **changes: Any) -> Part:
     return whole_rows(view.spec._replace(**changes), arrays, view.marks)[:2]
 
 
+def _taken(x: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """(B | 1, ..., L, ...) -> (B, ..., C, ...) by an index (B, C) of its own for each row; 0 where that is L."""
+    batch, count = index.shape
+    index = index.reshape(batch, *[1] * (axis - 1), count, *[1] * (x.ndim - axis - 1))
+    return jnp.take_along_axis(x, index, axis, fill_value=0)
+
+
 class Few(NamedTuple):
     """The marked ones of each row, brought together: `count` places, of which the last are empty where fewer are marked."""
 
@@ -126,9 +133,7 @@ class Few(NamedTuple):
 
     def __call__(self, x: jax.Array, axis: int = 1) -> jax.Array:
         """(B, ..., L, ...) -> (B, ..., count, ...); an empty place holds an unmarked one, to be masked."""
-        batch, count = self.index.shape
-        index = self.index.reshape(batch, *[1] * (axis - 1), count, *[1] * (x.ndim - axis - 1))
-        return jnp.take_along_axis(x, index, axis)
+        return _taken(x, self.index, axis)
 
     def back(self, x: jax.Array, base: jax.Array) -> jax.Array:
         """(B, count, ...) put in their places in (B, L, ...)."""
@@ -187,8 +192,9 @@ class Fixed(NamedTuple):
     def dense(self, view: View) -> jax.Array:
         """See `Pattern`."""
         ends, key_blocks, query_blocks = self._blocks(view)
-        after = jnp.pad(ends, [(0, 0), (0, self.summary)])
-        columns = jnp.stack([after[:, u : u + ends.shape[1]] for u in range(self.summary)]).any(0)
+        place = jnp.arange(ends.shape[1])[None]
+        end = lax.cummin(jnp.where(ends, place, ends.shape[1] + self.summary), axis=1, reverse=True)
+        columns = end - place < self.summary
         same = query_blocks[..., None] == key_blocks[:, None]
         return dense(view, (same | columns[:, None])[:, None])
 
@@ -217,8 +223,10 @@ class Fixed(NamedTuple):
 
         Complete blocks end at least `block` keys apart: each stretch of so many keys holds one end at most.
         """
-        pick = _Columns(self.block, self.summary, ends)
         arrays, marks = view.arrays, view.marks
+        pick = _Columns(self.block, self.summary)
+        if marks.key_segments is not None or marks.key_mask is not None:
+            pick = pick.of(ends, arrays.key)
         exists = pick(
             jnp.ones_like(ends)
             if marks.key_mask is None
@@ -238,28 +246,39 @@ class Fixed(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """Brings the last columns of all blocks together: (B, S, ...) -> (B, C, ...) with `summary` columns a stretch of `block` keys."""
+    """Brings the last columns of all complete blocks together: (B, S, ...) -> (B, C, ...), `summary` a stretch of `block` keys, 0 where none ends."""
 
     block: int
     summary: int
-    ends: jax.Array
+    index: jax.Array | None = None  # (B, C), S where none ends; None: the blocks are the stretches
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        stretches = -(-self.ends.shape[1] // self.block)
-        missing = stretches * self.block - self.ends.shape[1]
-        rest = [(0, 0)] * (x.ndim - 2)
-        here = jnp.pad(self.ends, [(0, 0), (0, missing)]).reshape(-1, stretches, self.block, *[1] * (x.ndim - 2))
+    def of(self, ends: jax.Array, like: jax.Array) -> "_Columns":
+        """Those of blocks that end anywhere, (B | 1, S), sharded as `like` (B, S, ...) is."""
+        keys = ends.shape[1]
+        # Counted from 1, so that padding, and a stretch without an end, is 0.
+        end = self._stretches(ends * (1 + jnp.arange(keys, dtype=jnp.int32)), 1).max(2, keepdims=True)
+        index = jnp.where(end > 0, end - self.summary + jnp.arange(self.summary, dtype=jnp.int32), keys)
+        index = index.reshape(index.shape[0], index.shape[1] * self.summary)
+        return self._replace(index=index + jnp.zeros_like(like.sum((1, 2, 3)), jnp.int32)[:, None])
 
-        def column(back):
-            moved = jnp.pad(x, [(0, 0), (back, missing), *rest])[:, : stretches * self.block]
-            return select(moved.reshape(x.shape[0], stretches, self.block, *x.shape[2:]), here, 2)
+    def __call__(self, x: jax.Array, axis: int = 1) -> jax.Array:
+        if self.index is None:
+            x = lax.slice_in_dim(self._stretches(x, axis), self.block - self.summary, self.block, axis=axis + 1)
+            return x.reshape(*x.shape[:axis], x.shape[axis] * self.summary, *x.shape[axis + 2 :])
+        if x.shape[0] > 1:  # sharded over the batch as the index is
+            x = x + jnp.zeros_like(self.index[:, 0], x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return _taken(x, self.index, axis)
 
-        columns = jnp.stack([column(back) for back in reversed(range(self.summary))], axis=2)
-        return columns.reshape(columns.shape[0], stretches * self.summary, *x.shape[2:])
+    def _stretches(self, x: jax.Array, axis: int) -> jax.Array:
+        """(..., S, ...) as (..., stretches, block, ...), padded at the end."""
+        count = -(-x.shape[axis] // self.block)
+        missing = count * self.block - x.shape[axis]
+        x = jnp.pad(x, [(0, missing) if a == axis else (0, 0) for a in range(x.ndim)])
+        return x.reshape(*x.shape[:axis], count, self.block, *x.shape[axis + 1 :])
 
     def pairs(self, x: jax.Array | None) -> jax.Array | None:
         """The same of the last axis of a (B | 1, N | 1, T | 1, S | 1) array."""
-        return x if x is None or x.shape[3] == 1 else jnp.moveaxis(self(jnp.moveaxis(x, 3, 1)), 1, 3)
+        return x if x is None or x.shape[3] == 1 else self(x, 3)
 
 
 class Top(NamedTuple):
