@@ -223,26 +223,45 @@ def test_what_changes_nothing_is_accepted():
         as_attention_fn("softmax")(x[:, :3], x, x, is_causal=True)
 
 
-@pytest.mark.parametrize("name", ["softmax", "local", "sparse", "fixed", "synthesizer_random", "retention"])
+@pytest.mark.parametrize(
+    "name",
+    ["softmax", "local", "sparse", "fixed", "synthesizer_random", "retention", "gated_linear", "gated_delta_rule"],
+)
 def test_decoding_from_flax_cache(name):
     """Linen's cache has empty slots behind its tokens, hidden by a mask: token by token is what the whole row gives."""
+    slots, mask = 9, None
     options = options_of(name, is_causal=True, **MIXERS[name].options)
-    options = {k: v for k, v in options.items() if k != "log_decay"}
     if name == "softmax":
         options["bias"] = Alibi(jnp.array([0.5, 0.25]))
+    if name == "local":
+        mask = jnp.ones((B, N, 1, slots), bool)  # a mask of the caller's, with an axis of heads
     x, weights = small()
     whole = in_linen(name, x, weights, options=options)
+    for timed in ("log_decay", "beta"):
+        if timed in options:
+            options[timed] = jnp.pad(options[timed], [(0, 0), (0, slots - T), (0, 0)])
     layer = linen.MultiHeadDotProductAttention(num_heads=N, attention_fn=as_attention_fn(name, **options), decode=True)
-    variables = layer.init(jax.random.key(0), jnp.zeros((B, 9, D)))  # a cache of nine slots
-    step = jax.jit(
-        lambda cache, x: layer.apply({"params": flax_parameters(weights), "cache": cache}, x, mutable="cache")
-    )
+    variables = layer.init(jax.random.key(0), jnp.zeros((B, slots, D)))
+    parameters = flax_parameters(weights)
+    step = jax.jit(lambda cache, x: layer.apply({"params": parameters, "cache": cache}, x, mask=mask, mutable="cache"))
     cache, rows = variables["cache"], []
     for i in range(T):
         row, mutated = step(cache, x[:, i : i + 1])
         cache = mutated["cache"]
         rows.append(row)
     np.testing.assert_allclose(jnp.concatenate(rows, axis=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_in_front_and_padding_behind():
+    """Ends are aligned whatever a mask hides; only of a single query, as Flax decodes, the last key shown is its own."""
+    query, key = (jax.random.normal(jax.random.key(i), (1, n, N, H)) for i, n in enumerate((3, 5)))
+    mask = jnp.array([True] * 4 + [False])
+    expected = MIXERS["local"].function(query, key, key, mask=mask, is_causal=True, window=1)
+    close(as_attention_fn("local", window=1, is_causal=True)(query, key, key, mask=mask[None, None, None]), expected)
+    ids = jnp.zeros((1, 1), int), jnp.array([[1, 0, 0, 0, 0]])
+    expected = MIXERS["local"].function(query[:, :1], key[:, 1:4], key[:, 1:4], is_causal=True, window=3)
+    attend = as_attention_fn("local", window=3, is_causal=True, segment_ids=ids)
+    close(attend(query[:, :1], key, key, mask=mask[None, None, None]), expected)
 
 
 @pytest.mark.parametrize(

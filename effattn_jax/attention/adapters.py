@@ -1,5 +1,6 @@
 """Our kernels as the `attention_fn` of Flax Linen's and NNX's MultiHeadAttention."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +54,8 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     Args:
       kernel: a name of `attention.MIXERS` or any function under the contract.
       **options: passed on to the kernel, such as `is_causal=True` or `window=64`; inputs beside query, key and value (`log_decay`, the
-        tables of a Synthesizer) too, and a `bias` for calls that bring none. With `is_causal=True` a layer may decode from Flax's cache.
+        tables of a Synthesizer) too, and a `bias` for calls that bring none. With `is_causal=True` a layer may decode from Flax's cache:
+        of a call of one query with a mask, the last key that the mask shows is the query's own, and inputs of the keys have an entry a slot.
 
     Returns:
       f(query, key, value, bias=None, mask=None, *, dropout_rng, dropout_rate, broadcast_dropout, deterministic, dtype, precision, module, ...)
@@ -71,6 +73,7 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     if isinstance(kernel, str):
         kernel = _named(kernel)
     _check_options(kernel, options)
+    timed = _timed()
 
     def attention_fn(
         query: jax.Array,
@@ -117,8 +120,8 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
         settings = {**options, "is_causal": is_causal or options.get("is_causal", False)}
         bias = settings.pop("bias", None) if bias is None else bias
-        if settings["is_causal"] and mask is not None and query.shape[-3] < key.shape[-3]:
-            key, value, bias, mask = _filled_last(key, value, bias, mask)
+        if settings["is_causal"] and mask is not None and query.shape[-3] == 1 < key.shape[-3]:
+            key, value, bias, mask, settings = _filled_last(key, value, bias, mask, settings, timed)
         if precision is None:
             return kernel(query, key, value, bias, mask, **settings)
         with jax.default_matmul_precision(_precision_name(precision)):
@@ -127,23 +130,51 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
     return attention_fn
 
 
-def _filled_last(key: jax.Array, value: jax.Array, bias: Any, mask: jax.Array) -> tuple:
-    """Keys with the empty slots behind the last real one moved in front of them.
+@functools.cache
+def _timed() -> frozenset[str]:
+    """The names of inputs beside query, key and value that have time behind the batch axes, as the table knows them."""
+    from effattn_jax.attention import MIXERS
 
-    Flax's cache holds empty slots behind its tokens, hidden by a mask over keys; where ends are aligned, as ours are, the last query stands at
-    the last slot, from which windows and remainders would be counted.
+    makers = [mixer.extras for mixer in MIXERS.values() if mixer.extras is not None]
+    made = [jax.eval_shape(lambda make=make: make(jax.random.key(0), jnp.zeros((1, 1, 1, 1)))) for make in makers]
+    return frozenset(name for names in made for name in names)
+
+
+def _filled_last(
+    key: jax.Array, value: jax.Array, bias: Any, mask: jax.Array, settings: dict[str, Any], timed: frozenset[str]
+) -> tuple:
+    """The call of one query with the empty slots behind the last real key moved in front of them, in all that has an entry a key.
+
+    Flax's cache holds empty slots behind its tokens, hidden by a mask; where ends are aligned, as ours are, the last query stands at
+    the last slot, from which windows, remainders and decays would be counted. `timed` names the options that have time behind the batch axes.
     """
-    keys = key.shape[-3]
-    if mask.ndim != key.ndim or mask.shape[-3:] != (1, 1, keys):
-        return key, value, bias, mask
-    real = jnp.broadcast_to(mask[..., 0, 0, :], (*key.shape[:-3], keys))
-    empty = jnp.where(real.any(-1), jnp.argmax(real[..., ::-1], axis=-1), 0)
+    batch, keys = key.shape[:-3], key.shape[-3]
+    if mask.ndim > key.ndim or mask.shape[-1:] != (keys,):
+        return key, value, bias, mask, settings
+    mask = mask.reshape((1,) * (key.ndim - mask.ndim) + mask.shape)
+    mask = jnp.broadcast_to(mask, (*batch, *mask.shape[-3:]))
+    seen = mask.any((-3, -2))
+    empty = jnp.where(seen.any(-1), jnp.argmax(seen[..., ::-1], axis=-1), 0)
     slots = (jnp.arange(keys).reshape((1,) * empty.ndim + (keys,)) - empty[..., None]) % keys
-    key, value = (jnp.take_along_axis(x, slots[..., None, None], axis=-3) for x in (key, value))
-    if bias is not None and not callable(bias) and bias.shape[-1] == keys:
-        lead = (*key.shape[:-3], *bias.shape[-3:])
-        bias = jnp.take_along_axis(jnp.broadcast_to(bias, lead), slots[..., None, None, :], axis=-1)
-    return key, value, bias, jnp.take_along_axis(real, slots, axis=-1)[..., None, None, :]
+
+    def moved(x, axis):
+        """An array whose first axes are those of the batch, or of size 1, and which has the keys along `axis`; another stays as it is."""
+        if x.ndim <= len(batch) or x.shape[axis] != keys:
+            return x
+        index = [1] * x.ndim
+        index[: len(batch)], index[axis] = batch, keys
+        return jnp.take_along_axis(
+            jnp.broadcast_to(x, (*batch, *x.shape[len(batch) :])), slots.reshape(index), axis=axis
+        )
+
+    settings = {name: moved(jnp.asarray(x), len(batch)) if name in timed else x for name, x in settings.items()}
+    ids = settings.get("segment_ids")
+    if isinstance(ids, tuple | list) and len(ids) == 2:
+        settings["segment_ids"] = (ids[0], moved(jnp.asarray(ids[1]), len(batch)))
+    if bias is not None and not callable(bias):
+        bias = jnp.asarray(bias)
+        bias = moved(bias.reshape((1,) * (key.ndim - bias.ndim) + bias.shape), -1)
+    return moved(key, len(batch)), moved(value, len(batch)), bias, moved(mask, -1), settings
 
 
 def _check_options(kernel: Callable, options: dict[str, Any]) -> None:
