@@ -163,14 +163,18 @@ def check_causality(is_causal: Any) -> None:
 
 
 def scale_or(default: float, scale: Any) -> Any:
-    """The default for None; a scale that is neither a number nor an array of numbers is a ValueError."""
+    """The default for None; a scale that is neither a number nor an array of one is a ValueError."""
     if scale is None:
         return default
     if not isinstance(scale, numbers.Real):
         real = hasattr(scale, "dtype") and (
             jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
         )
-        _require(real, f"scale must be a number or an array of numbers; got {scale!r}"[:400])
+        _require(real, f"scale must be a number; got {scale!r}"[:400])
+        _require(
+            scale.ndim == 0,
+            f"scale must be one number, an array of shape (); got shape {scale.shape}. Factors of heads or tokens go into the query",
+        )
     return scale
 
 

@@ -15,6 +15,7 @@ from effattn_jax.attention import (
     dot_product_attention,
     efficient_attention,
     linear_attention,
+    linformer_attention,
     performer_attention,
     random_features,
     retention_attention,
@@ -195,6 +196,19 @@ def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
     got, expected = (jax.grad(loss, (0, 1), has_aux=True)(xs, weights) for xs in (poisoned, clean))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
     assert not jnp.any(got[1][:, :2])
+
+
+@pytest.mark.parametrize("keys", [3, 0])
+def test_linformer_without_any_key(keys):
+    """A row of padding alone gives 0 and passes nothing back, whatever its queries hold."""
+    query, key = jnp.full((1, 2, 1, 4), jnp.nan), jnp.ones((1, keys, 1, 4))
+
+    def loss(query, table):
+        mask, tables = jnp.zeros((1, 1, 1, keys), bool), {"key_projection": table, "value_projection": table}
+        return linformer_attention(query, key, key, mask=mask, **tables).sum()
+
+    value, grads = jax.value_and_grad(loss, (0, 1))(query, jnp.ones((2, 5)))
+    assert value == 0 and not any(jnp.any(g != 0) for g in grads)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -78,7 +78,11 @@ def linformer_attention(
         raise ValueError(
             f"key_projection and value_projection must have the same number of rows R; got {keys.shape[1]} and {values.shape[1]}"
         )
-    out = dot_product_attention(call.query, keys, values, scale=scale, implementation=implementation)
+    some = None  # a row without real keys sees none of its mixtures, which are all 0
+    if real is not None or call.key.shape[1] == 0:
+        some = jnp.zeros(call.key.shape[:1], bool) if real is None else real.any(-1)
+        some = some[:, None, None, None]
+    out = dot_product_attention(call.query, keys, values, mask=some, scale=scale, implementation=implementation)
     return call.restore(out.astype(call.value.dtype))
 
 

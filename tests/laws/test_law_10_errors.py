@@ -64,7 +64,7 @@ MIXER_MISTAKES = {
 OPTION_MISTAKES = {
     "window": [(-1, "-1"), ((2, -3), "-3"), ((1, 2, 3), "(1, 2, 3)"), (1.5, "1.5")],
     "logits_soft_cap": [(0.0, "0.0"), (-2.0, "-2.0"), ("warm", "warm")],
-    "scale": [("large", "large")],
+    "scale": [("large", "large"), (np.ones((2, 1), np.float32), "(2, 1)")],
     "chunk_size": [(0, "0"), (-4, "-4")],
     "feature_map": [("eluu", "eluu")],
     "dilation": [(0, "0"), (1.5, "1.5")],
