@@ -99,6 +99,25 @@ def test_packed_rows_padding_and_causality(mixer):
     assert float(jnp.abs(changed - packed)[8:].max()) > 1e-3
 
 
+@pytest.mark.parametrize("mixer", ["softmax", "gated_linear", "dynamic_convolution", "lightweight_convolution"])
+def test_padding_inside_and_behind_a_prompt(mixer):
+    """Is as if absent, for short convolutions too, and the row goes on from its last real token."""
+    model, params = make(mixer=mixer, conv_width=3)
+    tokens, (row,) = random_tokens((1, 6)), np.nonzero([1, 1, 0, 1, 0, 1, 1, 0, 0])
+    padded, mask = (
+        jnp.zeros((1, 9), jnp.int32).at[:, row].set(tokens[:, :5]),
+        jnp.zeros((1, 9), bool).at[:, row].set(True),
+    )
+
+    @jax.jit
+    def run(params):
+        first, state = model.step(params, padded, model.init_state(1, 16), mask=mask)
+        second, _ = model.step(params, tokens[:, 5:], state)
+        return jnp.concatenate([first[:, row], second], axis=1), model.apply({"params": params}, tokens)
+
+    np.testing.assert_allclose(*run(params), atol=1e-5)
+
+
 @pytest.mark.parametrize("mixer", KINDS)
 def test_gradients_are_finite_with_rows_of_padding_alone(mixer):
     model, params = make(mixer=mixer, positions="rotary", conv_width=2)

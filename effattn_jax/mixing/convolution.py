@@ -21,7 +21,7 @@ __all__ = ["ConvolutionState", "dynamic_convolution", "lightweight_convolution"]
 
 
 class ConvolutionState(NamedTuple):
-    """The last W - 1 inputs (*B, W - 1, D), 0 where there were none, and the segment of each (*B, W - 1)."""
+    """The last W - 1 inputs (*B, W - 1, D), padding not counted, 0 where there were none, and the segment of each (*B, W - 1)."""
 
     inputs: jax.Array
     segment_ids: jax.Array
@@ -31,20 +31,27 @@ def convolve(
     x: jax.Array,
     taps: Callable,
     width: int,
+    own: jax.Array | None = None,
     *,
     is_causal: bool,
+    mask: jax.Array | None = None,
     segment_ids: jax.Array | None,
     state: ConvolutionState | None,
 ) -> tuple[jax.Array, ConvolutionState]:
-    """sum_j taps(j, x_{t - j}) over j < width, and the state after it; x (B, T, D), zeros outside and in other segments.
+    """sum_j taps(j, x_{t - j}, own_t) over j < width, and the state after it; x (B, T, D), zeros outside and in other segments.
 
-    Not causal: x_{t + width // 2 - j}.
+    Not causal: x_{t + width // 2 - j}. Padding (mask (B, T) False) is as if absent: it is moved in front of the state, and its outputs mean nothing.
     """
     length = x.shape[1]
     before = ConvolutionState(*_nothing(x, width - 1)) if state is None else state
     ids = _ids(before, length, segment_ids, state)
     past_x, past_ids = before.inputs.astype(x.dtype), before.segment_ids
     all_x, all_ids = jnp.concatenate([past_x, x], axis=1), jnp.concatenate([past_ids, ids], axis=1)
+    if mask is not None:
+        order, back = _padding_first(mask, width - 1)
+        all_x, all_ids = _reordered(all_x, order), jnp.take_along_axis(all_ids, order, axis=1)
+        ids = all_ids[:, width - 1 :]
+        own = None if own is None else _reordered(own, jnp.maximum(order[:, width - 1 :] - (width - 1), 0))
     after = ConvolutionState(all_x[:, length:], all_ids[:, length:])
     ahead = 0 if is_causal else width // 2
     all_x, all_ids = (jnp.pad(a, [(0, 0), (0, ahead)] + [(0, 0)] * (a.ndim - 2)) for a in (all_x, all_ids))
@@ -54,8 +61,21 @@ def convolve(
         shifted = all_x[:, start : start + length]
         if segment_ids is not None or state is not None:
             shifted = jnp.where((all_ids[:, start : start + length] == ids)[..., None], shifted, 0)
-        y += taps(lag, shifted)
-    return y, after
+        y += taps(lag, shifted, own)
+    return (y if mask is None else _reordered(y, back)), after
+
+
+def _padding_first(mask: jax.Array, before: int) -> tuple[jax.Array, jax.Array]:
+    """The order (B, before + T) of a state and its row, padding first and all else as it was; and where in that row, counted behind the first
+    `before` places, each token (B, T) then stands, padding anywhere."""
+    real = jnp.pad(mask, [(0, 0), (before, 0)], constant_values=True)
+    latest = mask.shape[1] - jnp.sum(mask, axis=1, keepdims=True) - 1
+    return jnp.argsort(real, axis=1, stable=True), jnp.maximum(latest + jnp.cumsum(mask, axis=1), 0)
+
+
+def _reordered(x: jax.Array, order: jax.Array) -> jax.Array:
+    """x (B, T, ...) with the tokens that `order` (B, T') names."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 def _nothing(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -74,14 +94,16 @@ def _ids(before: ConvolutionState, length: int, segment_ids: Any, state: Any) ->
     return jnp.broadcast_to(before.segment_ids[:, -1:], shape)
 
 
-def _run(tokens: Tokens, taps: Callable, width: int, is_causal: bool, state: Any, return_state: bool) -> Any:
+def _run(
+    tokens: Tokens, taps: Callable, width: int, is_causal: bool, state: Any, return_state: bool, own: jax.Array | None = None
+) -> Any:  # fmt: skip
     """The convolution of checked tokens, in the accumulator's dtype; its state keeps the inputs' own."""
     x = tokens.inputs
     if state is not None:
         state = adopt(state, ConvolutionState(*_nothing(x, width - 1)), tokens.batch)
     # Computed again in the backward pass, which then keeps the inputs and not their W shifted copies.
     run = jax.checkpoint(partial(convolve, taps=taps, width=width, is_causal=is_causal))
-    y, after = run(x, segment_ids=tokens.segments, state=state)
+    y, after = run(x, own=own, mask=tokens.mask, segment_ids=tokens.segments, state=state)
     y = tokens.finish(y)
     return (y, jax.tree.map(tokens.restore, after)) if return_state else y
 
@@ -112,7 +134,7 @@ def lightweight_convolution(
       inputs: (*B, T, D), any T; in the source the output of a projection and a GLU.
       kernel: k, (N, W) before the softmax; N divides D, head n has the D / N channels from n D / N on.
       is_causal: only the past.
-      mask: (*B, T) bool, False at padding, which counts as zeros and keeps its place; its outputs are 0.
+      mask: (*B, T) bool, False at padding, which is as if absent; its outputs are 0.
       segment_ids: (*B, T) integers; a packed document has the outputs that it has alone.
       initial_state: of an earlier call, which this one goes on from.
       return_state: also return the state; needs is_causal.
@@ -136,7 +158,7 @@ def lightweight_convolution(
     kernel, _ = wide(kernel, tokens.inputs)
     weights = jax.nn.softmax(kernel, axis=-1)
 
-    def taps(lag, shifted):
+    def taps(lag, shifted, _):
         return _by_heads(weights[None, None, :, lag], shifted)
 
     return _run(tokens, taps, kernel.shape[1], is_causal, initial_state, return_state)
@@ -174,10 +196,10 @@ def dynamic_convolution(
     kernel, x = wide(kernel, tokens.inputs)
     weights = jax.nn.softmax(jnp.einsum("btd,dnw->btnw", x, kernel), axis=-1)
 
-    def taps(lag, shifted):
+    def taps(lag, shifted, weights):
         return _by_heads(weights[..., lag], shifted)
 
-    return _run(tokens, taps, kernel.shape[2], is_causal, initial_state, return_state)
+    return _run(tokens, taps, kernel.shape[2], is_causal, initial_state, return_state, weights)
 
 
 def _check_heads(heads: int, width: int, channels: int) -> None:

@@ -17,7 +17,7 @@ from effattn_jax.nn.mixer import check_inputs
 class ShortConvolution(nn.Module):
     """Depthwise convolution over time, (B, T, D) -> (B, T, D), starting close to the identity.
 
-    y_t = sum_{j < w} kernel_j * x_{t-j}; bidirectional: x_{t+w//2-j}. Padding and other segments count as zeros.
+    y_t = sum_{j < w} kernel_j * x_{t-j}; bidirectional: x_{t+w//2-j}. Other segments count as zeros, and padding is as if absent.
 
     Attributes:
       width: D.
@@ -49,9 +49,10 @@ class ShortConvolution(nn.Module):
         kernel_WxD = kernel_WxD.astype(self.dtype)
         y, after = convolve(
             x,
-            lambda lag, shifted: shifted * kernel_WxD[lag][None, None],
+            lambda lag, shifted, _: shifted * kernel_WxD[lag][None, None],
             self.conv_width,
             is_causal=self.causal,
+            mask=mask,
             segment_ids=segment_ids,
             state=state,
         )

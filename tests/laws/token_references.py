@@ -33,18 +33,6 @@ def by_document(formula):
     return reference
 
 
-def with_zeros_for_padding(formula):
-    """The same where padding keeps its place and counts as zeros."""
-
-    def reference(inputs, *, is_causal=True, mask=None, segment_ids=None, **weights):
-        real = key_mask(mask, inputs["inputs"].shape[:2])[..., None]
-        x = jnp.where(real, inputs["inputs"], 0.0)
-        out = each_document(lambda x: formula(x, is_causal, **weights), x, None, segment_ids)
-        return jnp.where(real, out, 0.0)
-
-    return reference
-
-
 def gelu(x):
     return 0.5 * x * (1.0 + jnp.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3)))
 
@@ -155,7 +143,7 @@ TOKEN_REFERENCES = {
     "gmlp": by_document(gmlp),
     "amlp": by_document(amlp),
     "fnet": by_document(fnet),
-    "lightweight_convolution": with_zeros_for_padding(lightweight),
-    "dynamic_convolution": with_zeros_for_padding(dynamic),
+    "lightweight_convolution": by_document(lightweight),
+    "dynamic_convolution": by_document(dynamic),
     "rep_mlp": by_document(rep_mlp),
 }
