@@ -138,6 +138,7 @@ def nearest(name: str, known: Any) -> str:
 
 def choose(argument: str, name: Any, known: Any) -> None:
     """Raises the ValueError for a name that is not in a table."""
+    known = tuple(known)  # a name may be anything, of which a table would ask the hash
     _require(name in known, f"{argument}={name!r} is unknown; {nearest(name, known)}")
 
 

@@ -90,3 +90,10 @@ def test_gradients_keep_no_states_apart(width, size):
         return jax.jit(both).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert used(4096) <= 1.01 * used(2048)
+
+
+def test_a_state_that_is_no_pair_is_refused():
+    ones = np.ones((1, 3, 2, 4), np.float32)
+    for state in (3, None, ones[0]), 3, ones:
+        with pytest.raises(ValueError, match=r"initial_state must be a pair \(S, z\) of shapes"):
+            outer_product_recurrence(ones, ones, ones, normalize=True, initial_state=state)

@@ -27,6 +27,22 @@ def test_gradients_by_weights(name):
         checks.assert_close(actual, expected, 1e-11)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_griffin_s_gate_at_small_steps(dtype, x64):
+    """sqrt(1 - a^2) is exact however near to 1 a is, and its slope down to epsilon; at a = 1 both orders of derivatives are finite."""
+    ones = np.ones((1, 1, 1), dtype)
+    rate = 8 * np.log1p(np.exp(-6.0))
+    call = functools.partial(ssm.rg_lru, ones, ones, ones)
+    for step in (1.0, 1e-3, 1e-6, 1e-12, 0.0):
+        exact = np.sqrt(-np.expm1(-2 * rate * step))
+        np.testing.assert_allclose(call(np.full(1, -6, dtype), step=dtype(step)), exact, rtol=10 * np.finfo(dtype).eps)
+        value = lambda step: call(np.full(1, -6, dtype), step=step).sum()  # noqa: E731
+        slope, bend = jax.grad(value)(dtype(step)), jax.hessian(value)(dtype(step))
+        assert np.isfinite(slope) and np.isfinite(bend)
+        if exact**2 > np.finfo(dtype).eps:
+            np.testing.assert_allclose(slope, rate * np.exp(-2 * rate * step) / exact, rtol=1e-5)
+
+
 def test_complex_poles_of_a_selective_scan():
     rng = np.random.default_rng(0)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, floating, positive
@@ -151,11 +152,11 @@ def _check_state(state: Any, normalize: bool, shape: tuple[int, ...], call: Any,
     if state is None:
         zeros = jnp.zeros((call.query.shape[0], *shape[-3:]), dtype)
         return (zeros, zeros[..., 0] if normalize else None) if fill else None
-    parts = tuple(state) if normalize else (state,)
+    parts = tuple(state) if normalize and isinstance(state, tuple | list) else (state,)
     wants = (shape, shape[:-1])[: 1 + normalize]
-    if len(parts) != len(wants) or any(jnp.shape(p) != w for p, w in zip(parts, wants, strict=True)):
+    if len(parts) != len(wants) or any(np.shape(p) != w for p, w in zip(parts, wants, strict=True)):
         what = "a pair (S, z) of shapes" if normalize else "S of shape"
-        got = [jnp.shape(p) for p in parts]
+        got = [np.shape(p) for p in parts]
         raise ValueError(
             f"initial_state must be {what} (*B, N, H, V) = {wants[0]}{f', {wants[1]}' if normalize else ''}; got {got}"
         )

@@ -1,10 +1,12 @@
 """The arguments of this room's recurrences, checked: batch axes flattened to one, time turned around where asked."""
 
-from math import prod
+import numbers
+from math import nan, prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax._contract import ArrayLike, accumulator, choose, floating, positive
 from effattn_jax.recurrence.diagonal import _FORMS
@@ -34,6 +36,13 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def number(value: Any) -> float:
+    """A real number as a float; NaN, which lies in no range, for what is none: text, True, an array of several, a traced value."""
+    if isinstance(value, bool | jax.core.Tracer) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+        return nan
+    return float(value) if np.ndim(value) == 0 and np.isrealobj(value) else nan
+
+
 def check_options(implementation: str | None, chunk_size: int | None = None) -> None:
     """Raises the ValueError for an unknown form of `diagonal_recurrence`, or a chunk that is no positive int."""
     choose("implementation", implementation, _FORMS)
@@ -44,8 +53,11 @@ def inexact(
     name: str, array: ArrayLike, shape: tuple[int | str, ...], is_complex: bool = False, beside: str = ""
 ) -> jax.Array:
     """A floating (or complex) array of this shape, in which a letter stands for any size; `beside` says what it must fit."""
-    array = jnp.asarray(array)
     kind, dtype = ("real or complex floating", jnp.inexact) if is_complex else ("a floating array", jnp.floating)
+    try:
+        array = jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be {kind}; got {array!r}"[:400]) from error
     require(jnp.issubdtype(array.dtype, dtype), f"{name} must be {kind}; got {array.dtype} of shape {array.shape}")
     fits = array.ndim == len(shape) and all(isinstance(w, str) or w == n for w, n in zip(shape, array.shape))
     written = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

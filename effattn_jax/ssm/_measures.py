@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effattn_jax._contract import nearest
+from effattn_jax._contract import choose
 from effattn_jax.ssm import _bases as bases
+from effattn_jax.ssm._calls import number
 
 __all__: list[str] = []
 
@@ -110,9 +111,7 @@ def _rotation(size):
 
 def _fourier(size, window, endpoint):
     turn, value = _rotation(size)
-    strength = {"periodic": 2.0, "decay": 1.0}.get(endpoint)
-    if strength is None:
-        raise ValueError(f"endpoint={endpoint!r} is unknown; {nearest(endpoint, ('periodic', 'decay'))}")
+    strength = {"periodic": 2.0, "decay": 1.0}[endpoint]
     A = (turn - strength * value[:, None] * value) / window
     return A, strength * value / window, math.sqrt(strength / window) * value[None]
 
@@ -170,14 +169,9 @@ def _to_chebyshev(size, **_):
 
 
 def _normalized(size, normalization, **_):
-    scales = {
-        "orthonormal": None,
-        "plain": np.sqrt(2 * np.arange(size) + 1.0),
-        "su": np.full(size, math.sqrt(2)),
-    }
-    if normalization not in scales:
-        raise ValueError(f"normalization={normalization!r} is unknown; {nearest(normalization, scales)}")
-    return scales[normalization]
+    if normalization == "orthonormal":
+        return None
+    return np.sqrt(2 * np.arange(size) + 1.0) if normalization == "plain" else np.full(size, math.sqrt(2))
 
 
 def _lmu_norm(size, **_):
@@ -213,30 +207,41 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+_CHOICES = {"normalization": ("orthonormal", "plain", "su"), "endpoint": ("periodic", "decay")}
+_RANGES = {
+    "window": (0, math.inf, "be a positive number"),
+    "beta": (0, math.inf, "be a positive number"),
+    "alpha": (-1, 1, "lie in (-1, 1)"),
+}
+
+
+def _checked(measure: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, their numbers as floats; a window of None is all of history, which only Chebyshev's measure has."""
+    out = dict(options)
+    for name, value in options.items():
+        if name in _CHOICES:
+            choose(name, value, _CHOICES[name])
+        elif value is not None or measure != "chebyshev":
+            low, high, rule = _RANGES[name]
+            if not low < number(value) < high:
+                raise ValueError(f"{name} must {rule}; got {value!r}")
+            out[name] = number(value)
+    return out
+
+
 def find(measure: str, size: int, options: Mapping[str, Any]) -> tuple[Measure, dict[str, Any]]:
     """(the measure of that name, its options with defaults filled in), or the ValueError that says what is wrong."""
-    if measure not in MEASURES:
-        raise ValueError(f"measure={measure!r} is unknown; {nearest(measure, MEASURES)}")
+    choose("measure", measure, MEASURES)
     found = MEASURES[measure]
     for name in options:
         if name not in found.defaults:
             takes = ", ".join(sorted(found.defaults)) or "none"
             raise ValueError(f"{name} is no option of measure={measure!r}; its options: {takes}")
-    if not isinstance(size, int) or size < 1:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(f"size must be a positive int; got {size!r}")
     if (found.even and size % 2) or (found.even is None and size % 2 == 0):
         raise ValueError(f"size must be {'even' if found.even else 'odd'} for measure={measure!r}; got {size}")
-    options = {**found.defaults, **options}
-    positive = ("window", "beta")
-    for name in positive:
-        value = options.get(name, 1.0)
-        if value is None and measure == "chebyshev":
-            continue
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number; got {value!r}")
-    if not -1 < options.get("alpha", 0.0) < 1:
-        raise ValueError(f"alpha must lie in (-1, 1); got {options['alpha']!r}")
-    return found, options
+    return found, _checked(measure, {**found.defaults, **options})
 
 
 def change_of(found: Measure, size: int, options: Mapping[str, Any]) -> np.ndarray | None:

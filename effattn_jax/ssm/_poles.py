@@ -25,16 +25,16 @@ _TWO_PI = Fraction("6.2831853071795864769252867665590057683943387987502116419498
 _MOST = 4096  # the longest table of consecutive powers: their lags have 12 bits, so that products with half a float32 are exact
 
 
-def phi(z: jax.Array) -> jax.Array:
-    """(e^z - 1) / z, by its series where the difference would cancel, in value and slope."""
-    small = jnp.abs(z) < 0.5
-    inside = jnp.where(small, z, 0)
+def phi(z: Any, xp: Any = jnp) -> Any:
+    """(e^z - 1) / z in the module xp, by its series where the difference would cancel, in value and slope."""
+    small = xp.abs(z) < 0.5
+    inside = xp.where(small, z, 0)
     terms = 8 if jnp.finfo(z.dtype).bits == 32 else 15
-    series = jnp.ones_like(z)
+    series = xp.ones_like(z)
     for k in range(terms, 0, -1):
         series = 1 + inside / (k + 1) * series
-    outside = jnp.where(small, 1, z)
-    return jnp.where(small, series, jnp.expm1(outside) / outside)
+    outside = xp.where(small, 1, z)
+    return xp.where(small, series, xp.expm1(outside) / outside)
 
 
 def transition(step: jax.Array, poles: jax.Array, method: str) -> tuple[jax.Array, jax.Array]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax._contract import ArrayLike, choose
 from effattn_jax._derivatives import Fixed
@@ -23,16 +24,23 @@ __all__ = ["diagonal_kernel", "diagonal_ssm", "dss_kernel"]
 _MODES = (None, "convolution", "recurrence", "chunked")
 
 
-def _system(Lambda: ArrayLike, B: ArrayLike, C: ArrayLike, shape: tuple[int | str, ...]) -> list[jax.Array]:
-    """Poles and both weights, checked against one another."""
+def _system(shape: tuple[int | str, ...], Lambda: ArrayLike, **weights: ArrayLike) -> list[jax.Array]:
+    """Poles and their weights, checked against one another."""
     Lambda = inexact("Lambda", Lambda, shape, True)
-    B, C = (inexact(name, x, Lambda.shape, True) for name, x in (("B", B), ("C", C)))
-    real = not jnp.iscomplexobj(Lambda)
+    weights = {name: inexact(name, x, Lambda.shape, True) for name, x in weights.items()}
+    got = ", ".join(f"{name} {x.dtype}" for name, x in {"Lambda": Lambda, **weights}.items())
     require(
-        not (real and (jnp.iscomplexobj(B) or jnp.iscomplexobj(C))),
-        f"B and C must be real where Lambda is; got Lambda {Lambda.dtype}, B {B.dtype}, C {C.dtype}",
+        jnp.iscomplexobj(Lambda) or not any(map(jnp.iscomplexobj, weights.values())),
+        f"{' and '.join(weights)} must be real where Lambda is; got {got}",
     )
-    return [Lambda, B, C]
+    return [Lambda, *weights.values()]
+
+
+def _kernel_system(Lambda: ArrayLike, step: ArrayLike, length: int, **weights: ArrayLike) -> list[jax.Array]:
+    """Poles, their weights and the step of a kernel of that length, of one system or one a channel."""
+    require(isinstance(length, int) and length >= 0, f"length must be a non-negative int; got {length!r}")
+    system = _system(("P",) if np.ndim(Lambda) == 1 else ("D", "P"), Lambda, **weights)
+    return [*system, inexact("step", step, system[0].shape[:-1], beside=f" beside Lambda {system[0].shape}")]
 
 
 def diagonal_kernel(
@@ -63,10 +71,8 @@ def diagonal_kernel(
     [1.   0.5  0.25]
     """
     check_method(method)
-    require(isinstance(length, int) and length >= 0, f"length must be a non-negative int; got {length!r}")
-    single = jnp.ndim(Lambda) == 1
-    Lambda, B, C = _system(Lambda, B, C, ("P",) if single else ("D", "P"))
-    step = inexact("step", step, () if single else (Lambda.shape[0],))
+    Lambda, B, C, step = _kernel_system(Lambda, step, length, B=B, C=C)
+    single = Lambda.ndim == 1
     if single:
         Lambda, B, C, step = (x[None] for x in (Lambda, B, C, step))
     dtype = jnp.result_type(jnp.float32, *(x.real.dtype for x in (Lambda, B, C, step)))
@@ -99,9 +105,8 @@ def dss_kernel(Lambda: ArrayLike, W: ArrayLike, step: ArrayLike, length: int) ->
     >>> dss_kernel(jnp.array([-1.0 + 1j]), jnp.ones(1), 0.1, 5).shape
     (5,)
     """
-    Lambda, W = jnp.asarray(Lambda), jnp.asarray(W)
-    step = jnp.asarray(step)
-    total = jnp.expm1(length * (step[..., None] if Lambda.ndim == 2 else step) * Lambda)
+    Lambda, W, step = _kernel_system(Lambda, step, length, W=W)
+    total = jnp.expm1(length * step[..., None] * Lambda)
     return diagonal_kernel(Lambda, jnp.ones_like(W), W / total, step, length)
 
 
@@ -158,10 +163,10 @@ def diagonal_ssm(
     choose("mode", mode, _MODES)
     check_method(method)
     check_options(implementation, chunk_size)
-    Lambda, B, C = _system(Lambda, B, C, ("D", "P"))
+    Lambda, B, C = _system(("D", "P"), Lambda, B=B, C=C)
     width, size = Lambda.shape
-    step = jnp.broadcast_to(step, (width,)) if jnp.ndim(step) == 0 else step
-    steps = {"step": (step, (width,))} if jnp.ndim(step) != 1 else {}
+    step = jnp.broadcast_to(inexact("step", step, ()), (width,)) if np.ndim(step) == 0 else step
+    steps = {"step": (step, (width,))} if np.ndim(step) != 1 else {}
     row = open_row({"u": (u, (width,)), **steps}, segment_ids, reverse, wide=(Lambda, B, C))
     u = row.arrays["u"]
     if mode == "convolution" and (steps or segment_ids is not None):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import ArrayLike, choose
+from effattn_jax.ssm._calls import number
+from effattn_jax.ssm._poles import phi
 
 __all__ = ["discretize"]
 
@@ -26,14 +28,14 @@ METHODS = {
 }  # the weight of the new state
 
 
-def alpha_of(method: str, alpha: float) -> float | None:
-    """The weight of the new state in a method; None for the zero-order hold."""
+def alpha_of(method: str, alpha: float, name: str = "alpha") -> float | None:
+    """The weight of the new state in a method, None for the zero-order hold; `name` is what the caller calls it."""
     choose("method", method, METHODS)
     if method != "generalized":
         return METHODS[method]
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1], 1 weighing the new state alone; got {alpha!r}")
-    return float(alpha)
+    if not 0 <= number(alpha) <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], 1 weighing the new state alone; got {alpha!r}")
+    return number(alpha)
 
 
 def _expm(matrix: np.ndarray) -> np.ndarray:
@@ -68,9 +70,7 @@ def dense(xp: Any, A: Any, B: Any, step: Any, alpha: float | None) -> tuple[Any,
 def _diagonal(xp: Any, A: Any, B: Any, step: Any, alpha: float | None) -> tuple[Any, Any]:
     z = step * A
     if alpha is None:
-        still = z == 0
-        ratio = xp.where(still, 1, xp.expm1(z) / xp.where(still, 1, z))
-        return xp.exp(z), ratio * step * B
+        return xp.exp(z), phi(z, xp) * step * B
     inverse = 1 / (1 - alpha * z)
     return inverse * (1 + (1 - alpha) * z), inverse * step * B
 
@@ -83,17 +83,17 @@ def discretize(
     Args:
       A: (P, P) dense, with B (P,); or diagonal, (..., P) with B of the same shape. Real or complex.
       B: as said.
-      step: dt, a scalar; for a diagonal A also of the shape (...), or any that broadcasts to it.
+      step: dt, a scalar; for a diagonal A also of the shape (...), or any that broadcasts with it.
       method: "forward" (Euler), "backward", "bilinear" (Tustin), "generalized" (with alpha) or "zoh" (exact for held inputs).
       alpha: the weight of the new (implicit) state in "generalized": 0 is forward, 1 backward, 1/2 bilinear.
 
     Returns:
-      (A_bar, B_bar) in the shapes of A and B: float64 NumPy if A, B and step are NumPy arrays or numbers, JAX arrays otherwise.
+      (A_bar, B_bar) in the shapes of A and B, broadcast with steps: float64 NumPy if A, B and step are NumPy arrays or numbers, JAX arrays otherwise.
 
     Raises:
       ValueError: for an unknown method, alpha outside [0, 1], or shapes that do not fit.
 
-    Diagonal hold: B_bar = dt expm1(dt A) / (dt A) B, without cancellation, dt B where A is 0. Cost O(P^3) dense, O(P) diagonal. A diagonal plus low-rank system is discretised in
+    Diagonal hold: B_bar = dt expm1(dt A) / (dt A) B, without cancellation in value or slope, dt B where A is 0. Cost O(P^3) dense, O(P) diagonal. A diagonal plus low-rank system is discretised in
     :func:`dplr_ssm`, at O(P).
 
     >>> A_bar, B_bar = discretize(-1.0, 1.0, 0.5, "zoh")
@@ -107,10 +107,13 @@ def discretize(
     A, B = A.astype(kind), B.astype(kind)
     step = step.astype(kind if xp.issubdtype(step.dtype, xp.complexfloating) else xp.finfo(kind).dtype)
     if A.shape == B.shape:
-        if step.ndim:
-            step = step[..., None]
-        step = step.reshape((1,) * (A.ndim - step.ndim) + step.shape) if xp is jnp else step
-        return _diagonal(xp, A, B, step, alpha)
+        each = step[..., None] if step.ndim else step
+        try:
+            shape = np.broadcast_shapes(A.shape, each.shape)
+        except ValueError as error:
+            rule = "step must be a scalar or broadcast with the axes (...) of a diagonal A (..., P)"
+            raise ValueError(f"{rule}; got step {step.shape} and A {A.shape}") from error
+        return _diagonal(xp, *(xp.broadcast_to(x, shape) for x in (A, B, each)), alpha)
     if A.ndim != 2 or A.shape[0] != A.shape[1] or B.shape != A.shape[:1]:
         raise ValueError(
             f"A must be (P, P) with B (P,), or diagonal with the shape of B; got A {A.shape} and B {B.shape}"

@@ -186,13 +186,16 @@ def lru(
     return row.finish(_direct(out, D, u), state, return_state)
 
 
-_SLOPE = 2e3  # of the square root near 0, where its own has no bound
-
-
+@jax.custom_jvp
 def _root(x: jax.Array) -> jax.Array:
-    """sqrt(x), by a straight line below 1 / _SLOPE^2."""
-    small = x < _SLOPE**-2
-    return jnp.where(small, _SLOPE * x, jnp.sqrt(jnp.where(small, 1, x)))
+    """sqrt(x), whose slope grows no further below the dtype's epsilon: at a = 1 its own has no bound (Griffin's code stops it at 1,000)."""
+    return jnp.sqrt(x)
+
+
+@_root.defjvp
+def _root_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    return _root(x), tangent / (2 * jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).eps)))
 
 
 def rg_lru(

@@ -8,7 +8,7 @@ State: P numbers a channel, and the time. Sources: Gu et al., arXiv:2008.07669; 
 """
 
 from functools import lru_cache, partial
-from math import prod
+from math import inf, prod
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,8 @@ from effattn_jax._contract import ArrayLike, accumulator, choose
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.ssm import _legs_exact, _legs_steps
-from effattn_jax.ssm._measures import change_of, find
+from effattn_jax.ssm._calls import number
+from effattn_jax.ssm._measures import MEASURES, change_of, find
 from effattn_jax.ssm.discretization import METHODS, alpha_of, dense, discretize
 from effattn_jax.ssm.hippo import hippo_matrices
 
@@ -186,16 +187,52 @@ def _project(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
     return times(states, change), times(last, change)
 
 
+def _edges(timestamps: Any, length: int) -> Any:
+    """The T + 1 edges, float64 NumPy or as they are traced."""
+    rule = f"timestamps must be the T + 1 edges of the samples, real numbers of shape {(length + 1,)}"
+    is_traced = isinstance(timestamps, jax.core.Tracer)
+    try:
+        edges = timestamps if is_traced else np.asarray(timestamps)
+        edges = edges if is_traced or np.iscomplexobj(edges) else edges.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}; got {timestamps!r}"[:400]) from error
+    if np.iscomplexobj(edges) or edges.shape != (length + 1,):
+        raise ValueError(f"{rule}; got {edges.dtype} {edges.shape}")
+    if not is_traced and not (np.all(np.isfinite(edges)) and np.all(np.diff(edges) >= 0)):
+        raise ValueError(f"timestamps must be finite and not decrease; got {edges}"[:400])
+    return edges
+
+
+def _width(step: Any, length: int) -> float:
+    """The width of a sample, known before any trace: the matrices of a step are made from it."""
+    if step is None:
+        return 1 / max(length, 1)
+    if not 0 < number(step) < inf:
+        rule = "step must be one positive number that is not traced (traced times are timestamps)"
+        raise ValueError(f"{rule}; got {step!r}"[:400])
+    return number(step)
+
+
+def _alphas(measure: str, method: str, alpha: Any, rule_alpha: Any) -> tuple[dict[str, Any], Any]:
+    """(the measure's own alpha as an option, where it has one and it is given; the weight of the new state)."""
+    choose("measure", measure, MEASURES)
+    if "alpha" not in MEASURES[measure].defaults:
+        if alpha is not None and rule_alpha is not None:
+            what = f"must not come with rule_alpha, which it stands for where measure={measure!r}"
+            raise ValueError(f"alpha {what}; got alpha={alpha!r}, rule_alpha={rule_alpha!r}")
+        rule_alpha, alpha = (alpha if rule_alpha is None else rule_alpha), None
+    elif method == "generalized" and alpha is not None and rule_alpha is None:
+        what = f"is the option of measure={measure!r}; with method='generalized' say the weight too, as rule_alpha"
+        raise ValueError(f"alpha {what}; got alpha={alpha!r} alone")
+    return {} if alpha is None else {"alpha": alpha}, 0.5 if rule_alpha is None else rule_alpha
+
+
 def _clock(timestamps: Any, length: int, state: HippoState | None, dtype: Any) -> tuple[jax.Array, Any, jax.Array]:
     """(start, edges counted from it or None for samples of width 1, time afterwards)."""
     if timestamps is None:
         time = jnp.zeros((), jnp.int32) if state is None else jnp.asarray(state.time)
         return time.astype(dtype), None, time + length
-    edges = timestamps if isinstance(timestamps, jax.Array) else np.asarray(timestamps, np.float64)
-    if edges.shape != (length + 1,):
-        raise ValueError(f"timestamps must be the T + 1 edges of the samples, {(length + 1,)}; got {edges.shape}")
-    if not isinstance(edges, jax.Array) and not np.all(np.diff(edges) >= 0):
-        raise ValueError("timestamps must not decrease")
+    edges = _edges(timestamps, length)
     start = jnp.zeros((), dtype) if state is None else jnp.asarray(state.time).astype(dtype)
     edges = edges - edges[:1]
     return start, edges, start + jnp.asarray(edges[-1].astype(dtype))
@@ -226,7 +263,8 @@ def hippo_project(
     size: int,
     *,
     method: str = "bilinear",
-    alpha: float = 0.5,
+    alpha: float | None = None,
+    rule_alpha: float | None = None,
     step: float | None = None,
     timestamps: ArrayLike | None = None,
     initial_state: HippoState | None = None,
@@ -239,11 +277,13 @@ def hippo_project(
     Args:
       signal: (T, *rest), real; each sample is held until the next.
       measure, size, options: as for :func:`hippo_matrices`.
-      method: "forward", "backward", "bilinear", "generalized" (with alpha, the weight of the new state), or "exact" = "zoh": no approximation of the held signal.
+      method: "forward", "backward", "bilinear", "generalized" (with rule_alpha), or "exact" = "zoh": no approximation of the held signal.
         The scaled measures (legs, cosine_scaled, fourier_scaled, chebyshev with window=None) start from u_1 e_0, then take A / t and B / t on both sides with t = 1 for the
         second sample, or width / time of its first edge.
-      step: width of a sample in the unit of the window; None is 1 / T. The scaled measures do not depend on it.
-      timestamps: (T + 1,) ascending edges, in the same unit; sample i is held on [t_i, t_(i+1)). Not with `step`. Scaled measures count from the first edge.
+      alpha: the option of "glagt", which has one of that name; for every other measure it stands for `rule_alpha`.
+      rule_alpha: the weight of the new state in "generalized", in [0, 1]; None is 1/2. :func:`discretize` calls it alpha.
+      step: width of a sample in the unit of the window, a positive number; None is 1 / T. The scaled measures do not depend on it.
+      timestamps: (T + 1,) finite ascending edges, traced ones unchecked, in the same unit; sample i is held on [t_i, t_(i+1)). Not with `step`. Scaled measures count from the first edge.
       initial_state: the `HippoState` to go on from; timestamps go on from their own first edge.
       return_state: also return the last `HippoState`.
       final_only: return the last coefficients only, (*rest, P), in memory independent of T P; "exact" LegS then needs no recurrence.
@@ -252,7 +292,7 @@ def hippo_project(
       coefficients (T, *rest, P), or (*rest, P), float32 at least (complex for fourier_scaled); with `return_state` the pair (coefficients, state).
 
     Raises:
-      ValueError: for an unknown name, shapes that do not fit, or step together with timestamps.
+      ValueError: for an unknown name, shapes that do not fit, a step that is not positive or comes with timestamps, alpha without rule_alpha where both are needed.
 
     Cost a step: LegS O(P) (exact: O(P^2), of the final state alone O(P)), cosine and Fourier scaled O(P) and a product with V, sliding O(P^2), O(P^3) with irregular timestamps.
     Source: Gu et al., arXiv:2008.07669; Su, kexue.fm/archives/10137; the exact form is the Legendre projection of the held signal itself.
@@ -263,19 +303,21 @@ def hippo_project(
     [[1.    0.   ]
      [2.    0.866]]
     """
-    found, options = find(measure, size, options)
+    own, weight = _alphas(measure, method, alpha, rule_alpha)
+    found, options = find(measure, size, {**options, **own})
     is_scaled = found.is_scaled(**options)
     choose("method", method, (*METHODS, "exact"))
-    alpha = alpha_of("zoh" if method == "exact" else method, alpha)
+    name = "alpha" if rule_alpha is None else "rule_alpha"
+    weight = alpha_of("zoh" if method == "exact" else method, weight, name)
     if step is not None and timestamps is not None:
         raise ValueError(f"step has no meaning with timestamps, which say every width; got step={step!r}")
     u, x = _check_signal(signal, initial_state, size, measure == "fourier_scaled")
     rest, length = jnp.shape(signal)[1:], u.shape[0]
     start, edges, time = _clock(timestamps, length, initial_state, u.dtype)
-    way = _Way(measure, size, tuple(options.items()), alpha, None, edges is None, final_only)
-    if not is_scaled and edges is None and length:
-        way = way._replace(step=1 / length if step is None else float(step))
-    needs_cells = edges is not None or (is_scaled and alpha is None and not final_only)
+    width = _width(step, length)
+    width = None if is_scaled or edges is not None else width
+    way = _Way(measure, size, tuple(options.items()), weight, width, edges is None, final_only)
+    needs_cells = edges is not None or (is_scaled and weight is None and not final_only)
     cut = None
     if needs_cells and length:
         cut = _legs_exact.grid(np.arange(length + 1.0) if edges is None else edges, size, u.dtype)
