@@ -250,6 +250,46 @@ def test_temporaries_grow_linearly(name):
     assert used[2] < 16_384**2 // 4, used
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+def test_summary_columns_are_brought_together_once(masked):
+    """Gradients with 64 columns of 128 and with 1: keys and values of the columns and their gradients are 4 c / l = 2 arrays of the size of the keys.
+    The bound is four times that, for copies on the way; a copy of the keys a column is 64.
+    """
+    x, mask = jax.ShapeDtypeStruct((1, 4096, 1, 64), np.float32), jax.ShapeDtypeStruct((1, 1, 1, 4096), bool)
+
+    def temporaries(summary):
+        def loss(x, mask):
+            options = {"block": 128, "summary": summary, "is_causal": True, "implementation": "chunked"}
+            return attention.fixed_attention(*x, mask=mask if masked else None, **options).sum()
+
+        return jax.jit(jax.grad(loss)).lower((x, x, x), mask).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(1), temporaries(64)
+    assert many - few <= 8 * x.size * 4, (few, many)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_summary_columns_on_an_explicit_mesh(padded, batch):
+    """Rows and heads sharded in the types, beside a bias and a mask that are not: values and gradients as on one device."""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    mask = (jnp.arange(17)[None] >= jnp.array([0, 3, 5, 2])[:, None])[:, None, None] if padded else None
+    options = {"block": 5, "summary": 2, "implementation": "chunked", "chunk_size": 4}
+    inputs = (*(random(seed, 4, 17, 2, 4) for seed in range(3)), random(3, batch, 2, 1, 17))
+
+    def run(inputs, mask):
+        return checks.value_and_grads(lambda x: attention.fixed_attention(*x, mask, **options), inputs)
+
+    expected = run(inputs, mask)
+    with jax.set_mesh(mesh):
+        specs = [P("data", None, "heads")] * 3 + [P()]
+        placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs))
+        actual = run(placed, mask if mask is None else jax.device_put(mask, NamedSharding(mesh, P())))
+        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
+        actual = jax.tree.map(np.asarray, actual)
+    checks.assert_close(actual, expected, 1e-5)
+
+
 def test_top_k_keeps_the_largest_and_all_that_tie():
     scores = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
     key, value = jnp.eye(5)[:, None], jnp.eye(5)[:, None]

@@ -223,19 +223,18 @@ class Fixed(NamedTuple):
 
         Complete blocks end at least `block` keys apart: each stretch of so many keys holds one end at most.
         """
-        arrays, marks = view.arrays, view.marks
+        arrays, marks, keys = view.arrays, view.marks, ends.shape[1]
         pick = _Columns(self.block, self.summary)
-        if marks.key_segments is not None or marks.key_mask is not None:
+        if marks.key_segments is None and marks.key_mask is None:
+            exists = jnp.arange(keys)[None] < keys // self.block * self.block
+        else:
             pick = pick.of(ends, arrays.key)
-        exists = pick(
-            jnp.ones_like(ends)
-            if marks.key_mask is None
-            else jnp.broadcast_to(marks.key_mask, (marks.key_mask.shape[0], ends.shape[1]))
-        )
+            exists = jnp.ones_like(ends) if marks.key_mask is None else marks.key_mask
+            exists = jnp.broadcast_to(exists, (exists.shape[0], keys))
         marks = marks._replace(
-            mask=pick.pairs(marks.mask), key_mask=exists, key_segments=None if marks.key_segments is None else pick(marks.key_segments),
+            mask=pick.pairs(marks.mask), key_mask=pick(exists), key_segments=None if marks.key_segments is None else pick(marks.key_segments),
             query_groups=query_blocks, key_groups=pick(key_blocks),
-            key_positions=None if marks.key_positions is None else pick(jnp.broadcast_to(marks.key_positions, (len(key_blocks), ends.shape[1]))),
+            key_positions=None if marks.key_positions is None else pick(jnp.broadcast_to(marks.key_positions, (len(key_blocks), keys))),
         )  # fmt: skip
         bias = arrays.bias if callable(arrays.bias) else pick.pairs(arrays.bias)
         arrays = Arrays(arrays.query, pick(arrays.key), pick(arrays.value), bias)
@@ -255,9 +254,9 @@ class _Columns(NamedTuple):
     def of(self, ends: jax.Array, like: jax.Array) -> "_Columns":
         """Those of blocks that end anywhere, (B | 1, S), sharded as `like` (B, S, ...) is."""
         keys = ends.shape[1]
-        # Counted from 1, so that padding, and a stretch without an end, is 0.
-        end = self._stretches(ends * (1 + jnp.arange(keys, dtype=jnp.int32)), 1).max(2, keepdims=True)
-        index = jnp.where(end > 0, end - self.summary + jnp.arange(self.summary, dtype=jnp.int32), keys)
+        behind = jnp.where(ends, 1 + jnp.arange(keys, dtype=jnp.int32)[None], 0)
+        behind = self._stretches(behind, 1).max(2, keepdims=True)  # the key behind the end; 0: none ends
+        index = jnp.where(behind > 0, behind - self.summary + jnp.arange(self.summary)[None, None], keys)
         index = index.reshape(index.shape[0], index.shape[1] * self.summary)
         return self._replace(index=index + jnp.zeros_like(like.sum((1, 2, 3)), jnp.int32)[:, None])
 
@@ -265,7 +264,7 @@ class _Columns(NamedTuple):
         if self.index is None:
             x = lax.slice_in_dim(self._stretches(x, axis), self.block - self.summary, self.block, axis=axis + 1)
             return x.reshape(*x.shape[:axis], x.shape[axis] * self.summary, *x.shape[axis + 2 :])
-        if x.shape[0] > 1:  # sharded over the batch as the index is
+        if x.shape[0] > 1 or any(jax.typeof(self.index).sharding.spec):  # an Explicit mesh asks for the index's batch
             x = x + jnp.zeros_like(self.index[:, 0], x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return _taken(x, self.index, axis)
 
