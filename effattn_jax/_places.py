@@ -50,11 +50,14 @@ def count_positions(
     return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
 
 
-def with_sight(call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool) -> Call:
+def with_sight(
+    call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool = False, by_runs: bool = False
+) -> Call:
     """The call with 0 for the queries that see no key, whose output is 0 whatever they hold: 0 * NaN would be NaN, in gradients too.
 
     Not where queries and keys have segments apart, which all pairs would have to be asked for. `mask` is over keys, (B, S), and with
-    `stateful` the first segment goes on from keys that are not here.
+    `stateful` the first segment goes on from keys that are not here. `by_runs`: an id that comes again is another document; where it is the same
+    one, rows whose ids go up and down stay as they are.
     """
     (batch, length), keys = call.query.shape[:2], call.key.shape[1]
     unaligned = call.query_segments is not call.key_segments
@@ -76,6 +79,9 @@ def with_sight(call: Call, mask: jax.Array | None, is_causal: bool, stateful: bo
         seen = jnp.pad(seen, [(0, 0), (length - seen.shape[1], 0)], constant_values=stateful)
     else:  # without segments: each query sees all that the first key's place does
         seen = jnp.broadcast_to(seen[:, :1], (batch, length))
+    if call.key_segments is not None and not by_runs:
+        step = jnp.diff(call.key_segments, axis=1)
+        seen = seen | ~(jnp.all(step >= 0, axis=1, keepdims=True) | jnp.all(step <= 0, axis=1, keepdims=True))
     return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
 
 

@@ -198,6 +198,20 @@ def test_padding_in_front_may_hold_nan_in_queries_too(name, is_causal):
     assert not jnp.any(got[1][:, :2])
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", ["softmax", "synthesizer_dense", "synthesizer_factorized_dense", "synthesizer_mixed"])
+def test_a_document_that_goes_on_after_another_is_seen(name, is_causal):
+    """The last token's own key is hidden, and so is the whole of its stretch; those of its id before another document are not."""
+    arrays, ids = [normal(i, 1, 5, 2, 4) for i in range(3)], jnp.array([[1, 1, 2, 2, 1]])
+    shown = jnp.array([True] * 4 + [False])
+    options = {"scale": jnp.array(0.7), "segment_ids": ids, "is_causal": is_causal, **weights_of(MIXERS[name])}
+    by_keys, by_pairs = (
+        MIXERS[name].function(*arrays, mask=mask, **options)
+        for mask in (shown[None, None, None], jnp.broadcast_to(shown, (1, 1, 5, 5)))
+    )
+    np.testing.assert_allclose(by_keys[:, 4], by_pairs[:, 4], atol=1e-6)
+
+
 @pytest.mark.parametrize("keys", [3, 0])
 def test_linformer_without_any_key(keys):
     """A row of padding alone gives 0 and passes nothing back, whatever its queries hold."""

@@ -137,7 +137,7 @@ class Prepared(NamedTuple):
         call = self.call._replace(query=self.arrays.query, key=self.arrays.key, value=self.arrays.value)
         if self.call.key.shape[1] != call.key.shape[1]:
             return call
-        return with_sight(call, self.marks.key_mask, self.spec.right == 0, False)
+        return with_sight(call, self.marks.key_mask, self.spec.right == 0)
 
     @property
     def no_pairs(self) -> bool:
@@ -183,7 +183,7 @@ def prepare(
         )
     query, (length, keys) = full.query, (full.query.shape[1], full.key.shape[1])
     if state is None and scale is not None and not isinstance(scale, numbers.Real):  # whose gradient meets all queries
-        query = with_sight(full, marks.key_mask, is_causal, False).query
+        query = with_sight(full, marks.key_mask, is_causal).query
     query, scale = number_scale(query, scale)
     spec = Spec(None, 0 if is_causal else None, None, scale, length, keys, accumulator(query, full.key, full.value))
     offset = keys - length if state is None or state.length is None else None

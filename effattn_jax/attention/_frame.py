@@ -133,7 +133,7 @@ def open_call(
         raise ValueError(
             "segment_ids must be one array (*B, T), not a pair, with a state or a decay: one state follows one sequence"
         )
-    call = with_sight(call, mask, is_causal, initial_state is not None)
+    call = with_sight(call, mask, is_causal, initial_state is not None, by_runs=True)
     if scale is not None:
         call = call._replace(query=scaled(call.query, scale_or(1.0, scale)))
     return call, mask
