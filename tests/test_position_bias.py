@@ -1,5 +1,8 @@
 """Biases by position: their published values, and every softmax kernel with one against the same call with the array that it stands for."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,6 +169,16 @@ def test_blocks_with_an_object_equal_the_dense_form_with_its_array(case):
     blocks, whole = both(inputs, objects(both_ways=not options["is_causal"]))
     for name in blocks:
         assert_close(blocks[name], whole[name], 1e-5, name)
+
+
+def test_structures_tell_the_classes_apart():
+    """Of classes that JAX takes for the same one may be computed by what was traced for the other."""
+    class_of = {
+        cls: jax.tree.structure(cls(*[0.0] * len(dataclasses.fields(cls)))) for cls in PositionBias.__subclasses__()
+    }
+    assert len(class_of) >= 5
+    for (one, structure), (other, another) in itertools.combinations(class_of.items(), 2):
+        assert structure != another, (one, other)
 
 
 SPARSE = {

@@ -27,7 +27,8 @@ class PositionBias:
     """A bias by distance, b(j - i) for each head; what a kernel takes as `bias=` beside an array.
 
     A subclass is a frozen dataclass whose arrays are pytree leaves and has `at_distance`. Any other callable pytree
-    `bias(query_positions (R,), key_positions (C,)) -> (N, R, C)` serves as well, without the short cut for whole blocks.
+    `bias(query_positions (R,), key_positions (C,)) -> (N, R, C)` serves as well, without the short cut for whole blocks; its structure must
+    differ from those of other biases (`jax.tree_util.register_dataclass` leaves the class out of it).
 
     Positions count the keys of a row that its key mask does not hide, from 0 and across segments: biases read differences only.
     """
@@ -42,12 +43,28 @@ class PositionBias:
 
 
 def _bias(*static: str):
-    """A frozen dataclass as a pytree: fields named here are static, the others leaves."""
+    """A frozen dataclass as a pytree: fields named here are static, the others leaves.
+
+    Not by `jax.tree_util.register_dataclass`: of two such classes with as many fields JAX takes the structures for equal, so that where their
+    hashes meet in a table one is computed by what was traced for the other. Here the class is part of the structure.
+    """
 
     def register(cls):
         cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
         leaves = [field.name for field in dataclasses.fields(cls) if field.name not in static]
-        return jax.tree_util.register_dataclass(cls, data_fields=leaves, meta_fields=list(static))
+
+        def flatten(bias):
+            return tuple(getattr(bias, name) for name in leaves), (cls, *(getattr(bias, name) for name in static))
+
+        def with_keys(bias):
+            children, kind = flatten(bias)
+            return tuple(zip(map(jax.tree_util.GetAttrKey, leaves), children, strict=True)), kind
+
+        def unflatten(kind, children):
+            return cls(**dict(zip(leaves, children, strict=True)), **dict(zip(static, kind[1:], strict=True)))
+
+        jax.tree_util.register_pytree_with_keys(cls, with_keys, unflatten, flatten)
+        return cls
 
     return register
 
