@@ -21,6 +21,8 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -89,14 +91,16 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
 
 
-def _feature_decays(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+def _feature_decays(rng: np.random.Generator, query: jax.Array) -> dict[str, np.ndarray]:
     """A log decay for each feature, as gated linear attention takes them too."""
-    return {"log_decay": jax.nn.log_sigmoid(2 + jax.random.normal(rng, query.shape)).astype(query.dtype)}
+    return {"log_decay": -np.logaddexp(0, -2 - rng.normal(size=query.shape)).astype(query.dtype)}
 
 
 def _more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
     """What the mixer reads beside query, key and value."""
-    more = {} if mixer is None or mixer.extras is None else mixer.extras(key, query)
+    more = {}
+    if mixer is not None and mixer.extras is not None:
+        more |= jax.tree.map(jnp.asarray, mixer.extras(np.random.default_rng(0), query))
     if mixer is not None and mixer.weights is not None:
         has_tables = "length" in inspect.signature(mixer.weights).parameters
         options = {"length": query.shape[1]} if has_tables else {}

@@ -29,7 +29,8 @@ class Mixer(NamedTuple):
       pairwise: whether it takes a bias and any mask over (query, key) pairs; if not, only masks over keys.
       empty_state: `empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype)` -> the state before the first token,
         whose shapes stay the same from call to call.
-      extras: `extras(rng, query)` -> further inputs with time on the axis that query has it, by argument name; None where there are none.
+      extras: `extras(rng, query)` -> samples of further inputs with time on the axis that query has it, by argument name, as NumPy arrays from
+        a NumPy generator (to draw with JAX would compile a program a shape); None where there are none.
       weights: `weights(rng, num_heads, num_kv_heads, head_dim)` -> further float32 inputs without a time axis, such as projections, by
         argument name; None where there are none. With a keyword `length` they are tables for sequences up to that long; of two lengths
         up to which it is not exempt, the shorter has the first rows of the longer.
@@ -65,9 +66,9 @@ class Recurrence(NamedTuple):
     Attributes:
       function: the recurrence.
       forms: keyword sets whose results must agree.
-      sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1.
+      sample: `sample(rng, batch, length, dtype)` -> its array inputs by argument name, in order, time on axis 1, from a NumPy generator.
       runs_on: as for `Mixer`.
-      weights: `weights(rng)` -> float32 or complex64 inputs without a time axis, by argument name; None where there are none.
+      weights: `weights(rng)` -> float32 or complex64 inputs without a time axis, by argument name, likewise; None where there are none.
     """
 
     function: Callable

@@ -31,7 +31,7 @@ def options_of(name: str, **options) -> dict:
         with_length = {"length": 16} if "synthesizer" in name else {}
         options |= line.weights(jax.random.key(3), N, N, H, **with_length)
     if line.extras is not None:
-        options |= line.extras(jax.random.key(4), query)
+        options |= line.extras(np.random.default_rng(4), query)
     return options
 
 

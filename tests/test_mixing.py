@@ -1,5 +1,7 @@
 """What the laws do not say of the attention-free mixers: the published forms, RepMLP's merge, FNet's lengths, states by place."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,17 @@ def rep_weights(groups, length, seed=0):
 def test_merged_rep_mlp_equals_its_branches(x64, groups, length, is_causal):
     """Linear map, convolutions and norms, each by itself and summed, against the one kernel; a shorter row takes the leading part."""
     x, (kernel, convolutions, bias, norms) = random(2, 9, 6), rep_weights(groups, length)
-    merged = mixing.merge_rep_mlp(kernel, convolutions, bias, norms, is_causal=is_causal)
-    out = mixing.token_mixing(x, *merged, is_causal=is_causal)
-    expected = [references.rep_mlp(jnp.asarray(row), is_causal, kernel, convolutions, bias, norms) for row in x]
+
+    @jax.jit
+    def run(x):
+        merged = mixing.merge_rep_mlp(kernel, convolutions, bias, norms, is_causal=is_causal)
+        expected = [references.rep_mlp(row, is_causal, kernel, convolutions, bias, norms) for row in x]
+        branches = mixing.rep_mlp(x, kernel, convolutions, bias, norms, is_causal=is_causal)
+        return mixing.token_mixing(x, *merged, is_causal=is_causal), branches, jnp.stack(expected)
+
+    out, branches, expected = run(x)
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(
-        mixing.rep_mlp(x, kernel, convolutions, bias, norms, is_causal=is_causal), out, rtol=1e-12, atol=1e-12
-    )
+    np.testing.assert_allclose(branches, out, rtol=1e-12, atol=1e-12)
 
 
 def test_a_convolution_is_what_it_makes_of_the_identity(x64):
@@ -118,11 +124,12 @@ def test_an_id_that_comes_again_is_another_document_for_all_of_amlp():
     weights = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), weights)
     x, ids = jax.random.normal(jax.random.key(0), (1, 9, 8)), jnp.array([[0, 0, 0, 1, 1, 1, 1, 0, 0]])
     options = {**weights, "is_causal": True}
-    whole = mixing.amlp(x, **options, segment_ids=ids)
-    np.testing.assert_allclose(whole[:, 7:], mixing.amlp(x[:, 7:], **options), atol=1e-5)
+    call = jax.jit(functools.partial(mixing.amlp, **options), static_argnames="return_state")
+    whole = call(x, segment_ids=ids)
+    np.testing.assert_allclose(whole[:, 7:], call(x[:, 7:]), atol=1e-5)
     for cut in (2, 3, 5, 8):
-        first, state = mixing.amlp(x[:, :cut], **options, segment_ids=ids[:, :cut], return_state=True)
-        rest = mixing.amlp(x[:, cut:], **options, segment_ids=ids[:, cut:], initial_state=state)
+        first, state = call(x[:, :cut], segment_ids=ids[:, :cut], return_state=True)
+        rest = call(x[:, cut:], segment_ids=ids[:, cut:], initial_state=state)
         np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
 
 
@@ -130,12 +137,12 @@ def test_a_new_document_takes_the_places_of_the_last_one(x64):
     """A state with room for six tokens serves any number of documents of at most six."""
     kernel, bias = random(6, 6), random(6)
     x, ids = random(1, 15, 4), np.array([[1] * 6 + [2] * 5 + [3] * 4])
+    call = jax.jit(functools.partial(mixing.token_mixing, kernel=kernel, bias=bias, is_causal=True))
+    step = jax.jit(functools.partial(mixing.token_mixing, kernel=kernel, bias=bias, is_causal=True, return_state=True))
     state, outputs = None, []
     for t in range(15):
-        out, state = mixing.token_mixing(
-            x[:, t : t + 1], kernel, bias, is_causal=True, segment_ids=ids[:, t : t + 1], initial_state=state, return_state=True
-        )  # fmt: skip
+        out, state = step(x[:, t : t + 1], segment_ids=ids[:, t : t + 1], initial_state=state)
         outputs.append(out)
-    alone = [mixing.token_mixing(x[:, a:b], kernel, bias, is_causal=True) for a, b in ((0, 6), (6, 11), (11, 15))]
+    alone = [call(x[:, a:b]) for a, b in ((0, 6), (6, 11), (11, 15))]
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), np.concatenate(alone, axis=1), rtol=1e-12, atol=1e-12)
     assert state.count.tolist() == [4] and not np.any(state.values[0][0, 4:])

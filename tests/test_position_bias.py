@@ -289,7 +289,7 @@ def test_refusals():
     alibi = Alibi.initial(N)
     for kernel in ("linear", "efficient", "performer", "delta_rule", "gated_linear"):
         line = attention.MIXERS[kernel]
-        more = line.extras(jax.random.key(0), q) if line.extras else {}
+        more = line.extras(np.random.default_rng(0), q) if line.extras else {}
         more |= line.weights(jax.random.key(0), N, K, H) if line.weights else {}
         with pytest.raises(ValueError, match=r"no pairwise scores to add a bias to; got bias by position \(Alibi\)"):
             line.function(q, k, v, alibi, is_causal=True, **more)

@@ -1,5 +1,7 @@
 """Encodings and extrapolation as options of the language model: steps equal the whole, padding and packing change nothing, settings at inference."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,15 +130,20 @@ SEEN = {
 def test_log_n_counts_the_keys_that_the_kernel_shows(case):
     """n of each real row against the weights above 0 of the module's own kernel."""
     options, causal, marks = SEEN[case]
-    marks = {name: jnp.broadcast_to(x, (2, 12)) for name, x in marks.items()}
+    marks = {name: np.broadcast_to(x, (2, 12)) for name, x in marks.items()}
     placing = Placing(log_scale="train", train_length=8, sinks=options.get("sinks", 0))
-    window, keep = options.get("window"), marks.get("mask", jnp.ones((2, 12), bool))
-    positions = count_positions((2, 12), **marks)
-    factor = placing.query_factor("softmax", {}, positions, window, causal=causal, **marks)
-    kernel, chosen = placing.kernel("softmax", {}, window, 4, None)
-    zeros, values = jnp.zeros((2, 12, 1, 4)), jnp.broadcast_to(jnp.eye(12)[None, :, None], (2, 12, 1, 12))
-    hidden = {"mask": keep[:, None, None], "segment_ids": marks.get("segment_ids"), "is_causal": causal}
-    seen = np.count_nonzero(kernel(zeros, zeros, values, **hidden, **chosen)[:, :, 0], axis=-1)
+    window, keep = options.get("window"), marks.get("mask", np.ones((2, 12), bool))
+
+    @jax.jit
+    def run(marks):
+        factor = placing.query_factor("softmax", {}, count_positions((2, 12), **marks), window, causal=causal, **marks)
+        kernel, chosen = placing.kernel("softmax", {}, window, 4, None)
+        zeros, values = jnp.zeros((2, 12, 1, 4)), jnp.broadcast_to(jnp.eye(12)[None, :, None], (2, 12, 1, 12))
+        hidden = {"mask": keep[:, None, None], "segment_ids": marks.get("segment_ids"), "is_causal": causal}
+        return factor, kernel(zeros, zeros, values, **hidden, **chosen)
+
+    factor, weights = run(marks)
+    seen = np.count_nonzero(weights[:, :, 0], axis=-1)
     found = np.broadcast_to(np.exp(np.asarray(factor)[..., 0, 0] * np.log(8)), seen.shape)
     np.testing.assert_allclose(found[keep], seen[keep], rtol=1e-5)
 
@@ -189,7 +196,7 @@ def test_xpos_in_linear_time_is_the_sum_written_out():
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 1, 8)).astype(np.float32)
     decay = jnp.broadcast_to(jnp.tile(jnp.asarray(xpos_decay(8), jnp.float32), 2), q.shape)
     turned, later = ([rotary(x, start + jnp.arange(7)) for x in (q, k)] for start in (0, 1_000_000))
-    out = gated_linear_attention(*later, v, log_decay=decay, is_causal=True)
+    out = jax.jit(functools.partial(gated_linear_attention, is_causal=True))(*later, v, log_decay=decay)
     r = np.arange(7)[:, None] - np.arange(7)[None]
     fading = np.exp(np.tile(xpos_decay(8), 2) * np.maximum(r, 0)[..., None])
     scores = np.einsum("tnh,snh,tsh->ts", *(np.asarray(x[0]) for x in turned), fading) * (r >= 0)

@@ -206,8 +206,8 @@ def test_the_softmax_form():
 def test_other_sampling_rates(name):
     """A step twice as long on held inputs reads what two steps read; a step a time, 0 for padding, changes nothing else."""
     line = ssm.MIXERS[name]
-    weights = line.weights(jax.random.key(0))
-    inputs = line.sample(jax.random.key(1), 2, 5, jnp.float32)
+    weights = line.weights(np.random.default_rng(0))
+    inputs = line.sample(np.random.default_rng(1), 2, 5, np.float32)
     step = weights.pop("step", 1.0)
     held = {key: jnp.repeat(x, 2, axis=1) for key, x in inputs.items()}
     function = jax.jit(functools.partial(line.function, return_state=True, **weights))

@@ -66,11 +66,12 @@ def test_kernels_in_float32_are_those_of_float64(measure, size, trained):
 
 def test_short_kernels_and_no_rank():
     Lambda, P, B, C = parameters("fourier_diag", 8, 2, 0)
+    kernel = jax.jit(dplr_kernel, static_argnames="length")
     for length in (1, 2, 3):
-        actual = dplr_kernel(Lambda, P, B, C, 0.1, length)
+        actual = kernel(Lambda, P, B, C, 0.1, length=length)
         expected = naive_kernel(*(x[0].astype(complex) for x in (Lambda, P, B, C)), 0.1, length)
         np.testing.assert_allclose(actual[0], expected, rtol=2e-6, atol=1e-6)
-    one = dplr_kernel(Lambda[0], P[0], B[0], C[0], 0.1, 3)
+    one = kernel(Lambda[0], P[0], B[0], C[0], 0.1, length=3)
     np.testing.assert_allclose(one, actual[0], rtol=1e-6)
 
 

@@ -19,8 +19,8 @@ def test_gradients_by_weights(name):
     line, reference = ssm.MIXERS[name], state_space_references.STATE_SPACE_REFERENCES[name]
     ids = np.repeat([[3, 1], [2, 2]], [4, 7], axis=1).astype(np.int32)
     with checks.x64():
-        weights = checks.widened(jax.tree.map(np.asarray, line.weights(jax.random.key(0))))
-        inputs = jax.tree.map(jnp.asarray, checks.widened(line.sample(jax.random.key(1), 2, 11, jnp.float32)))
+        weights = checks.widened(line.weights(np.random.default_rng(0)))
+        inputs = jax.tree.map(jnp.asarray, checks.widened(line.sample(np.random.default_rng(1), 2, 11, np.float32)))
         ours = functools.partial(line.function, **inputs, segment_ids=ids, **line.forms[-1])
         actual = checks.value_and_grads(lambda w: ours(**w), weights)
         expected = checks.value_and_grads(lambda w: reference(inputs, segment_ids=ids, **w), weights)

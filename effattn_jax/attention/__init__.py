@@ -6,7 +6,7 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax._contract import Mixer
 from effattn_jax.attention import _synthetic as synthetic
@@ -112,24 +112,23 @@ def _softmax_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim
     return cache(batch, capacity, num_kv_heads, head_dim, value_dim, dtype)
 
 
-def _log_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
-    noise = jax.random.normal(rng, query.shape[:-1], jnp.float32)
-    return {"log_decay": jax.nn.log_sigmoid(2 + noise).astype(query.dtype)}
+def _log_decay(rng: np.random.Generator, query: jax.Array) -> dict[str, np.ndarray]:
+    noise = rng.normal(size=query.shape[:-1])
+    return {"log_decay": -np.logaddexp(0, -2 - noise).astype(query.dtype)}
 
 
 _SYNTHESIZER_FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
 _MOVES = "a query's score depends on its place among the tokens that are there"
 
 
-def _beta(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+def _beta(rng: np.random.Generator, query: jax.Array) -> dict[str, np.ndarray]:
     """Writes in (0, 1 / H), which keep the state bounded for keys of H entries of unit variance."""
-    noise = jax.random.normal(rng, query.shape[:-1], jnp.float32)
-    return {"beta": (jax.nn.sigmoid(noise) / query.shape[-1]).astype(query.dtype)}
+    noise = rng.normal(size=query.shape[:-1])
+    return {"beta": (1 / (1 + np.exp(-noise)) / query.shape[-1]).astype(query.dtype)}
 
 
-def _beta_and_decay(rng: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
-    first, second = jax.random.split(rng)
-    return _beta(first, query) | _log_decay(second, query)
+def _beta_and_decay(rng: np.random.Generator, query: jax.Array) -> dict[str, np.ndarray]:
+    return _beta(rng, query) | _log_decay(rng, query)
 
 
 _unnormalised_state = partial(empty_state, normalize=False, gated=True)

@@ -3,8 +3,7 @@
 `RECURRENCES` is the table that the law tests and the benchmark run over.
 """
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 
 from effattn_jax._contract import Recurrence
 from effattn_jax.recurrence.diagonal import diagonal_recurrence
@@ -15,30 +14,26 @@ __all__ = ["RECURRENCES", "diagonal_recurrence", "fft_convolution", "outer_produ
 
 
 def _diagonal(rng, batch, length, dtype):
-    key_a, key_x = jax.random.split(rng)
     shape = (batch, length, 8)
-    decay = jax.random.uniform(key_a, shape, jnp.float32, 0.5, 1.0)
-    return {"decay": decay.astype(dtype), "inputs": jax.random.normal(key_x, shape, jnp.float32).astype(dtype)}
+    return {"decay": rng.uniform(0.5, 1.0, shape).astype(dtype), "inputs": rng.normal(size=shape).astype(dtype)}
 
 
 def _diagonal_complex(rng, batch, length, dtype):
-    key_phase, rest = jax.random.split(rng)
-    real = _diagonal(rest, batch, length, jnp.float32)
-    phase = jax.random.uniform(key_phase, real["decay"].shape, jnp.float32, -jnp.pi, jnp.pi)
-    decay = real["decay"] * jnp.exp(1j * phase)
-    kind = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    return {"decay": decay.astype(kind), "inputs": (real["inputs"] * jnp.exp(2j * phase)).astype(kind)}
+    real = _diagonal(rng, batch, length, np.float64)
+    phase = rng.uniform(-np.pi, np.pi, real["decay"].shape)
+    kind = np.complex128 if dtype == np.float64 else np.complex64
+    return {
+        "decay": (real["decay"] * np.exp(1j * phase)).astype(kind),
+        "inputs": (real["inputs"] * np.exp(2j * phase)).astype(kind),
+    }
 
 
 def _outer_product(decay_axes):
     def sample(rng, batch, length, dtype):
-        keys = jax.random.split(rng, 4)
         shape = (batch, length, 2, 8)
-        query, key, value = (jax.random.normal(k, shape, jnp.float32).astype(dtype) for k in keys[:3])
-        inputs = {"query": query, "key": key, "value": value}
+        inputs = {name: rng.normal(size=shape).astype(dtype) for name in ("query", "key", "value")}
         if decay_axes:
-            log_decay = jax.nn.log_sigmoid(2 + jax.random.normal(keys[3], shape[:decay_axes], jnp.float32))
-            inputs["log_decay"] = log_decay.astype(dtype)
+            inputs["log_decay"] = -np.logaddexp(0, -2 - rng.normal(size=shape[:decay_axes])).astype(dtype)
         return inputs
 
     return sample

@@ -60,8 +60,8 @@ def ours(subject) -> Callable:
     def call(query, key, value, **options):
         extras = {}
         if subject.entry.extras is not None:
-            made = subject.entry.extras(jax.random.key(0), jnp.zeros((*key.shape[:2], *query.shape[2:]), query.dtype))
-            extras = dict(made)
+            like = np.zeros((*key.shape[:2], *query.shape[2:]), query.dtype)
+            extras = subject.entry.extras(np.random.default_rng(0), like)
         return subject.call({"query": query, "key": key, "value": value} | extras, **{"is_causal": False} | options)
 
     call.takes = subject.parameters

@@ -155,8 +155,7 @@ class Subject:
             shape = (batch, length, 2 * head_dim)
             return {"inputs": np.random.default_rng(seed).normal(size=shape).astype(dtype)}
         if not self.is_mixer:
-            sample = self.entry.sample(jax.random.key(seed), batch, length, dtype)
-            return {name: np.asarray(array) for name, array in sample.items()}
+            return self.entry.sample(np.random.default_rng(seed), batch, length, dtype)
         rng = np.random.default_rng(seed)
         keys = length if keys is None else keys
         shapes = {
@@ -166,8 +165,7 @@ class Subject:
         }
         arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
         if self.entry.extras is not None:
-            extras = self.entry.extras(jax.random.key(seed), np.zeros((batch, keys, heads, head_dim), dtype))
-            arrays |= {name: np.asarray(array) for name, array in extras.items()}
+            arrays |= self.entry.extras(rng, np.zeros((batch, keys, heads, head_dim), dtype))
         return arrays
 
     def weights(self, inputs: dict) -> dict:
@@ -259,8 +257,7 @@ def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length:
 
 @functools.cache
 def _recurrence_weights(subject: Subject) -> dict:
-    with jax.ensure_compile_time_eval():
-        return jax.tree.map(np.asarray, subject.entry.weights(jax.random.key(0)))
+    return subject.entry.weights(np.random.default_rng(0))
 
 
 @functools.cache

@@ -377,7 +377,7 @@ def eval_shape(subject, form):
     arrays = {name: array for name, array in sample(subject).items() if name not in PATTERNS}
     state = {"return_state": True} if subject.causal else {}
     call = functools.partial(subject.call, **state, **form)
-    shapes, run = jax.eval_shape(call, arrays), call(arrays)
+    shapes, run = jax.eval_shape(call, arrays), jax.jit(call)(arrays)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(lambda a: (a.shape, a.dtype), run)
 
 
