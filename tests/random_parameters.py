@@ -14,6 +14,6 @@ def random_parameters(module, *inputs, seed=0):
         name = path[-1].key
         value = 1 + 0.1 * noise if leaf.ndim < 2 else noise / leaf.shape[0] ** 0.5
         value = 0.1 * noise if name == "embedding" else value
-        return jnp.asarray(value, leaf.dtype)
+        return jnp.asarray(value.astype(leaf.dtype))
 
     return jax.tree.map_with_path(draw, jax.eval_shape(module.init, jax.random.key(seed), *inputs)["params"])

@@ -71,7 +71,7 @@ def test_states_wait_in_cotangents(features, width, heads, size, x64):
             out = outer_product_recurrence(*arrays, segment_ids=ids, **options)
             return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
 
-        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
 
     expected, actual = gradients(implementation="scan"), gradients(implementation="chunked", chunk_size=size)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
