@@ -37,13 +37,14 @@ def options_of(name: str, **options) -> dict:
 
 def small(seed: int = 0):
     """Tokens (B, T, D), and the four projections of a layer with their biases, by name."""
-    keys = iter(jax.random.split(jax.random.key(seed), 9))
-    x = jax.random.normal(next(keys), (B, T, D))
-    weights = {
-        name: (jax.random.normal(next(keys), (D, D)) / D**0.5, 0.1 * jax.random.normal(next(keys), (D,)))
-        for name in ("query", "key", "value", "out")
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return normal(B, T, D), {
+        name: (normal(D, D) / D**0.5, 0.1 * normal(D)) for name in ("query", "key", "value", "out")
     }
-    return x, weights
 
 
 def by_hand(kernel, x, weights, **options):
@@ -141,10 +142,15 @@ def test_linen(name):
     """Linen's MultiHeadDotProductAttention, with a key mask as its makers give it (floats of 0 and 1)."""
     x, weights = small()
     options = options_of(name, is_causal=True, **KERNELS[name])
-    real = jnp.arange(T)[None] >= jnp.array([[0], [3]])
-    mask = linen.make_attention_mask(jnp.ones((B, 1)), real)
-    expected = by_hand(MIXERS[name].function, x, weights, mask=real[:, None, None], **options)
-    close(in_linen(name, x, weights, mask=mask, options=options), expected)
+    real = np.arange(T)[None] >= np.array([[0], [3]])
+
+    @jax.jit
+    def both(x, weights):
+        mask = linen.make_attention_mask(jnp.ones((B, 1)), real)
+        expected = by_hand(MIXERS[name].function, x, weights, mask=real[:, None, None], **options)
+        return in_linen(name, x, weights, mask=mask, options=options), expected
+
+    close(*both(x, weights))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -161,9 +167,14 @@ def test_nnx(name):
 def test_equinox(name):
     x, weights = small(2)
     options = options_of(name, is_causal=True, **KERNELS[name])
-    mask = jnp.arange(T)[None, None] != 2
-    expected = by_hand(MIXERS[name].function, x, weights, mask=mask[None], **options)
-    close(in_equinox(name, x, weights, mask=mask, **options), expected)
+    mask = np.arange(T)[None, None] != 2
+
+    @jax.jit
+    def both(x, weights):
+        expected = by_hand(MIXERS[name].function, x, weights, mask=mask[None], **options)
+        return in_equinox(name, x, weights, mask=mask, **options), expected
+
+    close(*both(x, weights))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -175,8 +186,8 @@ def test_raw_jax(name):
     def loss(weights, x):
         return jnp.sum(by_hand(MIXERS[name].function, x, weights, **options) ** 2)
 
-    whole = jax.jit(jax.grad(loss))(weights, x)
-    rows = [jax.grad(loss)(weights, x[b]) for b in range(B)]
+    gradient = jax.jit(jax.grad(loss))
+    whole, *rows = [gradient(weights, part) for part in (x, *x)]
     jax.tree.map(lambda g, *parts: np.testing.assert_allclose(g, sum(parts), rtol=2e-4, atol=2e-4), whole, *rows)
 
 

@@ -38,8 +38,9 @@ def test_clip_jacobian_at_zero_is_identity():
 
 
 def test_norm_of_many_bfloat16_leaves():
-    leaves = [np.ones(1, jnp.bfloat16) for _ in range(800)]
-    np.testing.assert_allclose(jax.jit(global_norm)(leaves), 800**0.5, rtol=1e-6)
+    """More than 256, where adding 1 in bfloat16 would stop."""
+    leaves = [np.ones(1, jnp.bfloat16) for _ in range(300)]
+    np.testing.assert_allclose(jax.jit(global_norm)(leaves), 300**0.5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [1e30, 1e-30, 2.0**-70])
