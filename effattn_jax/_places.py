@@ -85,6 +85,19 @@ def with_sight(
     return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
 
 
+def by_runs(call: Call) -> Call:
+    """The call with an id of its own for each stretch of equal ids, for kernels to which one that comes again is another document.
+
+    Not where queries and keys have segments apart: there equal ids are all there is to go by.
+    """
+    ids = call.key_segments
+    if ids is None or call.query_segments is not ids:
+        return call
+    changes = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
+    ids = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+    return call._replace(query_segments=ids, key_segments=ids)
+
+
 def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> jax.Array:
     """Rows of a table (L, ...) for places (B | 1, S): (B | 1, S, ...), NaN beyond its end; `plain` places are 0, 1, ..."""
     if plain:

@@ -9,6 +9,7 @@ import pytest
 
 from effattn_jax import attention
 from effattn_jax.attention import delta_rule_attention, efficient_attention, gated_linear_attention, linear_attention
+from effattn_jax.position import rotary_linear_attention
 from tests.laws import checks, references
 from tests.laws.subjects import MIXER_SUBJECTS, time_slice
 
@@ -84,6 +85,18 @@ def test_the_scale_of_features_cancels(scale):
         checks.assert_close(rescaled(query, key, value), plain(query, key, value), checks.OUTPUT)
     cosine = jax.jit(functools.partial(linear_attention, feature_map="cosine", is_causal=True))
     checks.assert_close(cosine(scale * query, key / scale, value), cosine(query, key, value), 1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", ["linear", "performer", "rotary_linear"])
+def test_an_id_that_comes_again_is_another_document(name, is_causal):
+    """In every form, as a state begins anew at each boundary: what a pair of arrays of ids would bring together stays apart."""
+    inputs, member = LINEAR.inputs(length=7), next((s.call for s in MIXER_SUBJECTS if s.name == name), None)
+    member = member or (lambda x, **options: rotary_linear_attention(**x, query_positions=np.arange(7), **options))
+    again, fresh = (np.array([ids] * 2, np.int32) for ids in ([4, 4, 1, 1, 1, 4, 4], [4, 4, 1, 1, 1, 7, 7]))
+    for form in LINEAR.entry.forms:
+        call = jax.jit(functools.partial(member, is_causal=is_causal, **form))
+        checks.assert_close(call(inputs, segment_ids=again), call(inputs, segment_ids=fresh), checks.OUTPUT, str(form))
 
 
 def test_cosine_of_zero_has_value_and_gradient():

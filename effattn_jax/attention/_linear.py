@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, accumulator
+from effattn_jax._places import by_runs
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
 from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
@@ -103,7 +104,7 @@ def all_pairs(
 
     `features` are those of queries (B, T, K, G, M) and keys (B, S, K, M), and the values; exp(level), (B, S, K), is a factor on a key's.
     """
-    length, keys = call.query.shape[1], call.key.shape[1]
+    call, length, keys = by_runs(call), call.query.shape[1], call.key.shape[1]
     query, key, value = features
     finite = jnp.isfinite(value)
 
