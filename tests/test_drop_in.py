@@ -160,7 +160,8 @@ def test_nnx(name):
     options = options_of(name, **KERNELS[name])
     expected = by_hand(MIXERS[name].function, x, weights, is_causal=True, **options)
     close(in_nnx(name, x, weights, options=options | {"is_causal": True}), expected)
-    close(in_nnx(name, x, weights, options=options, call={"is_causal": True}), expected)
+    if "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters:  # Colab's Flax does not know it
+        close(in_nnx(name, x, weights, options=options, call={"is_causal": True}), expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
