@@ -202,6 +202,23 @@ def test_the_softmax_form():
     np.testing.assert_allclose(ssm.dss_kernel(Lambda, W, step, 11), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pole", [-1.0, -1.0 + 0j], ids=["real", "complex"])
+def test_bilinear_poles_that_forget_at_once(pole, x64):
+    """At step lambda = -2 a pole's a is 0: first and second derivatives by the convolution and by chunks are those of the recurrence."""
+    u, pole, one = np.random.default_rng(0).normal(size=(1, 5, 1)), np.array([[pole]]), np.ones((1, 1))
+
+    def derivatives(mode):
+        def loss(pole, step):
+            return jnp.sum(jnp.sin(ssm.diagonal_ssm(u, pole, one, one, None, step, mode=mode, method="bilinear")))
+
+        step = jnp.array([2.0])
+        by_step = jax.grad(lambda s: jax.grad(loss, 1)(jnp.asarray(pole), s).sum())
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.asarray(pole), step), jax.jit(by_step)(step)
+
+    for mode in ("chunked", "convolution"):
+        checks.assert_close(derivatives(mode), derivatives("recurrence"), 1e-11)
+
+
 @pytest.mark.parametrize("name", ["s5_ssm", "lru", "rg_lru"])
 def test_other_sampling_rates(name):
     """A step twice as long on held inputs reads what two steps read; a step a time, 0 for padding, changes nothing else."""

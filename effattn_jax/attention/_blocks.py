@@ -120,7 +120,10 @@ def _add_parameters(spec: Spec, marks: Marks, bias: Any, total: Any, part: jax.A
 
     here, pull = jax.vjp(scores, bias)
     axes = tuple(a for a in range(5) if here.shape[a] == 1 and part.shape[a] != 1)
-    return jax.tree.map(jnp.add, total, pull(part.sum(axes, keepdims=True))[0])
+    part = part.sum(axes, keepdims=True)
+    if jax.typeof(part).sharding.spec != jax.typeof(here).sharding.spec:
+        part = jax.sharding.reshard(part, jax.typeof(here).sharding.spec)
+    return jax.tree.map(jnp.add, total, pull(part)[0])
 
 
 def _add(total: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:

@@ -201,7 +201,8 @@ class _Classes(NamedTuple):
         if x.shape[2] == 1:
             return self.columns(x, 3)
         x = self._padded_columns(self._padded_rows(x, 2), 3)
-        x = x.reshape(*x.shape[:2], self.length, self.period, self.keys, self.period)
+        x = x.reshape(*x.shape[:2], self.length, self.period, x.shape[3])
+        x = x.reshape(*x.shape[:4], self.keys, self.period)
         same = jnp.eye(self.period, dtype=bool).reshape(1, 1, 1, self.period, 1, self.period)
         return self._merge(jnp.moveaxis(select(x, same, 5), 3, 1))
 

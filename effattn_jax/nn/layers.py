@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._places import rows_of_table
 from effattn_jax.nn.products import dense_product, table_product
 
 EMBEDDING_STD = 0.02
@@ -106,9 +107,7 @@ class Embedding(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         """ids (...) -> (..., D)."""
         ids = jnp.where(ids < 0, self.num, ids)  # a negative id would count from the end
-        return (jnp.take(self.embedding, ids, axis=0, mode="fill", fill_value=jnp.nan) / EMBEDDING_STD).astype(
-            self.dtype
-        )
+        return (rows_of_table(self.embedding, ids) / EMBEDDING_STD).astype(self.dtype)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x (..., D) -> logits (..., A), float32."""

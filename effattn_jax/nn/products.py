@@ -44,17 +44,18 @@ def table_product(x: jax.Array, table: jax.Array) -> jax.Array:
     return _table_product((x, table), ())
 
 
-def _dot(a, b, a_axes, b_axes, dtype=None):
-    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype)
+def _dot(a, b, a_axes, b_axes, dtype=None, like=None):
+    sharding = None if like is None else jax.typeof(like).sharding
+    return jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=dtype, out_sharding=sharding)
 
 
-def _over_rows(a, b):
+def _over_rows(a, b, like):
     """a^T b over all axes but the last: of one axis where that is only another view of the same memory."""
     rows = tuple(range(a.ndim - 1))
     if any(
         axis is not None for x in (a, b) for axis in jax.typeof(x).sharding.spec
     ):  # axes of an Explicit mesh do not merge
-        return _dot(a, b, rows, rows)
+        return _dot(a, b, rows, rows, like=like)
 
     def flat(a, b):
         return _dot(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), (0,), (0,))
@@ -71,7 +72,7 @@ def _backward(arrays, _, out, cotangent):
     del out
     x, kernel = arrays
     cotangent = cotangent.astype(x.dtype)
-    return _dot(cotangent, kernel, (x.ndim - 1,), (1,)), _over_rows(x, cotangent)
+    return _dot(cotangent, kernel, (x.ndim - 1,), (1,)), _over_rows(x, cotangent, kernel)
 
 
 def _float32_forward(arrays, _, axis=0):
@@ -92,7 +93,7 @@ def _table_backward(arrays, _, out, cotangent):
     del out
     x, table = arrays
     cotangent = cotangent.astype(x.dtype)
-    return _dot(cotangent, table, (x.ndim - 1,), (0,)), _over_rows(cotangent, x)
+    return _dot(cotangent, table, (x.ndim - 1,), (0,)), _over_rows(cotangent, x, table)
 
 
 _table_forward = partial(_float32_forward, axis=1)

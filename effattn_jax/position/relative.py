@@ -78,7 +78,7 @@ def shaw_attention(
 
         def values(row, count, weights):
             place = distance(row, count)
-            zeros = jnp.zeros_like(weights, shape=(*weights.shape[:3], table.shape[0]))
+            zeros = jnp.broadcast_to(jnp.zeros_like(weights[..., :1]), (*weights.shape[:3], table.shape[0]))
             _, add = jax.vjp(
                 lambda x: _pick(x, place), zeros
             )  # sums of weights by distance: the transpose of looking up

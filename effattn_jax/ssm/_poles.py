@@ -49,6 +49,15 @@ def powers(step: jax.Array, poles: jax.Array, method: str, count: int, stride: i
     """a^(stride l), l = 0 ... count - 1, on a new last axis; count at most 4,096, stride a power of two up to that."""
     step, poles = (jnp.broadcast_to(x, jnp.broadcast_shapes(step.shape, poles.shape))[..., None] for x in (step, poles))
     lags = jnp.arange(count).astype(step.dtype).reshape((1,) * (step.ndim - 1) + (count,))
+    if method == "bilinear":
+        # Where a = 0 its logarithm and its angle have no slope; a has one, a^2 a second derivative.
+        a, none = transition(step, poles, method)[0], step * poles == -2
+        few = jnp.select([stride * lags == power for power in range(3)], [jnp.ones_like(a), a, a * a], 0)
+        return jnp.where(none, few, _powers(step, jnp.where(none, 0, poles), method, lags, stride))
+    return _powers(step, poles, method, lags, stride)
+
+
+def _powers(step: jax.Array, poles: jax.Array, method: str, lags: jax.Array, stride: int) -> jax.Array:
     z = step * poles
     size = z.real if method == "zoh" else _log_magnitude(z)
     size = jnp.exp((stride * lags) * size)
