@@ -50,6 +50,29 @@ def count_positions(
     return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
 
 
+def ids_without_padding(segment_ids: jax.Array, mask: jax.Array, last_segment: jax.Array | None = None) -> jax.Array:
+    """Segment ids (B, T) in which padding has that of the last real token before it, so that its own makes no boundary.
+
+    In front of a row's first real token it has that one's; in a row of padding alone `last_segment` (B,), or what it had.
+
+    >>> import jax.numpy as jnp
+    >>> ids_without_padding(jnp.array([[0, 7, 0, 7, 8, 0]]), jnp.array([[False, True, False, True, True, False]])).tolist()
+    [[7, 7, 7, 7, 8, 8]]
+    """
+
+    def latest(before, here):
+        (ids, real), (own_ids, own_real) = before, here
+        return jnp.where(own_real, own_ids, ids), real | own_real
+
+    segment_ids, mask = jnp.asarray(segment_ids), jnp.asarray(mask)
+    if segment_ids.shape[1] == 0:
+        return segment_ids
+    ids, real = jax.lax.associative_scan(latest, (segment_ids, mask), axis=1)
+    next_ids, _ = jax.lax.associative_scan(latest, (segment_ids, mask), axis=1, reverse=True)
+    alone = segment_ids if last_segment is None else last_segment[:, None].astype(segment_ids.dtype)
+    return jnp.where(real, ids, jnp.where(real[:, -1:], next_ids, alone))
+
+
 def with_sight(
     call: Call, mask: jax.Array | None, is_causal: bool, stateful: bool = False, by_runs: bool = False
 ) -> Call:

@@ -98,18 +98,23 @@ def test_packed_rows_padding_and_causality(mixer):
     assert np.abs(changed - packed)[8:].max() > 1e-3
 
 
+@pytest.mark.parametrize("ids", [None, 0], ids=["plain", "ids"])
 @pytest.mark.parametrize("mixer", ["softmax", "gated_linear", "dynamic_convolution", "lightweight_convolution"])
-def test_padding_inside_and_behind_a_prompt(mixer):
-    """Is as if absent, for short convolutions too, and the row goes on from its last real token."""
+def test_padding_inside_and_behind_a_prompt(mixer, ids):
+    """Is as if absent, for short convolutions too, whatever its id, and the row goes on from its last real token."""
     model, params = make(mixer=mixer, conv_width=3)
     tokens, (row,) = random_tokens((1, 6)), np.nonzero([1, 1, 0, 1, 0, 1, 1, 0, 0])
     padded, mask = np.zeros((1, 9), np.int32), np.zeros((1, 9), bool)
     padded[:, row], mask[:, row] = tokens[:, :5], True
 
+    first_ids, second_ids = {}, {}
+    if ids is not None:
+        first_ids, second_ids = {"segment_ids": np.where(mask, 3, ids)}, {"segment_ids": np.full((1, 1), 3)}
+
     @jax.jit
     def run(params):
-        first, state = model.step(params, padded, model.init_state(1, 16), mask=mask)
-        second, _ = model.step(params, tokens[:, 5:], state)
+        first, state = model.step(params, padded, model.init_state(1, 16), mask=mask, **first_ids)
+        second, _ = model.step(params, tokens[:, 5:], state, **second_ids)
         return jnp.concatenate([first[:, row], second], axis=1), model.apply({"params": params}, tokens)
 
     np.testing.assert_allclose(*run(params), atol=1e-5)
@@ -280,6 +285,27 @@ def test_a_mesh_with_automatic_axes_changes_nothing():
     with jax.set_mesh(mesh):
         out = run(sharded, rows)
     np.testing.assert_allclose(out, run(params, tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("mixer", ["softmax", "gated_linear"])
+def test_a_mesh_of_explicit_axes_changes_nothing(mixer):
+    """Rows sharded in the types, parameters on every device: logits and gradients."""
+    model, params = make(positions="rotary", mixer=mixer, conv_width=2)
+    tokens = random_tokens((4, 6))
+
+    def loss(params, tokens):
+        logits = model.apply({"params": params}, tokens)
+        return cross_entropy(logits, tokens)[0], logits
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
+        gradient, logits = run(placed, jax.device_put(tokens, jax.NamedSharding(mesh, jax.P("data"))))
+        assert jax.typeof(logits).sharding.spec[0] == "data"
+    expected_gradient, expected = run(params, tokens)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient, expected_gradient)
 
 
 def test_call_errors():

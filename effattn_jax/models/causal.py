@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._places import count_positions
+from effattn_jax._places import count_positions, ids_without_padding
 from effattn_jax.models.config import COUNTED, ModelConfig
 from effattn_jax.models.inputs import InputEmbedding, check_length
 from effattn_jax.models.stack import Stack
@@ -38,6 +38,8 @@ def run_causal(
     """
     check_inputs(x_BxTxD, config.width, mask, segment_ids)
     check_length(config, x_BxTxD.shape[1])
+    if segment_ids is not None and mask is not None:
+        segment_ids = ids_without_padding(segment_ids, mask, None if state is None else state.segment_id)
     if positions is not None and config.counts_positions:
         raise ValueError(f"positions must be None {COUNTED}; got {jnp.asarray(positions).shape}")
     if positions is None:

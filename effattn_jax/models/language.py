@@ -60,7 +60,7 @@ class LanguageModel(nn.Module):
           tokens_BxT: integer ids in [0, A); one out of range gives NaN.
           segment_ids: (B, T); tokens see their own segment only and positions restart, so packed documents are as if
             alone. None continues the segment of the state.
-          mask: (B, T) bool, False at padding, which nothing sees and which has no position of its own.
+          mask: (B, T) bool, False at padding, which nothing sees and which has neither a position nor a segment of its own.
           positions: (B, T) to overrule the counted ones: learned, sinusoidal or rotary. None where kernels count for themselves, as
             biases, xpos, rerope, sinks, mixers with positions of their own, and log_scale do.
           deterministic: False applies dropout, with rngs={"dropout": key}.
