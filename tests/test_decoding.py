@@ -81,6 +81,11 @@ def test_extreme_temperatures_and_excluded_tokens():
     ("options", "message"),
     [
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 2.5}, "top_k must be a whole number, or None for no limit; got 2.5"),
+        ({"top_k": True}, "top_k must be a whole number"),
+        ({"temperature": "a"}, "temperature must be at least 0"),
+        ({"temperature": np.ones(2)}, "temperature must be at least 0"),
+        ({"top_p": np.ones(2)}, r"top_p must lie in \[0, 1\]"),
         ({"top_p": 1.5}, r"top_p must lie in \[0, 1\]"),
         ({"top_p": -0.1}, r"top_p must lie in \[0, 1\]"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
@@ -110,8 +115,10 @@ def test_generate_feeds_back_and_stops():
     prompt = jnp.array([[1, 3], [8, 5]])
     out = generate(counting, 1, jnp.zeros((2,)), prompt, 4, temperature=0.0)
     assert out.tolist() == [[4, 5, 6, 7], [6, 7, 8, 9]]
-    out = generate(counting, 1, jnp.zeros((2,)), prompt, 5, temperature=0.0, stop_token=7)
+    out = generate(counting, 1, jnp.zeros((2,)), prompt, 5, temperature=jnp.bfloat16(0), stop_token=jnp.int32(7))
     assert out.tolist() == [[4, 5, 6, 7, 7], [6, 7, 7, 7, 7]]
+    with pytest.raises(ValueError, match="stop_token must be a whole number, or None for no stop; got 7.5"):
+        generate(counting, 1, jnp.zeros((2,)), prompt, 5, temperature=0.0, stop_token=7.5)
     assert generate(counting, 1, jnp.zeros((2,)), prompt, 0, temperature=0.0).shape == (2, 0)
     assert generate(counting, 1, jnp.zeros((2,)), prompt, 1, temperature=0.0).tolist() == [[4], [6]]
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.decoding.sampling import check_limits, is_greedy, sample_logits
+from effattn_jax.decoding.sampling import check_limits, is_greedy, sample_logits, whole_number
 
 
 def generate(
@@ -67,6 +67,7 @@ def generate(
         raise ValueError(f"num_tokens must be at least 0; got {num_tokens}")
     _check_prompt_mask(prompt, prompt_mask)
     check_limits(top_k, top_p)
+    top_k, stop_token = whole_number("top_k", top_k, "no limit"), whole_number("stop_token", stop_token, "no stop")
     greedy = is_greedy(temperature)
     if not greedy and key is None:
         raise ValueError(

@@ -5,6 +5,7 @@ p_a ~ exp(z_a / temperature) over the smallest set of the most probable tokens w
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def filter_logits(logits: jax.Array, *, top_k: int | None = None, top_p: float | jax.Array | None = None) -> jax.Array:
@@ -33,7 +34,7 @@ def filter_logits(logits: jax.Array, *, top_k: int | None = None, top_p: float |
     """
     check_limits(top_k, top_p)
     num_tokens = logits.shape[-1]
-    top_k = num_tokens if top_k is None else min(top_k, num_tokens)
+    top_k = num_tokens if top_k is None else min(int(top_k), num_tokens)
     if top_p is None and top_k == num_tokens:
         return logits
     sorted_logits, ids = jax.lax.top_k(logits, top_k)
@@ -95,14 +96,31 @@ def is_greedy(temperature: float | jax.Array) -> bool:
     """Whether a temperature is the number 0; a traced one is taken as positive, a negative one is a ValueError."""
     if isinstance(temperature, jax.core.Tracer):
         return False
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be at least 0 (0 is greedy) and finite; got {temperature}")
+    if not 0 <= _number(temperature) < float("inf"):
+        raise ValueError(f"temperature must be at least 0 (0 is greedy) and finite; got {temperature!r}")
     return bool(temperature == 0)
+
+
+def _number(value: object) -> float:
+    """What is one real number as a float, NaN for all else."""
+    array = np.asarray(value)
+    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    return float(array) if array.ndim == 0 and real else float("nan")
+
+
+def whole_number(name: str, value: object, none: str) -> int | None:
+    """The int that a value is, or None; a ValueError for all else, which says what None stands for."""
+    if value is None:
+        return None
+    if np.asarray(value).dtype.kind not in "iu" or np.ndim(value):
+        raise ValueError(f"{name} must be a whole number, or None for {none}; got {value!r}")
+    return int(value)
 
 
 def check_limits(top_k: int | None, top_p: float | jax.Array | None) -> None:
     """Raises ValueError for a top_k below 1 or a concrete top_p outside [0, 1]."""
+    top_k = whole_number("top_k", top_k, "no limit")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for no limit; got {top_k}")
-    if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie in [0, 1], or be None for no limit; got {top_p}")
+    if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 <= _number(top_p) <= 1:
+        raise ValueError(f"top_p must lie in [0, 1], or be None for no limit; got {top_p!r}")
