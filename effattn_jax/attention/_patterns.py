@@ -167,7 +167,9 @@ class _Classes(NamedTuple):
         """(B | 1, r, ...) as (B r, ...)."""
         if x.shape[0] != self.like.shape[0]:
             x = jnp.broadcast_to(x, (self.like.shape[0], *x.shape[1:]))
-        x = x.reshape(x.shape[0] * self.period, *x.shape[2:])
+        ones = tuple(axis for axis in range(2, x.ndim) if x.shape[axis] == 1)  # jax 0.7 would see them merged as well
+        x = jnp.squeeze(x, ones)
+        x = jnp.expand_dims(x.reshape(x.shape[0] * self.period, *x.shape[2:]), [axis - 1 for axis in ones])
         return split_like(x, 0, self.like, 0)
 
     def _pad(self, x: jax.Array, axis: int, front: int, behind: int) -> jax.Array:
