@@ -16,12 +16,13 @@ class SequenceMixer(nn.Module):
     Called as mixer(x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False),
     giving y, or (y, state) with return_state:
 
-      mask: (B, T) bool, False where a token is padding: in front of a row or behind it the others then get what they would get without
-        it, and inside a row too but for windows and patterns, which count it.
-      segment_ids: (B, T) int: tokens interact within equal ids only, the state restarts at a boundary. Padding has the id of a document beside
-        it, as the models see to, for its own would be a boundary.
+      mask: (B, T) bool, False where a token is padding: the others then get what they would get without it.
+      segment_ids: (B, T) int: tokens interact within equal ids only, the state restarts at a boundary.
       positions: (B, T) or (1, T), for mixers that turn their queries and keys; read by them only.
       state: what `init_state` or an earlier call returned; its shapes never change.
+
+    Padding inside a row counts in windows and patterns. Padding has the id of a document beside it, as the models see to: one of its own
+    would be a boundary.
 
     Attributes:
       width: D, of input and output.
