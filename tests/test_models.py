@@ -289,7 +289,7 @@ def test_a_mesh_with_automatic_axes_changes_nothing():
 
 @pytest.mark.parametrize("mixer", ["softmax", "gated_linear"])
 def test_a_mesh_of_explicit_axes_changes_nothing(mixer):
-    """Rows sharded in the types, parameters on every device: logits and gradients."""
+    """Rows sharded in the types, parameters on every device: logits, gradients, and calls from a fresh state."""
     model, params = make(positions="rotary", mixer=mixer, conv_width=2)
     tokens = random_tokens((4, 6))
 
@@ -297,14 +297,21 @@ def test_a_mesh_of_explicit_axes_changes_nothing(mixer):
         logits = model.apply({"params": params}, tokens)
         return cross_entropy(logits, tokens)[0], logits
 
+    def by_rows(x):
+        return jax.device_put(x, jax.NamedSharding(mesh, jax.P("data") if x.ndim else jax.P()))
+
     run = jax.jit(jax.grad(loss, has_aux=True))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, jax.NamedSharding(mesh, jax.P()))
-        gradient, logits = run(placed, jax.device_put(tokens, jax.NamedSharding(mesh, jax.P("data"))))
+        rows = by_rows(tokens)
+        gradient, logits = run(placed, rows)
+        first, state = jax.jit(model.step)(placed, rows[:, :4], jax.tree.map(by_rows, model.init_state(4, 8)))
+        second, _ = jax.jit(model.step)(placed, rows[:, 4:], state)
         assert jax.typeof(logits).sharding.spec[0] == "data"
     expected_gradient, expected = run(params, tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([np.asarray(first), np.asarray(second)], axis=1), expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), gradient, expected_gradient)
 
 

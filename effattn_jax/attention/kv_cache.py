@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, positive
+from effattn_jax._places import split_like
 
 __all__ = ["Cache", "cache"]
 
@@ -93,13 +94,20 @@ def start(call: Call, valid: jax.Array | None) -> Cache:
     """The state after a call without one: it grows from here on."""
     ids = jnp.zeros(call.key.shape[:2], jnp.int32) if call.key_segments is None else call.key_segments
     valid = jnp.ones(ids.shape, bool) if valid is None else valid
+    ids, valid = _with_rows_of(call, ids), _with_rows_of(call, valid)
     last = ids[:, -1] if ids.shape[1] else jnp.zeros(ids.shape[:1], jnp.int32)
     return Cache(call.key, call.value, valid, ids, last, None)
+
+
+def _with_rows_of(call: Call, x: jax.Array) -> jax.Array:
+    """An array whose first axis is the batch, sharded over it as the keys are (on meshes of Explicit axes)."""
+    return split_like(jnp.asarray(x), 0, call.key, 0)
 
 
 def extend(state: Cache, call: Call, valid: jax.Array | None) -> Cache:
     """The state with the keys, values and ids of a call written behind what it holds."""
     new = start(call, valid)
+    state = state._replace(**{name: _with_rows_of(call, getattr(state, name)) for name in Cache._fields[:-1]})
     if call.key_segments is None:
         new = new._replace(segment=jnp.broadcast_to(state.last[:, None], new.segment.shape), last=state.last)
     count = call.key.shape[1]
