@@ -66,8 +66,7 @@ def generate(
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0; got {num_tokens}")
     _check_prompt_mask(prompt, prompt_mask)
-    check_limits(top_k, top_p)
-    top_k, stop_token = whole_number("top_k", top_k, "no limit"), whole_number("stop_token", stop_token, "no stop")
+    top_k, stop_token = check_limits(top_k, top_p), whole_number("stop_token", stop_token, "no stop")
     greedy = is_greedy(temperature)
     if not greedy and key is None:
         raise ValueError(

@@ -32,9 +32,8 @@ def filter_logits(logits: jax.Array, *, top_k: int | None = None, top_p: float |
     >>> filter_logits(jnp.array([0.0, 2.0, 1.0]), top_k=2).tolist()
     [-inf, 2.0, 1.0]
     """
-    check_limits(top_k, top_p)
-    num_tokens = logits.shape[-1]
-    top_k = num_tokens if top_k is None else min(int(top_k), num_tokens)
+    top_k, num_tokens = check_limits(top_k, top_p), logits.shape[-1]
+    top_k = num_tokens if top_k is None else min(top_k, num_tokens)
     if top_p is None and top_k == num_tokens:
         return logits
     sorted_logits, ids = jax.lax.top_k(logits, top_k)
@@ -117,10 +116,11 @@ def whole_number(name: str, value: object, none: str) -> int | None:
     return int(value)
 
 
-def check_limits(top_k: int | None, top_p: float | jax.Array | None) -> None:
-    """Raises ValueError for a top_k below 1 or a concrete top_p outside [0, 1]."""
+def check_limits(top_k: int | None, top_p: float | jax.Array | None) -> int | None:
+    """top_k as an int; a ValueError where it is below 1, or a concrete top_p outside [0, 1]."""
     top_k = whole_number("top_k", top_k, "no limit")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for no limit; got {top_k}")
     if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 <= _number(top_p) <= 1:
         raise ValueError(f"top_p must lie in [0, 1], or be None for no limit; got {top_p!r}")
+    return top_k

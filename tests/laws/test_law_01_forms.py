@@ -50,7 +50,7 @@ def check_against_reference(subject, variant, length, dtype, function, **options
 
 
 def in_float32(subject, variant: dict, form: dict) -> bool:
-    """Rounding is looked at once an implementation; random problems and rows of many chunks are in float32 too."""
+    """Rounding is looked at once an implementation; random problems, rows of many chunks, and options in law 2 are in float32 too."""
     return EVERYTHING or (not variant and form in subject.kinds)
 
 
