@@ -29,9 +29,12 @@ class Tile(NamedTuple):
 
 
 def launch(
-    platform: str, body: Callable, grid: tuple[int, ...], inputs: Sequence[Tile], outputs: Sequence[Tile], shapes: Sequence[Any], arrays: Any
+    platform: str, body: Callable, grid: tuple[int, ...], inputs: Sequence[Tile], outputs: Sequence[Tile], shapes: Sequence[Any], arrays: Any,
+    numbers: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs `body(*input_refs, *output_refs)` for every program of the grid; `shapes` are (shape, dtype) of the outputs.
+    """Runs `body(*number_refs, *input_refs, *output_refs)` for every program of the grid; `shapes` are (shape, dtype) of the outputs.
+
+    `numbers`, vectors of int32, are at hand before anything else is fetched: on a TPU the tiles' indices may depend on them.
 
     The first axis of the grid is parallel. A second one is for a TPU, which runs it in order: a program finds in an output that has the same
     block for all of them what the one before it wrote there.
@@ -48,15 +51,24 @@ def launch(
         )
     name = "vma" if hasattr(kind, "vma") else "manual_axis_type"  # its older and its newer name
     varies = {name: getattr(kind, name)}
+    specs = {
+        "in_specs": [pl.BlockSpec(*tile) for tile in inputs],
+        "out_specs": [pl.BlockSpec(*tile) for tile in outputs],
+    }
+    if platform == "gpu":
+        specs["in_specs"] = [pl.BlockSpec(x.shape, lambda *_: (0,)) for x in numbers] + specs["in_specs"]
+        placed = {"grid": grid} | specs
+    else:
+        from jax.experimental.pallas import tpu
+
+        placed = {"grid_spec": tpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(numbers), grid=grid, **specs)}
     return pl.pallas_call(
         body,
-        grid=grid,
-        in_specs=[pl.BlockSpec(*tile) for tile in inputs],
-        out_specs=[pl.BlockSpec(*tile) for tile in outputs],
         out_shape=[jax.ShapeDtypeStruct(*shape, **varies) for shape in shapes],
         interpret=platform == "cpu",
         compiler_params=_parameters(platform, len(grid)),
-    )(*arrays)
+        **placed,
+    )(*numbers, *arrays)
 
 
 def _parameters(platform: str, axes: int) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec, use_abstract_mesh
 
-from effattn_jax.attention import cache, dot_product_attention
+from effattn_jax.attention import _flash, cache, dot_product_attention
+from effattn_jax.attention._flash_bodies import Setting
 from effattn_jax.position import Alibi
 from effattn_jax.recurrence import _diagonal_kernel, diagonal_recurrence
 from tests.laws import checks
@@ -58,6 +59,41 @@ def test_attention_equals_reference(case):
     with checks.x64():
         actual = checks.value_and_grads(lambda x: attention(**x, **options, chunk_size=16), inputs)
         checks.assert_close(actual, expected, checks.DOUBLE, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_attention_in_sections(case, monkeypatch):
+    """What a program sees comes in sections, as VMEM holds on a TPU: two blocks of 16 places and more, the last one not full."""
+    length, keys, options = CASES[case]
+    inputs = sample(length, keys)
+    run = functools.partial(checks.value_and_grads, lambda x: attention(**x, **options, chunk_size=16), inputs)
+    expected = run()
+    monkeypatch.setitem(_flash._SECTION, "cpu", 300_000)
+    checks.assert_close(run(), expected, 1e-6, case)
+
+
+def test_attention_computes_its_documents_alone(monkeypatch):
+    """Blocks of rows, and of keys, are left the blocks that their documents and the mask leave, in each row of the batch; no others are visited."""
+    ids = np.stack([np.repeat([0, 1, 2], [32, 48, 16]), np.repeat([0, 1, 2], [16, 16, 64])]).astype(np.int32)
+    mask = np.arange(96) < 80
+    setting = Setting(None, 0, 0, None, 1.0, 16, 16, 6, 6, np.float32, True)
+    extra = np.broadcast_to(np.where(mask, 0, -np.inf), (B * K, 96))
+    of_rows, of_keys = (
+        [np.reshape(x, (B, 6)) for x in _flash._bounds(setting, extra, True, (ids, ids), axis)] for axis in (2, 1)
+    )
+    np.testing.assert_array_equal(of_rows[0], [[0, 0, 2, 2, 2, 0], [0, 1, 2, 2, 2, 2]])
+    np.testing.assert_array_equal(of_rows[1], [[2, 2, 5, 5, 5, 0], [1, 2, 5, 5, 5, 5]])
+    np.testing.assert_array_equal(of_keys[0], [[0, 0, 2, 2, 2, 0], [0, 1, 2, 2, 2, 0]])
+    np.testing.assert_array_equal(of_keys[1], [[2, 2, 5, 5, 5, 0], [1, 2, 6, 6, 6, 0]])
+
+    def run(inputs):
+        call = functools.partial(attention, is_causal=True, segment_ids=ids, mask=mask[None, None, None], chunk_size=16)
+        return checks.value_and_grads(lambda x: call(**x), inputs)
+
+    assert all(np.any(x) for x in jax.tree.leaves(run(sample(96))))
+    bounds = _flash._bounds
+    monkeypatch.setattr(_flash, "_bounds", lambda *arguments: [0 * x for x in bounds(*arguments)])
+    assert not any(np.any(x) for x in jax.tree.leaves(run(sample(96))))
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 65, 200])

@@ -2,9 +2,11 @@
 
 Heads and batch are one axis, G = B N for queries and B K for keys, so that a key head serves its group of query heads by its index alone.
 Lengths are padded to whole blocks, whose sizes, as those of heads, are powers of two: Triton has no others. Residuals are out and the log-sum-exp.
+Segments and masks over keys leave each block of rows a range of blocks of keys, of its own row of the batch, and outside it nothing is computed.
 Source: Dao et al., arXiv:2205.14135; Dao, arXiv:2307.08691.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from effattn_jax._products import row_products
 from effattn_jax.attention import _flash_bodies as bodies
 from effattn_jax.attention._blocks import by_rows
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, finite_or_zero
+from effattn_jax.attention._reach import extents_of, meeting, range_of
 
 __all__: list[str] = []
 
@@ -25,6 +28,11 @@ _BLOCKS = {
     "gpu": 64,
     "tpu": 256,
 }  # rows and keys of a block; not measured, only what registers and VMEM hold
+_SECTION = {
+    "cpu": None,
+    "gpu": None,
+    "tpu": 1 << 22,
+}  # bytes at most that a program has of what it sees, VMEM holding it twice; None: all
 _LEAST = 16  # the smallest side of a matrix product in Triton
 
 
@@ -53,89 +61,121 @@ def _power(size: int) -> int:
 
 
 def _cut(x: jax.Array, size: int, fill: float = 0) -> jax.Array:
-    """(G, T, ...) as blocks (G, n, size, ...), with vectors padded to a power of two."""
+    """(G, T, H) as blocks (G, n, size, H), with vectors padded to a power of two; (G, T) as (G, n, 1, size)."""
     wider = [(0, _power(n) - n) for n in x.shape[2:]]
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size), *wider], constant_values=fill)
-    return x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+    return x.reshape(x.shape[0], x.shape[1] // size, *((size,) if wider else (1, size)), *x.shape[2:])
 
 
-def _one(per_group: int, shared: int, shape: tuple[int, ...]) -> Tile:
-    """The program's own block, of an array whose groups each serve `shared` groups of programs."""
-    return Tile((None, None, *shape), lambda p: (p // per_group // shared, p % per_group, 0, 0))
-
-
-def _all(per_group: int, shared: int, shape: tuple[int, ...]) -> Tile:
-    """All blocks of the program's group."""
-    return Tile((None, *shape), lambda p: (p // per_group // shared, 0, 0, 0))
-
-
-def _setting(spec: Spec, offset: int, size: int | None, platform: str, length: int, keys: int) -> bodies.Setting:
+def _setting(
+    spec: Spec, offset: int, size: int | None, platform: str, length: int, keys: int, segmented: bool
+) -> bodies.Setting:
     rows, columns = (min(size or _BLOCKS[platform], _power(n)) for n in (length, keys))
     blocks = -(-length // rows), -(-keys // columns)
-    return bodies.Setting(spec.left, spec.right, offset, spec.cap, spec.scale, rows, columns, *blocks, spec.dtype)
+    return bodies.Setting(
+        spec.left, spec.right, offset, spec.cap, spec.scale, rows, columns, *blocks, spec.dtype, segmented
+    )
+
+
+def _bounds(s: bodies.Setting, extra: jax.Array, masked: bool, ids: Sequence[jax.Array], axis: int) -> list[jax.Array]:
+    """The blocks [low, high) along `axis` of (rows of the batch, blocks of rows, blocks of keys) that segments and a mask over keys leave to
+    each block of the other axis, flat; nothing where there is neither."""
+    if not (ids or masked):
+        return []
+    query_ids, key_ids = ids or (
+        jnp.zeros((extra.shape[0], n), jnp.int32) for n in (s.rows * s.row_blocks, extra.shape[1])
+    )
+    shown = (extra != -jnp.inf).reshape(key_ids.shape[0], -1, extra.shape[1]).any(1)
+
+    def extents(ids, mask, size, blocks):
+        more = [(0, 0), (0, size * blocks - ids.shape[1])]
+        return extents_of(jnp.pad(ids, more), jnp.pad(mask, more), size)
+
+    of_rows = extents(query_ids, jnp.ones_like(query_ids, bool), s.rows, s.row_blocks)
+    return [
+        x.reshape(-1) for x in range_of(meeting(of_rows, extents(key_ids, shown, s.columns, s.column_blocks)), axis)
+    ]
+
+
+def _run(
+    platform: str, body: bodies.Body, s: bodies.Setting, own: Sequence[tuple[jax.Array, int]], seen: Sequence[tuple[jax.Array, int]],
+    outputs: Sequence[tuple[int, Any]], bounds: list[jax.Array],
+) -> list[jax.Array]:  # fmt: skip
+    """The outputs of a body (G, places, width) or, of width 0, (G, places), given that and their dtypes. `own` and `seen`: arrays in blocks, of
+    which a program has its own one or those it sees, each with how many groups of programs it serves."""
+    (first, shared), *_ = own
+    groups, blocks, size = first.shape[0] * shared, first.shape[1], first.shape[2]
+    count = seen[0][0].shape[1]
+    whole = sum(x.dtype.itemsize * count * _in_tiles(x.shape[2]) * _in_tiles(x.shape[3]) for x, _ in seen)
+    each = -(-count // -(-whole // (_SECTION[platform] or whole)))
+    s = s._replace(sections=-(-count // each), each=each, groups=groups * blocks // bounds[0].size if bounds else 0)
+
+    def one(shared, shape):
+        return Tile((None, None, *shape), lambda p, *_: (p // blocks // shared, p % blocks, 0, 0))
+
+    def section(shared, shape):
+        def index(p, number=0, *bounds):
+            here = bodies.section(s, body.reach(s, p, bounds), number) if s.sections > 1 else 0
+            return p // blocks // shared, here, 0, 0
+
+        return Tile((None, each, *shape), index)
+
+    more = s.sections * each - count
+    tiles = [one(n, x.shape[2:]) for x, n in own] + [section(n, x.shape[2:]) for x, n in seen]
+    arrays = [x for x, _ in own] + [jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)]) for x, _ in seen]
+    forms = [(size, width) if width else (1, size) for width, _ in outputs]
+    shapes = [
+        ((groups, blocks, *form), s.dtype if s.sections > 1 else d) for form, (_, d) in zip(forms, outputs, strict=True)
+    ]
+    grid = (groups * blocks,) + (s.sections,) * (s.sections > 1)
+    out = launch(platform, partial(body.run, s), grid, tiles, [one(1, form) for form in forms], shapes, arrays, bounds)
+    flat = [
+        x.reshape(groups, blocks * size, *(form[1:] if width else ()))
+        for x, form, (width, _) in zip(out, forms, outputs, strict=True)
+    ]
+    return [x.astype(dtype) for x, (_, dtype) in zip(flat, outputs, strict=True)]
+
+
+def _in_tiles(size: int) -> int:
+    """A side of a block as it lies in VMEM, roughly."""
+    return 8 if size == 1 else -(-size // 128) * 128
 
 
 def _forward(
-    spec: Spec, offset: int, size: int | None, platform: str, query: jax.Array, key: jax.Array, value: jax.Array, extra: jax.Array, *ids: Any
+    spec: Spec, offset: int, size: int | None, masked: bool, platform: str,
+    query: jax.Array, key: jax.Array, value: jax.Array, extra: jax.Array, *ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """out (B N, T, V) and lse (B N, T); query (B N, T, H), key (B K, S, H), value (B K, S, V), extra (B K, S), ids (B, T) and (B, S)."""
     (groups, length, _), keys, width = query.shape, key.shape[1], value.shape[2]
-    s = _setting(spec, offset, size, platform, length, keys)
-    rows, columns = s.rows, s.columns
-    shared = groups // key.shape[0]
-    q, k, v = _cut(query, rows), _cut(key, columns), _cut(value, columns)
-    arrays = [q, k, v, _cut(extra, columns, -jnp.inf)[:, :, None]]
-    n = s.row_blocks
-    tiles = [_one(n, 1, q.shape[2:]), *(_all(n, shared, x.shape[1:]) for x in arrays[1:])]
+    s = _setting(spec, offset, size, platform, length, keys, bool(ids))
+    own = [(_cut(query, s.rows), 1)]
+    seen = [(_cut(x, s.columns, fill), groups // key.shape[0]) for x, fill in ((key, 0), (value, 0), (extra, -jnp.inf))]
     if ids:
-        arrays += [_cut(ids[0], rows)[..., None], _cut(ids[1], columns)[:, :, None]]
         each = groups // ids[0].shape[0]
-        tiles += [_one(n, each, (rows, 1)), _all(n, each, arrays[-1].shape[1:])]
-    shapes = [((groups, n, rows, v.shape[3]), value.dtype), ((groups, n, rows, 1), spec.dtype)]
-    outputs = [_one(n, 1, shape[2:]) for shape, _ in shapes]
-    out, lse = launch(platform, partial(bodies.forward, s), (groups * n,), tiles, outputs, shapes, arrays)
-    out, lse = (x.reshape(groups, n * rows, x.shape[3])[:, :length] for x in (out, lse))
-    return out[..., :width], lse[..., 0]
+        own, seen = [*own, (_cut(ids[0], s.rows), each)], [*seen, (_cut(ids[1], s.columns), each)]
+    outputs = [(_power(width), value.dtype), (0, spec.dtype)]
+    out, lse = _run(platform, bodies.FORWARD, s, own, seen, outputs, _bounds(s, extra, masked, ids, 2))
+    return out[:, :length, :width], lse[:, :length]
 
 
 def _backward(
-    spec: Spec, offset: int, size: int | None, platform: str, query: jax.Array, key: jax.Array, value: jax.Array, extra: jax.Array,
-    d_out: jax.Array, lse: jax.Array, delta: jax.Array, *ids: Any,
+    spec: Spec, offset: int, size: int | None, masked: bool, platform: str, query: jax.Array, key: jax.Array, value: jax.Array,
+    extra: jax.Array, d_out: jax.Array, lse: jax.Array, delta: jax.Array, *ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """dq (B N, T, H), dk (B N, S, H) and dv (B N, S, V), the latter two for every query head and for the caller to add up."""
     (groups, length, dim), keys, width = query.shape, key.shape[1], value.shape[2]
-    s = _setting(spec, offset, size, platform, length, keys)
-    rows, columns, n, m = s.rows, s.columns, s.row_blocks, s.column_blocks
+    s = _setting(spec, offset, size, platform, length, keys, bool(ids))
     shared = groups // key.shape[0]
-    q, do, k, v = _cut(query, rows), _cut(d_out, rows), _cut(key, columns), _cut(value, columns)
-    of_rows, of_keys = [_cut(lse, rows), _cut(delta, rows)], [_cut(extra, columns, -jnp.inf)]
-    more_rows, more_keys, each = [], [], 1
+    of_rows = [(_cut(x, s.rows), 1) for x in (query, d_out, lse, delta)]
+    of_keys = [(_cut(x, s.columns, fill), shared) for x, fill in ((key, 0), (value, 0), (extra, -jnp.inf))]
     if ids:
-        more_rows, more_keys, each = [_cut(ids[0], rows)], [_cut(ids[1], columns)], groups // ids[0].shape[0]
-
-    def of(tile, per_group, share, arrays):
-        return [tile(per_group, share, x.shape[2:] if tile is _one else x.shape[1:]) for x in arrays]
-
-    def upright(arrays):
-        return [x[..., None] for x in arrays]
-
-    def flat(arrays):
-        return [x[:, :, None] for x in arrays]
-
-    arrays = [q, do, *upright(of_rows)], [k, v, *flat(of_keys)], upright(more_rows), flat(more_keys)
-    tiles = of(_one, n, 1, arrays[0]) + of(_all, n, shared, arrays[1])
-    tiles += of(_one, n, each, arrays[2]) + of(_all, n, each, arrays[3])
-    shape = ((groups, n, *q.shape[2:]), query.dtype)
-    (dq,) = launch(
-        platform, partial(bodies.query_gradient, s), (groups * n,), tiles, [_one(n, 1, q.shape[2:])], [shape], sum(arrays, [])
-    )  # fmt: skip
-    arrays = [k, v, *upright(of_keys)], [q, do, *flat(of_rows)], flat(more_rows), upright(more_keys)
-    tiles = of(_one, m, shared, arrays[0]) + of(_all, m, 1, arrays[1])
-    tiles += of(_all, m, each, arrays[2]) + of(_one, m, each, arrays[3])
-    shapes = [((groups, m, *x.shape[2:]), x.dtype if shared == 1 else spec.dtype) for x in (k, v)]
-    outputs = [_one(m, 1, shape[2:]) for shape, _ in shapes]
-    grads = launch(platform, partial(bodies.key_gradients, s), (groups * m,), tiles, outputs, shapes, sum(arrays, []))
-    dq, dk, dv = (x.reshape(groups, x.shape[1] * x.shape[2], x.shape[3]) for x in (dq, *grads))
+        each = groups // ids[0].shape[0]
+        of_rows, of_keys = [*of_rows, (_cut(ids[0], s.rows), each)], [*of_keys, (_cut(ids[1], s.columns), each)]
+    widths = _power(dim), _power(width)
+    dtype = query.dtype if shared == 1 else spec.dtype
+    outputs = [(widths[0], query.dtype)], [(n, dtype) for n in widths]
+    (dq,) = _run(platform, bodies.QUERY_GRADIENT, s, of_rows, of_keys, outputs[0], _bounds(s, extra, masked, ids, 2))
+    dk, dv = _run(platform, bodies.KEY_GRADIENTS, s, of_keys, of_rows, outputs[1], _bounds(s, extra, masked, ids, 1))
     return dq[:, :length, :dim], dk[:, :keys, :dim], dv[:, :keys, :width]
 
 
@@ -182,7 +222,7 @@ def _gradients(
     delta = jnp.where(jnp.isfinite(delta), delta, 0)
 
     def run(*arrays):
-        return by_platform(partial(_backward, spec, offset, size), *arrays)
+        return by_platform(partial(_backward, spec, offset, size, marks.key_mask is not None), *arrays)
 
     dq, dk, dv = folding(run)(query, key, value, extra, d_out.astype(query.dtype), lse, delta, *ids)
     dq, dk, dv = (_ungrouped(x, heads).astype(spec.dtype) for x in (dq, dk, dv))
@@ -202,7 +242,7 @@ def by_flash(spec: Spec, arrays: Arrays, marks: Marks, offset: int, size: int | 
 
     def forward(arrays, marks):
         def run(*arrays):
-            return by_platform(partial(_forward, spec, offset, size), *arrays)
+            return by_platform(partial(_forward, spec, offset, size, marks.key_mask is not None), *arrays)
 
         heads = arrays.query.shape[2]
         out, lse = (_ungrouped(x, heads) for x in folding(run)(*_prepared(arrays, marks)))

@@ -6,6 +6,11 @@
 A program has one block of rows (or of keys, in the last body) and loops over the blocks of keys (of rows) that they see, its sums in registers. The
 extra score e of a key is 0, -inf where it is hidden, NaN where it must spoil the rows that see it; keys and values themselves come finite, so that
 what is hidden never enters a sum. The last body has keys before rows in all its blocks, and so needs no transposed copy of any.
+
+What a program sees may come in sections, one after the other along the second axis of the grid, as VMEM holds: then the outputs, in the dtype of
+sums, carry them from section to section. out and lse are such a sum themselves, m' = lse, l' = 1, a' = out.
+
+Numbers of one a row or key, such as lse, lie side by side, (1, R): as a column each would take a whole line of a TPU's tiles.
 """
 
 from collections.abc import Callable
@@ -34,6 +39,10 @@ class Setting(NamedTuple):
     row_blocks: int
     column_blocks: int
     dtype: Any  # of sums
+    segmented: bool  # whether there are ids
+    sections: int = 1  # that the blocks a program sees come in
+    each: int = 0  # blocks of a section; of one section, all
+    groups: int = 0  # of programs that share bounds, 0 where there are none
 
 
 def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: Any) -> jax.Array:
@@ -64,15 +73,78 @@ def _reach(first: Any, size: int, before: int | None, after: int | None, block: 
     return low, inner_low, inner_high, high
 
 
-def _fold(reach: tuple[Any, ...], bounded: tuple[bool, bool], segmented: bool, step: Callable, state: Any) -> Any:
-    """Folds `step(masked)(block, state)` over the blocks in reach; masked says that who sees whom must be looked at."""
+def _within(reach: tuple[Any, ...], low: Any, high: Any) -> tuple[Any, ...]:
+    return tuple(lax.max(low, lax.min(x, high)) for x in reach)
+
+
+@jax.jit
+def _read(low_ref: Any, high_ref: Any, place: Any) -> tuple[Any, Any]:
+    """Compiled for itself: in the open the interpreter, inside `jax.shard_map`, would find that the index does not vary over the mesh."""
+    return low_ref[place], high_ref[place]
+
+
+def _bounded(s: Setting, reach: tuple[Any, ...], program: Any, blocks: int, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`reach` within the bounds that segments and masks leave to this program, one of `blocks` of its group."""
+    if not bounds:
+        return reach
+    place = lax.div(program, np.int32(blocks * s.groups)) * blocks + lax.rem(program, np.int32(blocks))
+    low, high = _read(*bounds, place)
+    return _within(reach, low, high)
+
+
+def _reach_of_rows(s: Setting, program: Any, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The blocks of keys that this program's rows see."""
+    first = lax.rem(program, np.int32(s.row_blocks)) * s.rows + s.offset
+    return _bounded(
+        s, _reach(first, s.rows, s.left, s.right, s.columns, s.column_blocks), program, s.row_blocks, bounds
+    )
+
+
+def _reach_of_keys(s: Setting, program: Any, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The blocks of rows that see this program's keys."""
+    first = lax.rem(program, np.int32(s.column_blocks)) * s.columns - s.offset
+    reach = _reach(first, s.columns, s.right, s.left, s.rows, s.row_blocks)
+    return _bounded(s, reach, program, s.column_blocks, bounds)
+
+
+def section(s: Setting, reach: tuple[Any, ...], number: Any) -> Any:
+    """The section to have at hand as the `number`-th: of those outside the reach none, which spares the way to VMEM."""
+    low, *_, high = reach
+    first, last = (lax.div(block, np.int32(s.each)) for block in (low, lax.max(high - 1, low)))
+    return lax.min(lax.max(first, lax.min(number, last)), np.int32(s.sections - 1))
+
+
+def _fold(s: Setting, reach: tuple[Any, ...], windowed: tuple[bool, bool], step: Callable, state: Any) -> Any:
+    """Folds `step(masked, base)(block, state)` over the blocks in reach; masked says that who sees whom must be looked at, and
+    `base` is the first block at hand."""
+    from jax.experimental import pallas as pl
+
+    base = np.int32(0)
+    if s.sections > 1:
+        base = pl.program_id(1) * s.each
+        reach = _within(reach, base, base + s.each)
     low, inner_low, inner_high, high = reach
-    if segmented:
-        return loop(low, high, step(True), state)
-    if bounded[0]:
-        state = loop(low, inner_low, step(True), state)
-    state = loop(inner_low, inner_high, step(False), state)
-    return loop(inner_high, high, step(True), state) if bounded[1] else state
+    if s.segmented:
+        return loop(low, high, step(True, base), state)
+    if windowed[0]:
+        state = loop(low, inner_low, step(True, base), state)
+    state = loop(inner_low, inner_high, step(False, base), state)
+    return loop(inner_high, high, step(True, base), state) if windowed[1] else state
+
+
+def _carried(s: Setting, *refs_and_starts: tuple[Any, float]) -> list[jax.Array]:
+    """What each output holds so far: its start in the first section, in a later one what the one before it left."""
+    from jax.experimental import pallas as pl
+
+    if s.sections == 1:
+        return [jnp.full(ref.shape, start, s.dtype) for ref, start in refs_and_starts]
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        for ref, start in refs_and_starts:
+            ref[...] = jnp.full(ref.shape, start, ref.dtype)
+
+    return [ref[...] for ref, _ in refs_and_starts]
 
 
 def _scores(
@@ -99,25 +171,31 @@ def _scores(
     return jnp.where(see, x + extra, -jnp.inf), slope, see
 
 
-def _bounded(s: Setting) -> tuple[bool, bool]:
+def _windowed(s: Setting) -> tuple[bool, bool]:
     return s.left is not None, s.right is not None
 
 
-def forward(s: Setting, q_ref: Any, k_ref: Any, v_ref: Any, extra_ref: Any, *rest: Any) -> None:
-    """out and lse of a block of rows (R, H) against keys (blocks, C, H), values (blocks, C, V), extra scores (blocks, 1, C)."""
+def _parted(s: Setting, refs: tuple[Any, ...], own: int, seen: int) -> list[tuple[Any, ...]]:
+    """The bounds, the program's own blocks, what it sees, and the outputs, ids last in both the second and the third."""
+    ends = np.cumsum([2 if s.groups else 0, own + s.segmented, seen + s.segmented])
+    return [refs[low:high] for low, high in zip([0, *ends], [*ends, len(refs)], strict=True)]
+
+
+def _forward(s: Setting, *refs: Any) -> None:
+    """out and lse (1, R) of a block of rows (R, H) against keys (blocks, C, H), values (blocks, C, V), extra scores (blocks, 1, C)."""
     from jax.experimental import pallas as pl
 
-    *ids, out_ref, lse_ref = rest
+    bounds, (q_ref, *row_ids), (k_ref, v_ref, extra_ref, *key_ids), (out_ref, lse_ref) = _parted(s, refs, 1, 3)
+    reach = _reach_of_rows(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.row_blocks)) * s.rows + s.offset
-    q = q_ref[...]
-    row_ids = ids[0][...] if ids else None
+    q, row_ids = q_ref[...], [ref[...].T for ref in row_ids]
 
-    def step(masked):
+    def step(masked, base):
         def run(j, state):
             top, total, acc = state
-            starts = (first, j * s.columns) if masked else None
-            some = [row_ids, ids[1][j]] if ids else []
-            scores, _, _ = _scores(s, q, k_ref[j], extra_ref[j], starts, some, 0)
+            starts, j = (first, j * s.columns) if masked else None, j - base
+            ids = row_ids + [ref[j] for ref in key_ids]
+            scores, _, _ = _scores(s, q, k_ref[j], extra_ref[j], starts, ids, 0)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1, keepdims=True))
             safe = jnp.where(new_top == -jnp.inf, 0, new_top)
             p, shrink = jnp.exp(scores - safe), jnp.exp(top - safe)
@@ -126,14 +204,13 @@ def forward(s: Setting, q_ref: Any, k_ref: Any, v_ref: Any, extra_ref: Any, *res
 
         return run
 
-    column = jnp.zeros((s.rows, 1), s.dtype)
-    state = (column - jnp.inf, column, jnp.zeros((s.rows, v_ref.shape[-1]), s.dtype))
-    reach = _reach(first, s.rows, s.left, s.right, s.columns, s.column_blocks)
-    top, total, acc = _fold(reach, _bounded(s), bool(ids), step, state)
+    acc, lse = _carried(s, (out_ref, 0), (lse_ref, -jnp.inf))
+    lse = lse.T
+    top, total, acc = _fold(s, reach, _windowed(s), step, (lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)), acc))
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out_ref[...] = (acc / total).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+    lse_ref[...] = jnp.where(empty, -jnp.inf, top + jnp.log(total)).T
 
 
 def _slopes(
@@ -144,58 +221,63 @@ def _slopes(
     return p, jnp.where(see, p * (d_weights + delta) * slope, 0)
 
 
-def query_gradient(
-    s: Setting, q_ref: Any, do_ref: Any, lse_ref: Any, delta_ref: Any, k_ref: Any, v_ref: Any, extra_ref: Any, *rest: Any
-) -> None:  # fmt: skip
+def _query_gradient(s: Setting, *refs: Any) -> None:
     """dq of a block of rows, to be scaled."""
     from jax.experimental import pallas as pl
 
-    *ids, dq_ref = rest
+    bounds, own, (k_ref, v_ref, extra_ref, *key_ids), (dq_ref,) = _parted(s, refs, 4, 3)
+    reach = _reach_of_rows(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.row_blocks)) * s.rows + s.offset
-    q, do, lse, delta = q_ref[...], do_ref[...], lse_ref[...], delta_ref[...]
-    row_ids = ids[0][...] if ids else None
+    q, do, lse, delta, *row_ids = (ref[...] for ref in own)
+    lse, delta, row_ids = lse.T, delta.T, [x.T for x in row_ids]
 
-    def step(masked):
+    def step(masked, base):
         def run(j, dq):
-            starts = (first, j * s.columns) if masked else None
-            some = [row_ids, ids[1][j]] if ids else []
-            k = k_ref[j]
-            seen = _scores(s, q, k, extra_ref[j], starts, some, 0)
+            starts, j = (first, j * s.columns) if masked else None, j - base
+            k, ids = k_ref[j], row_ids + [ref[j] for ref in key_ids]
+            seen = _scores(s, q, k, extra_ref[j], starts, ids, 0)
             _, ds = _slopes(s, *seen, _product(do, v_ref[j], (1, 1), s.dtype), lse, delta)
             return dq + _product(ds, k, (1, 0), s.dtype)
 
         return run
 
-    reach = _reach(first, s.rows, s.left, s.right, s.columns, s.column_blocks)
-    dq = _fold(reach, _bounded(s), bool(ids), step, jnp.zeros(q.shape, s.dtype))
-    dq_ref[...] = dq.astype(dq_ref.dtype)
+    (dq,) = _carried(s, (dq_ref, 0))
+    dq_ref[...] = _fold(s, reach, _windowed(s), step, dq).astype(dq_ref.dtype)
 
 
-def key_gradients(
-    s: Setting, k_ref: Any, v_ref: Any, extra_ref: Any, q_ref: Any, do_ref: Any, lse_ref: Any, delta_ref: Any, *rest: Any
-) -> None:  # fmt: skip
-    """dk, to be scaled, and dv of a block of keys, from one query head: extra scores (C, 1), lse and delta (blocks, 1, R)."""
+def _key_gradients(s: Setting, *refs: Any) -> None:
+    """dk, to be scaled, and dv of a block of keys, from one query head; lse and delta are (blocks, 1, R)."""
     from jax.experimental import pallas as pl
 
-    *ids, dk_ref, dv_ref = rest
+    bounds, own, (q_ref, do_ref, lse_ref, delta_ref, *row_ids), outputs = _parted(s, refs, 3, 4)
+    reach = _reach_of_keys(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.column_blocks)) * s.columns
-    k, v, extra = k_ref[...], v_ref[...], extra_ref[...]
-    key_ids = ids[1][...] if ids else None
+    k, v, extra, *key_ids = (ref[...] for ref in own)
+    extra, key_ids = extra.T, [x.T for x in key_ids]
 
-    def step(masked):
+    def step(masked, base):
         def run(i, state):
             dk, dv = state
-            starts = (i * s.rows + s.offset, first) if masked else None
-            some = [key_ids, ids[0][i]] if ids else []
-            q, do = q_ref[i], do_ref[i]
-            seen = _scores(s, k, q, extra, starts, some, 1)
+            starts, i = (i * s.rows + s.offset, first) if masked else None, i - base
+            q, do, ids = q_ref[i], do_ref[i], key_ids + [ref[i] for ref in row_ids]
+            seen = _scores(s, k, q, extra, starts, ids, 1)
             p, ds = _slopes(s, *seen, _product(v, do, (1, 1), s.dtype), lse_ref[i], delta_ref[i])
             return dk + _product(ds, q, (1, 0), s.dtype), dv + _product(p, do, (1, 0), s.dtype)
 
         return run
 
-    zeros = (jnp.zeros(k.shape, s.dtype), jnp.zeros(v.shape, s.dtype))
-    reach = _reach(first - s.offset, s.columns, s.right, s.left, s.rows, s.row_blocks)
-    dk, dv = _fold(reach, _bounded(s)[::-1], bool(ids), step, zeros)
-    dk_ref[...] = dk.astype(dk_ref.dtype)
-    dv_ref[...] = dv.astype(dv_ref.dtype)
+    state = tuple(_carried(s, *((ref, 0) for ref in outputs)))
+    for ref, x in zip(outputs, _fold(s, reach, _windowed(s)[::-1], step, state), strict=True):
+        ref[...] = x.astype(ref.dtype)
+
+
+class Body(NamedTuple):
+    """A body with the blocks its programs see: `reach(setting, program, bounds)`."""
+
+    run: Callable
+    reach: Callable
+
+
+FORWARD = Body(_forward, _reach_of_rows)
+QUERY_GRADIENT = Body(_query_gradient, _reach_of_rows)
+KEY_GRADIENTS = Body(_key_gradients, _reach_of_keys)

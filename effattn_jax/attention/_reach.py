@@ -61,14 +61,10 @@ def bounds_of(spec: Spec, marks: Marks, length: int, keys: int) -> Bounds | None
     if marks.key_segments is None and marks.key_mask is None and marks.query_mask is None:
         return None
     rows, columns = _stretch(spec.rows, length), _stretch(spec.columns, keys)
-    of_rows = _ids(marks.query_segments, marks.query_mask, length, rows)
-    of_keys = _ids(marks.key_segments, marks.key_mask, keys, columns)
-    meet = (of_rows.least[:, :, None] <= of_keys.most[:, None]) & (of_keys.least[:, None] <= of_rows.most[:, :, None])
-    meet = _anywhere(meet & (of_rows.bits[:, :, None] & of_keys.bits[:, None] != 0))
-    stretches, some = meet.shape[1], meet.any(1)
-    low = jnp.argmax(meet, axis=1) * columns
-    high = jnp.minimum((stretches - jnp.argmax(meet[:, ::-1], axis=1)) * columns, keys)
-    return Bounds(*(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high)), rows)
+    of_rows = extents_of(*_given(marks.query_segments, marks.query_mask, length), rows)
+    of_keys = extents_of(*_given(marks.key_segments, marks.key_mask, keys), columns)
+    low, high = range_of(_anywhere(meeting(of_rows, of_keys)), 1)
+    return Bounds(low * columns, jnp.minimum(high * columns, keys), rows)
 
 
 def _stretch(block: int, length: int) -> int:
@@ -76,7 +72,7 @@ def _stretch(block: int, length: int) -> int:
     return min(block * -(-length // (block * _MOST)), length)
 
 
-class _Ids(NamedTuple):
+class Extents(NamedTuple):
     """(B | 1, stretches) each: the least and the greatest id of a stretch, and a bit for each id modulo 32; what is masked has none."""
 
     least: jax.Array
@@ -84,15 +80,32 @@ class _Ids(NamedTuple):
     bits: jax.Array
 
 
-def _ids(ids: jax.Array | None, mask: jax.Array | None, length: int, size: int) -> _Ids:
+def _given(ids: jax.Array | None, mask: jax.Array | None, length: int) -> tuple[jax.Array, jax.Array]:
     ids = jnp.zeros((1, length), jnp.int32) if ids is None else ids
-    mask = jnp.ones((1, length), bool) if mask is None else mask
+    return ids, jnp.ones((1, length), bool) if mask is None else mask
+
+
+def extents_of(ids: jax.Array, mask: jax.Array, size: int) -> Extents:
+    """Of the stretches of so many places that ids and mask, (B | 1, L), are cut into."""
     limits, bits = jnp.iinfo(ids.dtype), jnp.uint32(1) << (ids & 31).astype(jnp.uint32)
-    return _Ids(
+    return Extents(
         _in_stretches(jnp.where(mask, ids, limits.max), size).min(2),
         _in_stretches(jnp.where(mask, ids, limits.min), size).max(2),
         jax.lax.reduce_or(_in_stretches(jnp.where(mask, bits, 0), size), (2,)),
     )
+
+
+def meeting(of_rows: Extents, of_keys: Extents) -> jax.Array:
+    """Whether a stretch of rows and one of keys may hold a common id, (B | 1, stretches of rows, of keys)."""
+    meet = (of_rows.least[:, :, None] <= of_keys.most[:, None]) & (of_keys.least[:, None] <= of_rows.most[:, :, None])
+    return meet & (of_rows.bits[:, :, None] & of_keys.bits[:, None] != 0)
+
+
+def range_of(meet: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The least [low, high) along `axis` that holds all that is true, [0, 0) where nothing is."""
+    some = meet.any(axis)
+    low, high = jnp.argmax(meet, axis=axis), meet.shape[axis] - jnp.argmax(jnp.flip(meet, axis), axis=axis)
+    return tuple(jnp.where(some, x, 0).astype(jnp.int32) for x in (low, high))
 
 
 def _in_stretches(x: jax.Array, size: int) -> jax.Array:
