@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.recurrence import outer_product_recurrence
+from effattn_jax.recurrence import _outer_kernel, outer_product_recurrence
 
 STEPS = 70
 
@@ -90,6 +90,42 @@ def test_gradients_keep_no_states_apart(width, size):
         return jax.jit(both).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert used(4096) <= 1.01 * used(2048)
+
+
+@pytest.mark.parametrize("decays", ["none", "a head", "a feature"])
+def test_rows_side_by_side_go_in_sections(decays, monkeypatch, x64):
+    """Chunks are side by side within a section; sections follow each other, the last one not full."""
+    (*arrays, decay), ids = sample(jnp.float64)
+    state = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 5, 3)))
+    decay = {"none": None, "a head": decay[..., 0], "a feature": decay}[decays]
+
+    def run(**options):
+        def call(arrays, decay, state):
+            return outer_product_recurrence(
+                *arrays, log_decay=decay, initial_state=state, segment_ids=ids, return_state=True, **options
+            )
+
+        out, pull = jax.vjp(call, arrays, decay, state)
+        return out, pull(jax.tree.map(jnp.cos, out))
+
+    expected = run(implementation="scan")
+    monkeypatch.setattr(_outer_kernel, "_SECTION", 25)
+    assert _outer_kernel.section_of(STEPS, 8) == 24
+    actual = jax.jit(lambda: run(implementation="parallel", chunk_size=8))()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
+
+
+def test_rows_side_by_side_need_the_memory_of_a_section():
+    def both(*arrays):
+        out, pull = jax.vjp(lambda *x: outer_product_recurrence(*x, implementation="parallel"), *arrays)
+        return out, pull(out)
+
+    def used(steps):
+        shapes = [jax.ShapeDtypeStruct((1, steps, 2, 64), jnp.float32)] * 3
+        return jax.jit(both).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    section = _outer_kernel._SECTION
+    assert used(4 * section) <= 1.1 * used(2 * section)
 
 
 def test_a_state_that_is_no_pair_is_refused():

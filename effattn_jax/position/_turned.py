@@ -16,9 +16,8 @@ import numpy as np
 from effattn_jax._contract import accumulator
 from effattn_jax._derivatives import Fixed
 from effattn_jax._products import row_products
-from effattn_jax.recurrence._chunks import scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, masked, normalized
-from effattn_jax.recurrence._outer_kernel import SHORT, kept_states, over_chunks, side_by_side
+from effattn_jax.recurrence._outer_kernel import SHORT, kept_states, over_chunks
 from effattn_jax.recurrence._outer_pull import pull_chunk
 
 __all__: list[str] = []
@@ -64,14 +63,8 @@ class Turned(NamedTuple):
             plan = plan._replace(above=self.above._replace(operands=value.dtype))
         body, pull = Fixed(_chunk, plan, value.dtype), Fixed(_pull, plan)
 
-        def fold(body, state, inputs, marks, *, size):
-            if parallel:
-                return side_by_side(
-                    body, pull, Fixed(_kept, state[0].dtype, state[1] is not None), state, inputs, marks, size
-                )
-            return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
-
-        return over_chunks(body, state, arrays, size=size, fold=fold, **marks)
+        kept = Fixed(_kept, state[0].dtype, state[1] is not None) if parallel else None
+        return over_chunks(body, state, arrays, size=size, pull=pull, kept=kept, **marks)
 
 
 def _start(plan: Turned, query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array | None]:

@@ -17,6 +17,7 @@ from effattn_jax.recurrence.diagonal import forget
 __all__: list[str] = []
 
 _DEFAULT = Options()
+_SECTION = 16384  # steps that are side by side at most: enough to fill an accelerator, and a bound on its memory
 SHORT = 512  # steps up to which a handful of chunks one after the other is the best form everywhere
 
 
@@ -75,32 +76,25 @@ def outer_product(
         )
     if parallel and key.dtype == value.dtype == jnp.bfloat16:
         options = options._replace(operands=value.dtype)
-    body = Fixed(chunk, options, value.dtype)
-    pull = Fixed(pull_chunk, options)
-
-    def fold(body, state, inputs, marks, *, size):
-        if parallel:
-            return side_by_side(
-                body, pull, Fixed(kept_states, state[0].dtype, state[1] is not None), state, inputs, marks, size
-            )
-        return scan_chunks(body, state, inputs, marks, size=size, pull=pull)
-
+    body, pull = Fixed(chunk, options, value.dtype), Fixed(pull_chunk, options)
+    kept = Fixed(kept_states, state[0].dtype, state[1] is not None) if parallel else None
     marked = {"segments": segments, "last_segment": last_segment, "key_mask": key_mask}
-    out, state = over_chunks(body, state, (query, key, value, log_decay), **marked, size=size, fold=fold)
+    out, state = over_chunks(body, state, (query, key, value, log_decay), **marked, size=size, pull=pull, kept=kept)
     return out[0] if options.normalize and not options.split else out, state
 
 
 def over_chunks(
     body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
-    key_mask: jax.Array | None = None, size: int, fold: Callable = scan_chunks,
+    key_mask: jax.Array | None = None, size: int, pull: Callable | None = None, kept: Callable | None = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...); returns (out, state).
 
-    A last chunk that is not full is padded with masked steps of the last segment.
+    One chunk after the other (`scan_chunks`), or, given `kept` and then `pull` too, all together (`side_by_side`). A last chunk that is
+    not full, or a last section of them, is padded with masked steps of the last segment.
     """
     length = arrays[0].shape[1]
     arrays, state, segments, last_segment, key_mask = tie((arrays, state, segments, last_segment, key_mask))
-    missing = -length % size
+    missing = -length % (section_of(length, size) if kept else size)
 
     def pad(x):
         return x if x is None or missing == 0 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
@@ -110,7 +104,11 @@ def over_chunks(
     if missing and segments is not None:
         segments = jnp.concatenate([segments, jnp.broadcast_to(segments[:, -1:], (segments.shape[0], missing))], axis=1)
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
-    state, out = fold(body, state, tuple(map(pad, arrays)), marks, size=size)
+    arrays = tuple(map(pad, arrays))
+    if kept is None:
+        state, out = scan_chunks(body, state, arrays, marks, size=size, pull=pull)
+    else:
+        state, out = side_by_side(body, pull, kept, state, arrays, marks, size)
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
 
 
@@ -160,23 +158,34 @@ def _states(body: Callable, kept: Callable, state: Any, inputs: Any, marks: Mark
     return zero, factors, *_between(state, factors, _every(body)(zero, inputs, marks)[0])
 
 
-def _forward(body: Callable, kept: Callable, size: int, arrays: Any, marks: Marks) -> tuple[Any, Any]:
-    state, inputs = arrays
+def _forward(body: Callable, kept: Callable, size: int, state: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
     inputs, marks = _split((inputs, marks), size)
     _, _, state, before = _states(body, kept, state, inputs, marks)
     return state, _join(_every(body)(before, inputs, marks)[1])
 
 
-def _backward(
-    body: Callable, pull: Callable, kept: Callable, size: int, arrays: Any, marks: Marks, results: Any, cotangents: Any
-) -> tuple[Any, Any]:
-    state, inputs = arrays
-    d_state, d_out = cotangents
-    inputs, marks, outputs, d_out = _split((inputs, marks, results[1], d_out), size)
+def _pull(
+    body: Callable, pull: Callable, kept: Callable, size: int, state: Any, inputs: Any, marks: Marks, outputs: Any, d_state: Any, d_out: Any
+) -> tuple[Any, Any]:  # fmt: skip
+    inputs, marks, outputs, d_out = _split((inputs, marks, outputs, d_out), size)
     zero, factors, _, before = _states(body, kept, state, inputs, marks)
     sums = _every(pull)(before, inputs, marks, outputs, zero, d_out)[0]
     d_state, after = _between(d_state, factors, sums, reverse=True)
     return d_state, _join(_every(pull)(before, inputs, marks, outputs, after, d_out)[1])
+
+
+def section_of(length: int, size: int) -> int:
+    """Steps of a section of rows in chunks of that size: sections as few as `_SECTION` allows, and alike."""
+    chunks = -(-length // size)
+    return -(-chunks // -(-chunks // max(1, _SECTION // size))) * size
+
+
+def _whole(forward: Callable, arrays: Any, marks: Marks) -> tuple[Any, Any]:
+    return forward(*arrays, marks)
+
+
+def _pull_whole(pull: Callable, arrays: Any, marks: Marks, results: Any, cotangents: Any) -> tuple[Any, Any]:
+    return pull(*arrays, marks, results[1], *cotangents)
 
 
 def side_by_side(
@@ -186,6 +195,11 @@ def side_by_side(
 
     The scan is over T / C states; all else is batched over chunks. Memory O(T (C + H V / C)) in both passes; the backward pass scans the
     cotangents of the states the other way. `kept(inputs, marks)` is the factor that a chunk puts on the state before it, for each part of it.
+    Longer rows, a whole number of sections (`section_of`), go section after section.
     """
-    forward = Fixed(_forward, body, kept, size)
-    return with_backward(forward, forward, Fixed(_backward, body, pull, kept, size))((state, inputs), marks)
+    forward, backward = Fixed(_forward, body, kept, size), Fixed(_pull, body, pull, kept, size)
+    length, section = inputs[1].shape[1], section_of(inputs[1].shape[1], size)
+    if section < length:
+        return scan_chunks(forward, state, inputs, marks, size=section, pull=backward)
+    whole = Fixed(_whole, forward)
+    return with_backward(whole, whole, Fixed(_pull_whole, backward))((state, inputs), marks)
