@@ -88,7 +88,7 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
             members[name] = partial(_jax_contender, settings, function, None)
         for name, build in TORCH_PEERS.get(group, {}).items():
             members[name] = lambda length, build=build: build(length, settings.heads, settings.dim)
-    return {g: m for g, m in groups.items() if not settings.groups or g in settings.groups}
+    return groups
 
 
 def _feature_decays(rng: np.random.Generator, query: jax.Array) -> dict[str, np.ndarray]:
@@ -235,6 +235,9 @@ def _stopped(path: pathlib.Path, record: dict, lengths: tuple[int, ...]) -> list
 def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[str, int], caption: str) -> None:
     """Measures the groups, prints the table, and writes JSON and plot under the name in the settings; goes on where the same was stopped."""
     console = Console()
+    unknown = sorted(set(settings.groups) - set(groups))
+    if unknown:
+        raise SystemExit(f"error: no group {', '.join(unknown)}; there are {', '.join(groups)}")
     record = {
         "device": device_name(), "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
         "shape": shape, "caption": caption, "rounds": settings.rounds, "settings": dataclasses.asdict(settings),
@@ -246,6 +249,7 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
     for row in rows:
         slowest = row["forward_ms"] if row["both_ms"] is None else row["both_ms"]
         last.setdefault((row["group"], row["name"]), []).append((row["length"], slowest / 1e3))
+    groups = {name: members for name, members in groups.items() if not settings.groups or name in settings.groups}
     for length in settings.lengths[len({row["length"] for row in rows}) :]:
         for group, members in groups.items():
             rows += measure(group, members, length, settings, last, console)

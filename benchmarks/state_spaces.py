@@ -230,7 +230,6 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
     return {
         group: {name: partial(_contender, function, inputs) for name, function in members.items()}
         for group, (inputs, members) in GROUPS.items()
-        if not settings.groups or group in settings.groups
     }
 
 

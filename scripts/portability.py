@@ -26,7 +26,7 @@ JOBS = (
     Job("3.13", "constraints/colab.txt", "what Colab ships"),
     Job("3.12", "constraints/python3.12.txt", "the newest jax"),
 )
-ROOMS = "attention mixing position ssm objectives decoding models optim pallas drop_in"
+ROOMS = "attention recurrence mixing position ssm objectives decoding models optim parallel explicit pallas drop_in"
 TESTS = ("tests/laws", *(f"tests/test_{room}*.py" for room in ROOMS.split()), "notebooks/quickstart.ipynb")
 
 

@@ -10,6 +10,7 @@ import pytest
 from effattn_jax.models import LanguageModel, ModelConfig
 from effattn_jax.objectives import cross_entropy
 from effattn_jax.parallel import batch_spec, local_shard, make_mesh, place_batch, shard_tree, spec_for
+from effattn_jax.parallel.sharding import LARGE
 
 
 def test_mesh_takes_what_is_left():
@@ -39,6 +40,10 @@ def test_rules_follow_names_and_shapes():
     assert tuple(spec_for("1/0/mu/stack/layers/mlp/in/kernel", (3, 64, 256), mesh)) == (None, "fsdp", "tensor")
     assert tuple(spec_for("tokens/embedding", (65, 64), mesh)) == (None, "fsdp")
     assert tuple(spec_for("stack/norm/scale", (64,), mesh)) == ()
+    assert tuple(spec_for("stack/layers_0/mixer/table", (3, 256, 256), mesh)) == (None, None, "fsdp")
+    assert tuple(spec_for("stack/layers_0/mixer/table", (512, 255), mesh)) == ("fsdp", None)
+    assert tuple(spec_for("stack/layers_0/mixer/table", (255, 513), mesh)) == ()
+    assert tuple(spec_for("stack/layers_0/mixer/table", (64, 64), mesh)) == ()
 
 
 def test_a_batch_is_placed_by_rows_and_time():
@@ -60,8 +65,11 @@ AXES = [
 ]
 
 
-def loss_fn(params, batch):
-    logits = LanguageModel(ModelConfig(layers=2, width=32, heads=4), 64).apply({"params": params}, batch["tokens"])
+PLAIN = ModelConfig(layers=2, width=32, heads=4)
+
+
+def loss_fn(params, batch, config=PLAIN):
+    logits = LanguageModel(config, 64).apply({"params": params}, batch["tokens"])
     loss, weight = cross_entropy(logits, batch["targets"])
     return loss / weight
 
@@ -71,7 +79,7 @@ def one_device():
     """Parameters, a batch, and the gradients."""
     tokens = np.random.default_rng(1).integers(0, 64, (8, 17)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    init = jax.jit(LanguageModel(ModelConfig(layers=2, width=32, heads=4), 64).init)
+    init = jax.jit(LanguageModel(PLAIN, 64).init)
     params = init(jax.random.key(0), batch["tokens"])["params"]
     return params, batch, jax.jit(jax.grad(loss_fn))(params, batch)
 
@@ -86,3 +94,28 @@ def test_gradients_are_those_of_one_device(axes):
         gradients = step(jax.device_put(params, shardings), place_batch(mesh, batch, 8))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), gradients, expected)
     assert jax.tree.all(jax.tree.map(lambda g: bool(jnp.all(jnp.isfinite(g))), gradients))
+
+
+@pytest.mark.parametrize("mixer", ["synthesizer_random", "mlp_mixer", "tupe"])
+def test_tables_of_places_are_shared_out(mixer):
+    """The weights that hold most of the parameters lie over fsdp, and gradients are those of one device."""
+    config = ModelConfig(
+        layers=1, width=32, heads=4, mixer=mixer, max_length=2048 if mixer == "tupe" else 512, positions="none"
+    )
+    tokens = np.random.default_rng(1).integers(0, 64, (8, 17)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+    params = jax.jit(LanguageModel(config, 64).init)(jax.random.key(0), batch["tokens"])["params"]
+    slope = functools.partial(jax.grad(loss_fn), config=config)
+    expected = jax.jit(slope)(params, batch)
+    mesh = make_mesh(data=1, fsdp=8)
+    shardings = shard_tree(params, mesh)
+    sizes = [
+        (leaf.size, leaf.size // np.prod(s.shard_shape(leaf.shape)))
+        for leaf, s in zip(*map(jax.tree.leaves, (params, shardings)))
+    ]
+    assert all(parts == 8 for size, parts in sizes if size >= LARGE) and max(sizes)[0] >= LARGE
+    with jax.set_mesh(mesh):
+        gradients = jax.jit(slope, out_shardings=shardings)(
+            jax.device_put(params, shardings), place_batch(mesh, batch, 8)
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), gradients, expected)

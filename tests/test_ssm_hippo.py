@@ -354,6 +354,16 @@ def test_reconstruction_is_of_the_past_in_its_order(measure):
     )
 
 
+@pytest.mark.parametrize("measure", ["legs", "legt", "lmu", "cosine", "chebyshev", "lagt", "tlagt", "glagt"])
+def test_reconstruction_has_both_ends(measure):
+    """s = 0 is the oldest point there is, for a fading measure the limit of a past without end, which is 0."""
+    x = np.random.default_rng(0).normal(size=6)
+    for points in (np.array([0.0, 1e-12, 1.0]), jnp.array([0.0, 1e-12, 1.0])):
+        first, near, last = np.asarray(hippo_reconstruct(x, measure, points))
+        assert np.isfinite(last)
+        np.testing.assert_allclose(first, 0 if "lag" in measure else near, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "measure, method", [("legs", "exact"), ("legs", "bilinear"), ("cosine_scaled", "exact"), ("legt", "zoh")]
 )

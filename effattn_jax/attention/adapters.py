@@ -24,7 +24,7 @@ _IGNORED_WHEN = {  # arguments of Flax that change nothing for us at these value
 }
 _REASONS = {
     "promote_dtype": "inputs are cast to dtype, and the output has the dtype of value",
-    "module": "sow_weights=True asks for attention weights, and this kernel forms none",
+    "module": "it asks for attention weights, which an attention_fn of ours does not hand on; `attention_weights(kernel, ...)` gives them",
 }
 _MORE_RESULTS = (
     "initial_state",
@@ -109,7 +109,8 @@ def as_attention_fn(kernel: str | Callable, **options: Any) -> Callable:
         for name, setting in given.items():
             if not _IGNORED_WHEN[name](setting, deterministic):
                 reason = _REASONS.get(name, "this kernel forms no attention weights")
-                raise ValueError(f"{name}={setting!r} cannot be honoured: {reason}; leave it at its default")
+                argument = "sow_weights=True" if name == "module" else f"{name}={setting!r}"
+                raise ValueError(f"{argument} cannot be honoured: {reason}; leave it at its default")
         if is_causal and query.shape[-3] != key.shape[-3]:
             raise ValueError(
                 f"is_causal=True of Flax aligns the first query with the first key, ours the last with the last, which differ for "

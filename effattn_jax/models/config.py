@@ -34,7 +34,7 @@ class ModelConfig:
     mixers: str = ""
     """One mixer a layer instead, separated by commas, such as softmax,linear,linear,softmax."""
     window: int | None = None
-    """How many tokens to the left softmax layers see, besides the token itself. None: all."""
+    """How many tokens to the left layers see, besides the token itself, where their mixer takes a window. None: the mixer's own (softmax: all, local: 128, sparse: 32)."""
     chunk_size: int | None = None
     """Chunk length of the chunked forms. None: the kernel's own choice."""
     state_size: int | None = None

@@ -2,9 +2,11 @@
 
 A rule names, for the last axes of an array, the mesh axis that each lies on. An axis whose length the mesh axis does
 not divide stays whole, so one table serves every width, every mesh and the optimizer's moments, whose paths end in
-the names of the parameters they belong to.
+the names of the parameters they belong to. Large arrays that no rule names, such as weights with a place for each step,
+lie over fsdp too, along their longest axis.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +25,8 @@ RULES: tuple[Rule, ...] = (
     # Every other matrix maps the width to heads or features.
     (r"kernel$", ("fsdp", "tensor")),
 )
-"""First match wins (regular expression searched in the '/'-joined path); arrays that match none are replicated."""
+"""First match wins (regular expression searched in the '/'-joined path); of arrays that match none, the large ones are shared out over fsdp."""
+LARGE = 2**16  # entries from which on an array without a rule is not kept whole on every device
 
 
 def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] = RULES) -> PartitionSpec:
@@ -36,7 +39,8 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] 
       rules: table of (regular expression, axis names).
 
     Returns:
-      A PartitionSpec of the array's rank; empty (replicated) for arrays of rank < 2 or without a rule.
+      A PartitionSpec of the array's rank. Without a rule, an array of `LARGE` entries has the longest of its axes that fsdp divides (of equal
+      ones the last) on fsdp; a smaller one, and any of rank < 2, has the empty spec (replicated).
 
     Example:
       >>> from effattn_jax.parallel import make_mesh
@@ -45,12 +49,22 @@ def spec_for(path: str, shape: Sequence[int], mesh: Mesh, rules: Sequence[Rule] 
       >>> tuple(spec_for("block_0/mlp/up/bias", (256,), make_mesh()))
       ()
     """
-    axes = next((axes for pattern, axes in rules if re.search(pattern, path)), ())
+    axes = next((axes for pattern, axes in rules if re.search(pattern, path)), None)
+    if axes is None:
+        axes = _longest(shape, mesh)
     if len(shape) < 2 or len(axes) > len(shape):
         return PartitionSpec()
     tail = shape[len(shape) - len(axes) :]
     fitting = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(axes, tail)]
     return PartitionSpec(*[None] * (len(shape) - len(axes)), *fitting) if any(fitting) else PartitionSpec()
+
+
+def _longest(shape: Sequence[int], mesh: Mesh) -> tuple[str | None, ...]:
+    sizes = [size if size % mesh.shape["fsdp"] == 0 else 0 for size in shape]
+    if math.prod(shape) < LARGE or not any(sizes):
+        return ()
+    place = max(range(len(sizes)), key=lambda axis: (sizes[axis], axis))
+    return tuple("fsdp" if axis == place else None for axis in range(len(sizes)))
 
 
 def shard_tree(tree: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:

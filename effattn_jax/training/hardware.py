@@ -5,6 +5,8 @@
 Peaks are the makers' dense bfloat16 figures for one device as jax counts devices.
 """
 
+import re
+
 import jax
 
 PEAK_FLOPS = {
@@ -20,13 +22,17 @@ PEAK_FLOPS = {
     "Tesla T4": 65e12,
     "Tesla V100": 125e12,
     "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
     "NVIDIA A10": 125e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA GH200": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-"""Peak FLOP/s by the beginning of jax's device kind; the longest that fits counts."""
+"""Peak FLOP/s by the first words of jax's device kind; the longest that fits counts."""
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -36,7 +42,7 @@ def peak_flops(device: jax.Device) -> float | None:
       >>> peak_flops(jax.devices("cpu")[0]) is None
       True
     """
-    fitting = [name for name in PEAK_FLOPS if device.device_kind.startswith(name)]
+    fitting = [name for name in PEAK_FLOPS if re.match(re.escape(name) + r"\b", device.device_kind)]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
 
 
