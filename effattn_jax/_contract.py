@@ -252,7 +252,10 @@ def _segments(
             f"segment_ids of the {what} must be integers of shape (*B, {'T' if what == 'query' else 'S'}) = {want}; got {ids.dtype} {ids.shape}",
         )
         out.append(ids.astype(jnp.int32).reshape(prod(batch), size))
-    return out[0], (out[0] if not is_pair or pair[0] is pair[1] else out[1])
+    if not is_pair:
+        return out[0], out[0]
+    # a pair is one whatever it holds: whether both are the same array is not seen under jit
+    return out[0], (jnp.array(out[1]) if out[1] is out[0] else out[1])
 
 
 def check_call(

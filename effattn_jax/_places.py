@@ -78,16 +78,20 @@ def with_sight(
 ) -> Call:
     """The call with 0 for the queries that see no key, whose output is 0 whatever they hold: 0 * NaN would be NaN, in gradients too.
 
-    Not where queries and keys have segments apart, which all pairs would have to be asked for. `mask` is over keys, (B, S), and with
-    `stateful` the first segment goes on from keys that are not here. `by_runs`: an id that comes again is another document; where it is the same
-    one, rows whose ids go up and down stay as they are.
+    `mask` is over keys, (B, S), and with `stateful` the first segment goes on from keys that are not here. `by_runs`: an id that comes again is
+    another document; where it is the same one, rows whose ids go up and down stay as they are. Where queries and keys have segments apart,
+    equal ids are all there is to go by.
     """
     (batch, length), keys = call.query.shape[:2], call.key.shape[1]
     unaligned = call.query_segments is not call.key_segments
-    if unaligned or keys == 0 or (mask is None and (length <= keys or not is_causal)):
+    if keys == 0 or (not unaligned and mask is None and (length <= keys or not is_causal)):
         return call
     place = jnp.arange(keys)[None]
     real = jnp.ones((batch, keys), bool) if mask is None else mask
+    if unaligned:
+        latest = jnp.arange(length) + keys - length if is_causal else jnp.full(length, keys)
+        seen = jax.vmap(_meets_a_key, in_axes=(0, 0, 0, None))(call.query_segments, call.key_segments, real, latest)
+        return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
     latest, start, end = jax.lax.cummax(jnp.where(real, place, -1), axis=1), 0, keys
     if call.key_segments is not None:
         changes = call.key_segments[:, 1:] != call.key_segments[:, :-1]
@@ -106,6 +110,14 @@ def with_sight(
         step = jnp.diff(call.key_segments, axis=1)
         seen = seen | ~(jnp.all(step >= 0, axis=1, keepdims=True) | jnp.all(step <= 0, axis=1, keepdims=True))
     return call._replace(query=jnp.where(seen[..., None, None], call.query, 0))
+
+
+def _meets_a_key(query_ids: jax.Array, key_ids: jax.Array, real: jax.Array, latest: jax.Array) -> jax.Array:
+    """Whether a real key with its id stands at its latest place or before, for each query (T,): asked of the first such key, found by sorting."""
+    order = jnp.lexsort((~real, key_ids))
+    first = jnp.searchsorted(key_ids[order], query_ids)
+    first = order[jnp.minimum(first, key_ids.shape[0] - 1)]
+    return (key_ids[first] == query_ids) & real[first] & (first <= latest)
 
 
 def by_runs(call: Call) -> Call:

@@ -16,4 +16,4 @@ def random_parameters(module, *inputs, seed=0):
         value = 0.1 * noise if name == "embedding" else value
         return jnp.asarray(value.astype(leaf.dtype))
 
-    return jax.tree.map_with_path(draw, jax.eval_shape(module.init, jax.random.key(seed), *inputs)["params"])
+    return jax.tree.map_with_path(draw, jax.eval_shape(module.init, jax.random.key(seed), *inputs).get("params", {}))

@@ -99,6 +99,27 @@ def test_an_id_that_comes_again_is_another_document(name, is_causal):
         checks.assert_close(call(inputs, segment_ids=again), call(inputs, segment_ids=fresh), checks.OUTPUT, str(form))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("name", ["linear", "performer", "rotary_linear"])
+def test_a_pair_of_ids_is_a_pair_whatever_it_holds(name, is_causal):
+    """One array twice is read as two equal ones, compiled or not; a query without a key of its id may hold NaN."""
+    inputs, member = LINEAR.inputs(length=7), next((s.call for s in MIXER_SUBJECTS if s.name == name), None)
+    member = member or (lambda x, **options: rotary_linear_attention(**x, query_positions=np.arange(7), **options))
+    ids = jnp.array([[4, 4, 1, 1, 2, 4, 4]] * 2, jnp.int32)
+    mask = np.array([1, 0, 1, 1, 0, 1, 1], bool)[None, None, None]
+
+    def values(x, query_ids, key_ids):
+        call = functools.partial(member, is_causal=is_causal, mask=mask, segment_ids=(query_ids, key_ids))
+        return checks.value_and_grads(lambda x: call(x), x)
+
+    inputs["query"][:, 4] = np.nan
+    once, twice = values(inputs, ids, ids), values(inputs, ids, ids + 0)
+    checks.assert_close(once, twice, checks.OUTPUT)
+    checks.assert_close(jax.jit(values)(inputs, ids, ids), twice, checks.GRADIENT)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(twice))
+    assert np.all(np.asarray(twice[0])[:, 4] == 0) and np.any(np.asarray(twice[0])[:, 5])
+
+
 def test_cosine_of_zero_has_value_and_gradient():
     x = jnp.zeros((2, 3)).at[1].set(jnp.array([3e-30, 0.0, 4e-30]))
     np.testing.assert_allclose(attention.cosine_features(x), [[1, 0, 0, 0], [1, 0.6, 0, 0.8]], rtol=1e-6)

@@ -50,11 +50,75 @@ from tests.random_parameters import random_parameters
         ({"mlp_ratio": 0.0}, "mlp_ratio must be positive; got 0.0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
         ({"rotary_base": 0.0}, "rotary_base must be positive; got 0.0"),
+        (
+            {"mixer": "local(windo=3)"},
+            "mixer 'local' has no option 'windo'. Perhaps you meant 'window'. It has chunk_size",
+        ),
+        ({"mixer": "min_gru(window=3)"}, "mixer 'min_gru' has no option 'window'. It has none"),
+        ({"mixer": "linear(window=3)"}, "mixer 'linear' has no option 'window'"),
+        ({"mixer": "local(window=3"}, r"mixer must be NAME or NAME\(OPTION=VALUE, ...\); got 'local\(window=3'"),
+        ({"mixer": "local(window=3, window=4)"}, "each option once; got 'window=4'"),
+        ({"mixer": "local(window=abc)"}, r"mixer 'local\(window=abc\)' cannot be built: window must be an int >= 0"),
+        (
+            {"mixer": "linear(feature_map=reluu)"},
+            "cannot be built: feature_map='reluu' is unknown; did you mean 'relu'",
+        ),
+        ({"mixer": "performer(num_features=0)"}, "cannot be built: num_features must be a positive int; got 0"),
     ],
 )
 def test_config_errors(options, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**options).validate()
+
+
+CHOSEN = (
+    "softmax(logits_soft_cap=2.0, scale=0.7)",
+    "local(window=2)",
+    "sparse(window=1, dilation=3, num_global=2)",
+    "fixed(block=4, summary=1)",
+    "topk(k=2)",
+    "linear(feature_map=relu, normalize=False)",
+    "performer(kernel=trigonometric, num_features=24)",
+    "performer(seed=3)",
+    "synthesizer_random_fixed(seed=1)",
+    "rerope(window=3)",
+    "xpos(gamma=0.9)",
+    "external(slots=8)",
+    "s4d(state_size=8)",
+    "mamba(expand=1, conv_width=2)",
+    "linformer(rows=8)",
+    "fnet(orthonormal=False)",
+)
+
+
+@pytest.mark.parametrize("text", CHOSEN)
+def test_options_behind_a_name_are_those_of_the_mixer(text):
+    """They change the mixer, are counted, and what decodes does so as it reads; gradients are finite."""
+    name = text.partition("(")[0]
+    causal = nn.MIXERS[name](8, parent=None).accepts_causal()
+    fields = {"width": 16, "heads": 2, "kv_heads": 2, "causal": causal, "max_length": 12}
+    mixer, plain = nn.make_mixer(text, **fields), nn.make_mixer(name, **fields)
+    x = np.random.default_rng(0).normal(size=(2, 11, 16)).astype(np.float32)
+    params, usual = ({"params": random_parameters(m, x)} for m in (mixer, plain))
+    out = jax.jit(mixer.apply)(params, x)
+    if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, usual):
+        assert not np.allclose(out, jax.jit(plain.apply)(params, x), atol=1e-4)
+    assert mixer.flops_per_token(64) > 0
+    slopes = jax.jit(jax.grad(lambda p: jnp.sum(mixer.apply(p, x) ** 2)))(params)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(slopes))
+    if causal:
+        step = jax.jit(lambda x, state: mixer.apply(params, x, state=state, return_state=True))
+        state, parts = mixer.init_state(2, 11), []
+        for start, stop in ((0, 9), (9, 10), (10, 11)):
+            part, state = step(x[:, start:stop], state)
+            parts.append(part)
+        np.testing.assert_allclose(np.concatenate(parts, axis=1), out, atol=2e-4, rtol=2e-4)
+
+
+def test_layers_have_options_of_their_own():
+    config = ModelConfig(layers=3, mixers="local(window=8), local, softmax", window=5).validate()
+    assert [config.make_mixer(layer, parent=None).window for layer in range(3)] == [8, 5, 5]
+    assert config.layer_mixers() == ("local(window=8)", "local", "softmax")
 
 
 def test_every_config_field_says_what_it_is():

@@ -1,5 +1,6 @@
 """Attention with relative positions against all scores written out, in both forms, packed, masked, and step by step; embeddings and frequencies."""
 
+import functools
 import math
 
 import jax
@@ -358,6 +359,43 @@ def test_absolute_embeddings():
     assert drawn.shape == (3, 8) and (np.diff(drawn) > 0).all() and drawn.min() >= 0 and drawn.max() < 64
 
 
+UNSEEN = {
+    "a mask over pairs": (np.ones((1, 1, 6, 6), bool), None),
+    "a mask over pairs, documents": (np.ones((1, 1, 6, 6), bool), np.array([[0, 0, 0, 1, 1, 1]] * 2)),
+    "an id that no key has": (None, (np.array([[0, 0, 0, 1, 7, 1]] * 2), np.array([[0, 0, 0, 1, 1, 1]] * 2))),
+    "an id whose keys are masked": (
+        np.array([1, 1, 1, 0, 0, 1], bool)[None, None, None],
+        (np.array([[0, 0, 0, 1, 2, 1]] * 2), np.array([[0, 0, 0, 1, 2, 1]] * 2)),
+    ),
+}
+UNSEEN["a mask over pairs"][0][..., 4, :] = UNSEEN["a mask over pairs, documents"][0][..., 4, :] = False
+
+
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+@pytest.mark.parametrize("unseen", UNSEEN)
+@pytest.mark.parametrize("name", ["shaw", "disentangled", "xl", "tupe", "rerope", "xpos"])
+def test_a_query_that_sees_nothing_may_hold_nan(name, unseen, implementation):
+    """Its output is 0, and no gradient of keys, values or tables hears of it."""
+    q, k, v = (draw(seed, 2, 6, N, H) for seed in range(3))
+    q[:, 4] = np.nan
+    mask, ids = UNSEEN[unseen]
+    line = position.MIXERS[name]
+    weights = (
+        line.weights(jax.random.key(0), N, N, H, **({"length": 6} if name == "tupe" else {})) if line.weights else {}
+    )
+    call = functools.partial(
+        line.function, mask=mask, segment_ids=ids, is_causal=True, implementation=implementation, **line.options
+    )
+
+    def loss(q, k, v, weights):
+        out = call(q, k, v, **weights)
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, weights)
+    assert np.all(np.asarray(out)[:, 4] == 0) and np.all(np.isfinite(out))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradients))
+
+
 def test_mistakes():
     q, k, v = inputs()
     calls = {
@@ -367,7 +405,9 @@ def test_mistakes():
         "relative_key must have shape": lambda: xl_attention(q, k, v, relative_key=draw(0, 6, H)),
         "the places of position_key": lambda: tupe_attention(q, k, v, position_query=draw(0, 4, N, 2), position_key=draw(0, 4, N, 2)),
         "window must be a positive int": lambda: rerope_attention(q, k, v, window=0),
-        "leak must be at least 0": lambda: rerope_attention(q, k, v, window=2, leak=-1.0),
+        "a finite number, at least 0: how fast distances grow beyond the window; got -1.0": lambda: rerope_attention(q, k, v, window=2, leak=-1.0),
+        "leak must be a finite number, at least 0: how fast distances grow beyond the window; got 'a'": lambda: rerope_attention(q, k, v, window=2, leak="a"),
+        "got True": lambda: rerope_attention(q, k, v, window=2, sinks=True),
         "sinks must be an int >= 1": lambda: rerope_attention(q, k, v, window=2, sinks=0),
         "is_causal must be True": lambda: xpos_attention(q, k, v, is_causal=False),
         "scaling='ntkk' is unknown": lambda: rotary_frequencies(8, scaling="ntkk"),

@@ -44,6 +44,10 @@ def project(measure="legt", **options):
         (lambda: ssm.dss_kernel(-ONES, ONES[:2], 0.1, 4), r"W must have shape \(3,\); got \(2,\)"),
         (lambda: ssm.dss_kernel(-ONES, ONES, ONES, 4), r"step must have shape \(\) beside Lambda \(3,\); got \(3,\)"),
         (lambda: ssm.dss_kernel(-ONES, ONES * 1j, 0.1, 4), "W must be real where Lambda is"),
+        (
+            lambda: ssm.s5_ssm(ONES[None], -ONES[:1], np.ones((1, 1)) * 1j, np.ones((1, 1)), None, 1.0),
+            "B must be real where Lambda is",
+        ),
         (lambda: ssm.diagonal_ssm(ONES[None, None], POLES, POLES, POLES, None, None), "step must be a .* got None"),
     ],
 )

@@ -235,3 +235,28 @@ def test_other_sampling_rates(name):
     pauses = jnp.tile(jnp.array([2.0, 0.0]), 5)[None, :, None] * jnp.ones((2, 1, 1)) * jnp.reshape(step, (1, 1, -1))
     uneven, same = function(**held, step=pauses)
     checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["chunked", "convolution"])
+@pytest.mark.parametrize("pole", [-1.0, -3.0, 1.0, 3.0, 5.0])
+def test_bilinear_poles_on_either_side(pole, mode, x64):
+    """The sign of a one-step factor is that of (2 + z) / (2 - z), on both sides of 2."""
+    u, one = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 1))), jnp.ones((1, 1))
+    run = functools.partial(ssm.diagonal_ssm, u, pole * one, one, one, None, 1.0, method="bilinear")
+    np.testing.assert_allclose(run(mode=mode), run(mode="recurrence"), rtol=1e-10)
+
+
+def test_one_step_for_all_channels():
+    poles = -np.arange(1.0, 7.0, dtype=np.float32).reshape(2, 3)
+    for kernel in (
+        functools.partial(ssm.diagonal_kernel, poles, poles, poles),
+        functools.partial(ssm.dss_kernel, poles, poles),
+    ):
+        np.testing.assert_array_equal(kernel(0.1, 5), kernel(np.full(2, 0.1, np.float32), 5))
+
+
+@pytest.mark.parametrize("mode", ["recurrence", "chunked", "convolution"])
+def test_no_channels(mode):
+    none = np.zeros((0, 2), np.complex64)
+    out = ssm.diagonal_ssm(np.zeros((2, 5, 0), np.float32), none, none, none, None, np.zeros(0, np.float32), mode=mode)
+    assert out.shape == (2, 5, 0)

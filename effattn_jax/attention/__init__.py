@@ -316,7 +316,7 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_no_state,
         weights=_projections,
-        keys_seen=lambda context, is_causal: LINFORMER_ROWS,
+        keys_seen=lambda context, is_causal, rows=LINFORMER_ROWS: rows,
         exempt={"causality": "its projections mix all positions, later ones too"},
     ),
     "performer": Mixer(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or, scaled
 from effattn_jax._places import with_sight
 from effattn_jax.attention import kv_cache as caches
-from effattn_jax.attention._pairs import Arrays, Marks, Spec
+from effattn_jax.attention._pairs import Arrays, Marks, Spec, allowed
 
 __all__: list[str] = []
 
@@ -122,6 +122,21 @@ def number_scale(query: jax.Array, scale: Any) -> tuple[jax.Array, float]:
     return scaled(query, scale), 1.0
 
 
+def rows_with_keys(spec: Spec, marks: Marks, call: Call, rows: int = 128) -> jax.Array:
+    """Which queries see any key, (B | 1, T, N | 1, 1), asked of all pairs, a block of rows after the other."""
+    (length, heads), (keys, kv_heads) = call.query.shape[1:3], call.key.shape[1:3]
+    rows = min(rows, length)
+    starts = jnp.minimum(jnp.arange(-(-length // rows)) * rows, length - rows)
+    seen = jax.lax.map(lambda row: allowed(spec, marks, kv_heads, row, rows, 0, keys).any(-1), starts)
+    seen = jnp.moveaxis(
+        seen, 0, -2
+    )  # (B | 1, K | 1, G | 1, blocks, rows), the last block moved back to end with the rows
+    whole = seen[..., :-1, :].reshape(*seen.shape[:-2], -1)
+    seen = jnp.concatenate([whole, seen[..., -1, rows - (length - whole.shape[-1]) :]], axis=-1)
+    full = jnp.broadcast_to(seen, (seen.shape[0], kv_heads, heads // kv_heads, length))
+    return jnp.moveaxis(full.reshape(seen.shape[0], heads, length), 1, 2)[..., None]
+
+
 class Prepared(NamedTuple):
     """A softmax call over all the keys there are, those of its state included."""
 
@@ -135,9 +150,12 @@ class Prepared(NamedTuple):
     def whole(self) -> Call:
         """The call over all the keys, for scores that meet the query before its rows know what they see: rows that see nothing hold 0."""
         call = self.call._replace(query=self.arrays.query, key=self.arrays.key, value=self.arrays.value)
-        if self.call.key.shape[1] != call.key.shape[1]:
+        aligned = self.call.key.shape[1] == call.key.shape[1] and call.query_segments is call.key_segments
+        if aligned and self.marks.mask is None:
+            return with_sight(call, self.marks.key_mask, self.spec.right == 0)
+        if self.no_pairs:
             return call
-        return with_sight(call, self.marks.key_mask, self.spec.right == 0)
+        return call._replace(query=jnp.where(rows_with_keys(self.spec, self.marks, call), call.query, 0))
 
     @property
     def no_pairs(self) -> bool:

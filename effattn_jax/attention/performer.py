@@ -187,13 +187,18 @@ def _empty(batch: Any, heads: int, features: int, value_dim: int, dtype: Any) ->
 # The lines of the table
 
 
-def draw(rng: jax.Array, num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, jax.Array]:
-    """The projection of the table's line: four directions a dimension of a head, 256 for H = 64."""
+def draw(
+    rng: jax.Array, num_heads: int, num_kv_heads: int, head_dim: int, num_features: int | None = None
+) -> dict[str, jax.Array]:
+    """The projection of the table's line: four directions a dimension of a head, 256 for H = 64, where their number is None."""
     del num_heads, num_kv_heads
-    return {"projection": random_features(rng, 4 * head_dim, head_dim)}
+    return {"projection": random_features(rng, 4 * head_dim if num_features is None else num_features, head_dim)}
 
 
-def empty_state(batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype) -> LinearState:
+def empty_state(
+    batch, capacity, num_heads, num_kv_heads, head_dim, value_dim, dtype, num_features=None, kernel="softmax"
+) -> LinearState:
     """The state before the first token with the projection of `draw`; `capacity` does not matter, the state never grows."""
     del capacity, num_heads
-    return _empty(batch, num_kv_heads, 4 * head_dim, value_dim, accumulator(dtype))
+    features = (4 * head_dim if num_features is None else num_features) * KERNELS[kernel].features
+    return _empty(batch, num_kv_heads, features, value_dim, accumulator(dtype))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Literal, get_args, get_type_hints
 
+import jax
+
 from effattn_jax import nn
 
 
@@ -30,9 +32,9 @@ class ModelConfig:
     kv_heads: int | None = None
     """Key and value heads (grouped-query attention); they divide the heads. None: as many as heads."""
     mixer: str = "softmax"
-    """What exchanges information between tokens, in every layer: a name of nn.MIXERS (train.py --help lists them)."""
+    """What exchanges information between tokens, in every layer: a name of nn.MIXERS (train.py --help lists them), with options of its own where wanted, such as "sparse(window=64, dilation=8)"."""
     mixers: str = ""
-    """One mixer a layer instead, separated by commas, such as softmax,linear,linear,softmax."""
+    """One mixer a layer instead, separated by commas, such as "softmax,linear,linear,softmax" or "local(window=64),softmax"."""
     window: int | None = None
     """How many tokens to the left layers see, besides the token itself, where their mixer takes a window. None: the mixer's own (softmax: all, local: 128, sparse: 32)."""
     chunk_size: int | None = None
@@ -99,10 +101,8 @@ class ModelConfig:
     """Type of parameters."""
 
     def layer_mixers(self) -> tuple[str, ...]:
-        """The mixer's name of each layer, first to last."""
-        if not self.mixers:
-            return (self.mixer,) * self.layers
-        return tuple(name.strip() for name in self.mixers.split(","))
+        """The mixer of each layer, first to last: its name, and its options where it has any."""
+        return nn.split_mixers(self.mixers) if self.mixers else (self.mixer.strip(),) * self.layers
 
     @property
     def num_kv_heads(self) -> int:
@@ -120,15 +120,16 @@ class ModelConfig:
         """The mixer module of one layer; `module_options` such as name= or parent= go to Linen."""
         name = self.layer_mixers()[layer]
         options = self._mixer_options(causal)
-        mixer = nn.MIXERS[name](**options, parent=None)
+        mixer = nn.make_mixer(name, **options, parent=None)
         if causal and not mixer.accepts_causal():
             raise ValueError(f"mixer must have a causal form in a causal model; {name!r} reads all tokens at once")
         if self.window is not None and mixer.accepts_window() and not self._is_full(layer):
             options["window"] = self.window
-        options["placing"] = self._placing(layer, options.get("window"))
+        own = "window" in nn.parse_mixer(name)[1]
+        options["placing"] = self._placing(layer, mixer.window if own else options.get("window"))
         if self._is_full(layer) and not self.full_rotary:
             options["rotary_base"] = None
-        return nn.MIXERS[name](**options, **module_options)
+        return nn.make_mixer(name, **options, **module_options)
 
     def _is_full(self, layer: int) -> bool:
         return self.full_layers is not None and layer >= self.layers - self.full_layers
@@ -180,23 +181,24 @@ class ModelConfig:
         by_kernel = self.positions not in ("none", "learned", "sinusoidal", "rotary") or self.rerope_window is not None
         return bool(by_kernel or self.sinks or self._with_positions() or self.log_scale != "none")
 
+    def _bare_mixers(self) -> list[tuple[str, nn.SequenceMixer]]:
+        """Each layer's mixer by its name, without what differs from layer to layer, to be asked what it is."""
+        options = self._mixer_options(False)
+        return [(nn.parse_mixer(text)[0], nn.make_mixer(text, **options, parent=None)) for text in self.layer_mixers()]
+
     def _with_positions(self) -> list[str]:
         """The mixers that have positions of their own."""
-        options = self._mixer_options(True)
-        return [name for name in self.layer_mixers() if nn.MIXERS[name](**options, parent=None).has_positions()]
+        return [name for name, mixer in self._bare_mixers() if mixer.has_positions()]
 
     @property
     def fixes_length(self) -> bool:
         """Whether no sequence may be longer than max_length: with learned positions, or weights for each place."""
-        options = self._mixer_options(False)
-        fixed = (nn.MIXERS[name](**options, parent=None).fixes_length() for name in self.layer_mixers())
-        return self.positions == "learned" or any(fixed)
+        return self.positions == "learned" or any(mixer.fixes_length() for _, mixer in self._bare_mixers())
 
     @property
     def longest(self) -> int:
         """How long a sequence may be where something fixes it."""
-        options = self._mixer_options(False)
-        tables = any(nn.MIXERS[name](**options, parent=None).fixes_length() for name in self.layer_mixers())
+        tables = any(mixer.fixes_length() for _, mixer in self._bare_mixers())
         return self.max_length**2 if self.hierarchical_alpha and not tables else self.max_length
 
     @property
@@ -223,7 +225,7 @@ class ModelConfig:
         size = self.width // self.heads
         odd = f"another option, since the head dimension width / heads = {size} is odd"
         _require(size % 2 == 0 or self.positions not in ("rotary", "xpos"), "positions", self.positions, odd)
-        turns = [name for name in self.layer_mixers() if name in ("xpos", "rerope")]
+        turns = [name for name, _ in self._bare_mixers() if name in ("xpos", "rerope")]
         field = "mixers" if self.mixers else "mixer"
         _require(size % 2 == 0 or not turns, field, getattr(self, field), odd)
         if self.positions == "sinusoidal":
@@ -256,7 +258,7 @@ class ModelConfig:
             window is None or (turned and window >= 1), "rerope_window", window, "None without rotary, else at least 1"
         )
         _require(self.rerope_leak >= 0, "rerope_leak", self.rerope_leak, "at least 0")
-        read = window is not None or "rerope" in self.layer_mixers()
+        read = window is not None or "rerope" in [name for name, _ in self._bare_mixers()]
         _require(read or self.rerope_leak == 0, "rerope_leak", self.rerope_leak, "0 without rerope_window")
         _require(
             self.sinks >= 0 and (not self.sinks or self.window is not None), "sinks", self.sinks, "0 without a window"
@@ -293,8 +295,12 @@ class ModelConfig:
 
     def _validate_mixers(self) -> None:
         names = self.layer_mixers()
-        for name in names:
-            _check_name("mixers" if self.mixers else "mixer", name, nn.MIXERS)
+        try:
+            bare = self._bare_mixers()
+        except ValueError as error:
+            raise ValueError(str(error).replace("mixer", "mixers", 1) if self.mixers else str(error)) from None
+        for layer in {text: layer for layer, text in enumerate(names) if "(" in text}.values():
+            self._try_mixer(layer)
         _require(
             len(names) == self.layers,
             "mixers",
@@ -304,20 +310,33 @@ class ModelConfig:
         rule = "the same mixer in every layer when scan_layers is set"
         _require(not self.scan_layers or len(set(names)) == 1, "mixers", self.mixers, rule)
         if self.residual_scores:
-            without = [
-                name for name in names if not nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_scores()
-            ]
+            without = [name for name, mixer in bare if not mixer.accepts_scores()]
             rule = f"False, since {', '.join(dict.fromkeys(without))} has no scores to hand on; the mixer residual has"
             _require(not without, "residual_scores", True, rule)
         if self.window is not None:
             _require(self.window >= 0, "window", self.window, "at least 0")
-            windowed = any(nn.MIXERS[name](**self._mixer_options(True), parent=None).accepts_window() for name in names)
+            windowed = any(mixer.accepts_window() for _, mixer in bare)
             _require(
                 windowed,
                 "window",
                 self.window,
                 f"None, since no layer can limit itself to a window: {', '.join(names)}",
             )
+
+    def _try_mixer(self, layer: int) -> None:
+        """Traces one layer's mixer: options of its own are as many kinds as there are kernels, which know what they take."""
+        _, bare = self._bare_mixers()[layer]
+        mixer = bare.clone(causal=bare.accepts_causal())
+        try:
+            shape = jax.ShapeDtypeStruct((1, min(8, self.max_length), self.width), self.dtype)
+            jax.eval_shape(mixer.init, jax.random.key(0), shape)
+            mixer.flops_per_token(self.max_length)
+        except Exception as error:
+            text = self.layer_mixers()[layer]
+            reason = (
+                str(error).partition("\n")[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            )
+            raise ValueError(f"{'mixers' if self.mixers else 'mixer'} {text!r} cannot be built: {reason}") from None
 
 
 COUNTED = (

@@ -2,7 +2,7 @@
 embeddings.
 
 `MIXERS` is the table that the models, the command line and the tests follow: one line makes a mixer usable everywhere
-by its name. Every mixer takes (B, T, D) to (B, T, D) under the contract of `nn.mixer.SequenceMixer`.
+by its name, and by its name with options (`make_mixer`). Every mixer takes (B, T, D) to (B, T, D) under the contract of `nn.mixer.SequenceMixer`.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from effattn_jax.nn.external import ExternalAttention
 from effattn_jax.nn.layers import Embedding, FeedForward, make_norm
 from effattn_jax.nn.mixer import SequenceMixer
 from effattn_jax.nn.multi_head import MultiHeadAttention
+from effattn_jax.nn.named import make_mixer, parse_mixer, split_mixers
 from effattn_jax.nn.placing import Placing
 from effattn_jax.nn.recurrent import MinGRU
 from effattn_jax.nn.selective import RGLRU, Mamba, Mamba2
@@ -26,6 +27,12 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
         f"linear_{name}": partial(MultiHeadAttention, kernel="linear", options={"feature_map": name})
         for name in ("relu", "cosine", "exp", "taylor", "dpfp")
     },
+    "linear_identity": partial(
+        MultiHeadAttention,
+        kernel="linear",
+        options={"feature_map": "identity", "normalize": False},
+        head_norm=True,
+    ),
     "linear_hedgehog": partial(MultiHeadAttention, kernel="linear_hedgehog"),
     "efficient": partial(MultiHeadAttention, kernel="efficient"),
     "gated_linear": partial(
@@ -83,6 +90,7 @@ MIXERS: dict[str, Callable[..., SequenceMixer]] = {
     "residual": partial(MultiHeadAttention, kernel="residual"),
     "synthesizer_dense": partial(MultiHeadAttention, kernel="synthesizer_dense"),
     "synthesizer_random": partial(MultiHeadAttention, kernel="synthesizer_random"),
+    "synthesizer_random_fixed": partial(MultiHeadAttention, kernel="synthesizer_random", frozen=("table",)),
     "synthesizer_factorized_dense": partial(MultiHeadAttention, kernel="synthesizer_factorized_dense"),
     "synthesizer_factorized_random": partial(MultiHeadAttention, kernel="synthesizer_factorized_random"),
     "synthesizer_mixed": partial(MultiHeadAttention, kernel="synthesizer_mixed"),
@@ -109,5 +117,8 @@ __all__ = [
     "Placing",
     "SequenceMixer",
     "ShortConvolution",
+    "make_mixer",
     "make_norm",
+    "parse_mixer",
+    "split_mixers",
 ]

@@ -112,6 +112,13 @@ class AttentionFree(SequenceMixer):
         return projections + self._line.flops(self.width, context, self.heads)
 
     @nn.nowrap
+    def own_options(self) -> dict[str, str]:
+        """See `SequenceMixer`: settings of the function."""
+        parameters = inspect.signature(self._line.function).parameters.values()
+        plain = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, bool | int | float)]
+        return dict.fromkeys(set(plain) - {"is_causal", "return_state"}, "kernel")
+
+    @nn.nowrap
     def fixes_length(self) -> bool:
         """Whether the weights have a place for each step."""
         return self._line.fixes_length

@@ -19,6 +19,7 @@ LINES: dict[str, Mixer] = attention.MIXERS | position.MIXERS
 BERT_STD = 0.02
 SHAW_REACH = 16  # the paper's
 DISENTANGLED_REACH = 64
+_BY_PLACING = ("base", "leak", "sinks", "interleaved")  # arguments that `Placing` fills in
 
 
 def line(kernel: str) -> Mixer:
@@ -31,6 +32,23 @@ def line(kernel: str) -> Mixer:
 def arguments(kernel: str) -> frozenset[str]:
     """The names of its arguments."""
     return frozenset(inspect.signature(line(kernel).function).parameters)
+
+
+def options(kernel: str) -> frozenset[str]:
+    """The names of its arguments that are settings, not arrays nor states nor what positions decide, and of those of its weights."""
+    parameters = inspect.signature(line(kernel).function).parameters.values()
+    plain = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and isinstance(p.default, bool | int | float | str)}
+    more = {"implementation", "logits_soft_cap", "scale", *line(kernel).options} & arguments(kernel)
+    return frozenset(
+        (plain | more | weight_options(kernel)) - {"is_causal", "return_state", "return_weights", *_BY_PLACING}
+    )
+
+
+def weight_options(kernel: str) -> frozenset[str]:
+    """The names of settings of its weights, such as how many random features there are."""
+    make = weights(kernel)
+    parameters = inspect.signature(make).parameters.values() if make is not None else ()
+    return frozenset(p.name for p in parameters if p.default is not p.empty)
 
 
 def has_positions(kernel: str) -> bool:
@@ -60,10 +78,10 @@ def weights(kernel: str) -> Callable | None:
 
 
 @functools.cache
-def drawn(kernel: str, seed: int, *sizes: int) -> Mapping[str, np.ndarray]:
+def drawn(kernel: str, seed: int, *sizes: int, **settings: int) -> Mapping[str, np.ndarray]:
     """The weights of a kernel as constants: drawn once, while the caller is being traced too."""
     with jax.ensure_compile_time_eval():
-        return {name: np.asarray(x) for name, x in weights(kernel)(jax.random.key(seed), *sizes).items()}
+        return {name: np.asarray(x) for name, x in weights(kernel)(jax.random.key(seed), *sizes, **settings).items()}
 
 
 def further_flops(kernel: str, heads: int, kv_heads: int, head_dim: int, seen: int) -> int:
@@ -113,10 +131,10 @@ def _tupe(rng, num_heads, num_kv_heads, head_dim, length):
     return {"position_query": rows[:, 0], "position_key": rows[:, 1], "first_token": jnp.zeros((num_heads, 2))}
 
 
-def _linformer(rng, num_heads, num_kv_heads, head_dim, length):
+def _linformer(rng, num_heads, num_kv_heads, head_dim, length, rows=attention.LINFORMER_ROWS):
     """E and F with a column a place, shared by the heads; sums of independent keys keep the keys' size whatever the length is."""
     del num_heads, num_kv_heads, head_dim
-    first, second = jax.random.normal(rng, (2, attention.LINFORMER_ROWS, length)) / length**0.5
+    first, second = jax.random.normal(rng, (2, rows, length)) / length**0.5
     return {"key_projection": first, "value_projection": second}
 
 

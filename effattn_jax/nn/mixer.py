@@ -1,5 +1,6 @@
 """The contract of a mixer module: what a line of `nn.MIXERS` must make."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -94,6 +95,12 @@ class SequenceMixer(nn.Module):
     def has_positions(self) -> bool:
         """Whether positions are part of this mixer, so that others besides are refused."""
         return False
+
+    @nn.nowrap
+    def own_options(self) -> dict[str, str]:
+        """What may be given behind the name, as in "s5(blocks=4)", each a "field" of the module or an option of its "kernel"."""
+        common = {field.name for field in dataclasses.fields(SequenceMixer)}
+        return {field.name: "field" for field in dataclasses.fields(self) if field.name not in common}
 
     @nn.nowrap
     def accepts_scores(self) -> bool:

@@ -168,12 +168,14 @@ class MultiHeadAttention(SequenceMixer):
         if make is None:
             return {}
         sizes = (self.heads, self.kv_heads, self._head_dim)
+        settings = {name: x for name, x in (self.options or {}).items() if name in kernels.weight_options(self.kernel)}
         if self.fixes_length():
             if self.max_length is None:
                 raise ValueError(f"max_length must be given: the kernel {self.kernel!r} has tables of places; got None")
-            make = partial(make, length=self.max_length)
+            settings["length"] = self.max_length
+        make = partial(make, **settings)
         names = jax.eval_shape(lambda: make(jax.random.key(0), *sizes))
-        drawn = kernels.drawn(self.kernel, self.seed, *sizes) if self.frozen else {}
+        drawn = kernels.drawn(self.kernel, self.seed, *sizes, **settings) if self.frozen else {}
         fixed = {name: jnp.asarray(drawn[name]) for name in self.frozen}
         names = sorted(set(names) - set(fixed))
         return fixed | {name: self.param(name, lambda rng, name=name: make(rng, *sizes)[name]) for name in names}
@@ -191,6 +193,7 @@ class MultiHeadAttention(SequenceMixer):
                 raise ValueError(f"previous_scores must be None: the kernel {self.kernel!r} hands no scores on")
             kernel = partial(line.with_scores, previous_scores=previous_scores)
         options = {**(self.options or {}), **chosen, **options}
+        options = {name: x for name, x in options.items() if name not in kernels.weight_options(self.kernel)}
         missing = [name for name in line.options if name not in options]
         if missing:
             raise ValueError(f"options must give {missing} to the kernel {self.kernel!r}; got {self.options}")
@@ -248,6 +251,8 @@ class MultiHeadAttention(SequenceMixer):
             seen = min(context, reach)
             if kernels.line(self.kernel).keys_seen is not None:
                 options = {**(self.options or {}), **({} if self.window is None else {"window": self.window})}
+                read = {*kernels.line(self.kernel).options, *kernels.weight_options(self.kernel)}
+                options = {name: x for name, x in options.items() if name in read}
                 seen = kernels.line(self.kernel).keys_seen(context, self.causal, **options)
         else:
             seen = jax.tree.leaves(jax.eval_shape(lambda: self.init_state(1, 1)))[0].shape[-2]
@@ -274,6 +279,13 @@ class MultiHeadAttention(SequenceMixer):
     def has_positions(self) -> bool:
         """Whether positions are part of the kernel."""
         return kernels.has_positions(self.kernel)
+
+    @nn.nowrap
+    def own_options(self) -> dict[str, str]:
+        """See `SequenceMixer`: the seed, the window and chunk size where the kernel takes them, and its other settings."""
+        takes = {"window": self.accepts_window(), "chunk_size": "chunk_size" in kernels.arguments(self.kernel)}
+        fields = ("seed",) * bool(self.frozen) + tuple(name for name, is_taken in takes.items() if is_taken)
+        return dict.fromkeys(kernels.options(self.kernel), "kernel") | dict.fromkeys(fields, "field")
 
     @nn.nowrap
     def accepts_window(self) -> bool:

@@ -232,6 +232,11 @@ class RGLRU(Selective):
     expand: int = 1
     sharpness: float = 8.0
 
+    @nn.nowrap
+    def own_options(self) -> dict[str, str]:
+        """See `SequenceMixer`."""
+        return {name: place for name, place in super().own_options().items() if name != "state_size"}
+
     def _branch(self, x, segment_ids, state, prefix):
         inner = self.expand * self.width
         if inner % self.heads:

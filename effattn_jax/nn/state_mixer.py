@@ -21,6 +21,11 @@ class StateMixer(SequenceMixer):
     `prefix` that of its parameters' names; the outputs of both directions add up. And `_hidden(batch)`, the hidden state before the first token.
     """
 
+    @nn.nowrap
+    def own_options(self) -> dict[str, str]:
+        """See `SequenceMixer`."""
+        return super().own_options() | {"state_size": "field"}
+
     @nn.compact
     def __call__(self, x_BxTxD, *, mask=None, segment_ids=None, positions=None, state=None, return_state=False):
         """See `SequenceMixer`."""

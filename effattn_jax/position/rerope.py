@@ -7,6 +7,8 @@ w, keys not at all), merged by their normalisers: each pair costs one product, n
 Sources: kexue.fm/archives/9708 (ReRoPE, Leaky), 9728 (its inverse: k < 1 in training); sinks: Xiao et al., arXiv:2309.17453.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -141,9 +143,11 @@ def rerope_attention(
     True
     """
     positive(window=window)
-    if not leak >= 0:
-        raise ValueError(f"leak must be at least 0: how fast distances grow beyond the window; got {leak}")
-    if sinks is not None and not (isinstance(sinks, int) and sinks >= 1):
+    if not (isinstance(leak, numbers.Real) and 0 <= leak < math.inf):
+        raise ValueError(
+            f"leak must be a finite number, at least 0: how fast distances grow beyond the window; got {leak!r}"
+        )
+    if sinks is not None and not (isinstance(sinks, int) and not isinstance(sinks, bool) and sinks >= 1):
         raise ValueError(f"sinks must be an int >= 1, or None for all keys; got {sinks!r}")
     if dim not in (None, 0):
         raise ValueError(f"dim must be 0, which turns nothing, or None; got {dim}")

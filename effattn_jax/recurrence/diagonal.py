@@ -171,6 +171,8 @@ def diagonal_recurrence(
             raise ValueError(
                 f"initial_state must have the shape of inputs without axis 1, {slice_shape}; got {initial_state.shape}"
             )
+        if jnp.iscomplexobj(initial_state) and not jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"initial_state must be real where decay and inputs are; got {initial_state.dtype}")
         initial_state = initial_state.astype(dtype)
     if segment_ids is not None:
         decay = _restart(decay, jnp.asarray(segment_ids), reverse)

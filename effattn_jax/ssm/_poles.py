@@ -63,7 +63,8 @@ def _powers(step: jax.Array, poles: jax.Array, method: str, lags: jax.Array, str
     size = jnp.exp((stride * lags) * size)
     if not jnp.iscomplexobj(poles):
         odd = (lags % 2 == 1) & (stride == 1)
-        return jnp.where(odd & (1 + z / 2 < 0) & (method == "bilinear"), -size, size)
+        negative = (jnp.abs(z) > 2) & (method == "bilinear")
+        return jnp.where(odd & negative, -size, size)
     if method == "zoh":
         angle = _angles(step, poles.imag, lags, stride)
     else:

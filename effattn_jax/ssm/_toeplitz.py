@@ -151,7 +151,9 @@ def convolved(u: jax.Array, state: jax.Array, system: tuple, method: str, _: int
     once = powers(step[:, None], poles, method, 2)[..., 1]
     out = out + jnp.moveaxis(kernel((C * once)[None] * state, step, poles, method, length), 1, 2)
     # x_T = a^T x_0 + sum_l a^l enter u_{T-1-l}, lags l split in two
-    late = jnp.pad(jnp.flip(u, 1), [(0, 0), (0, far * near - length), (0, 0)]).reshape(-1, far, near, u.shape[2])
+    late = jnp.pad(jnp.flip(u, 1), [(0, 0), (0, far * near - length), (0, 0)]).reshape(
+        u.shape[0], far, near, u.shape[2]
+    )
     by_near = _einsum("bijd,djq->bidq", late, jnp.swapaxes(_parts(low, 1), 1, 2))
     if jnp.iscomplexobj(poles):
         by_near = lax.complex(*jnp.split(by_near, 2, axis=-1))

@@ -40,7 +40,9 @@ def _kernel_system(Lambda: ArrayLike, step: ArrayLike, length: int, **weights: A
     """Poles, their weights and the step of a kernel of that length, of one system or one a channel."""
     require(isinstance(length, int) and length >= 0, f"length must be a non-negative int; got {length!r}")
     system = _system(("P",) if np.ndim(Lambda) == 1 else ("D", "P"), Lambda, **weights)
-    return [*system, inexact("step", step, system[0].shape[:-1], beside=f" beside Lambda {system[0].shape}")]
+    shape = system[0].shape[:-1]
+    step = inexact("step", step, () if np.ndim(step) == 0 else shape, beside=f" beside Lambda {system[0].shape}")
+    return [*system, jnp.broadcast_to(step, shape)]
 
 
 def diagonal_kernel(

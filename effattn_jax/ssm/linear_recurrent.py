@@ -108,6 +108,10 @@ def s5_ssm(
     size = Lambda.shape[0]
     B = inexact("B", B, (size, "D"), True)
     C = inexact("C", C, B.shape[::-1], True)
+    require(
+        jnp.iscomplexobj(Lambda) or not jnp.iscomplexobj(B),
+        f"B must be real where Lambda is; got Lambda {Lambda.dtype}, B {B.dtype}",
+    )
     row = open_row({"u": (u, B.shape[1:]), **_steps(step, size)}, segment_ids, reverse, wide=(Lambda, B, C))
     u = row.arrays["u"]
     Lambda, B, C = (as_wide(x, u) for x in (Lambda, B, C))
