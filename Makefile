@@ -24,7 +24,7 @@ install = @echo "Installing $(1) into $(VENV) (minutes the first time)" && \
 
 export PYTHON
 
-.PHONY: help train test lint bench notebooks docs portability pins clean
+.PHONY: help train test lint bench notebooks docs portability compiled pins clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ docs/transformations.md: | $(VENV)/.test$(suffix)
 
 portability: $(VENV)/.test$(suffix) ## kernels, optimizers and quickstart on Colab's jax 0.7.2 (Python 3.13) and on jax 0.12 (Python 3.12)
 	@$(BIN)/python scripts/portability.py $(ARGS)
+
+compiled: $(VENV)/.test$(suffix) ## every mixer compiled for an accelerator that is not here: ACCELERATOR=tpu VENV=.venv-tpu, or cuda
+	@$(BIN)/python -m benchmarks.compiled $(ACCELERATOR) $(ARGS)
 
 pins: $(VENV)/.docs$(suffix) ## print the pins of this environment, as constraints/ holds them
 	@$(BIN)/python scripts/pin.py

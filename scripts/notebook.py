@@ -2,8 +2,8 @@
 
     python scripts/notebook.py notebooks/quickstart.py notebooks/quickstart.ipynb [OWNER/NAME]
 
-With the GitHub repository OWNER/NAME, the Colab badge opens the notebook from there; without one it opens Colab, where the file can
-be uploaded.
+With the GitHub repository OWNER/NAME, the Colab badge opens the notebook from there, which then installs the package from there too; without
+one it opens Colab, where the file can be uploaded.
 """
 
 import pathlib
@@ -13,6 +13,7 @@ import jupytext
 import nbformat
 
 COLAB = "https://colab.research.google.com/"
+PACKAGE = '"effattn-jax[train]"'  # what a notebook installs where the package is missing
 
 
 def build(source: pathlib.Path, repository: str | None = None) -> str:
@@ -23,7 +24,7 @@ def build(source: pathlib.Path, repository: str | None = None) -> str:
         if repository:
             cell.source = cell.source.replace(
                 f"]({COLAB})", f"]({COLAB}github/{repository}/blob/main/notebooks/{source.stem}.ipynb)"
-            )
+            ).replace(PACKAGE, f'{PACKAGE[:-1]} @ git+https://github.com/{repository}"')
     notebook.metadata = {
         "accelerator": "TPU",
         "colab": {"provenance": []},

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from . import checks
-from .subjects import MIXER_SUBJECTS
+from .subjects import MIXER_SUBJECTS, UNORDERED
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "conformance.md"
 HEAD = """# Conformance
@@ -30,6 +30,12 @@ T = 9 unless said.
 
 """
 B, T, N, H = 2, 9, 4, 4
+VARIANTS = {
+    **{f"linear, {name}": ("linear", {"feature_map": name}) for name in ("relu", "cosine", "exp", "taylor", "dpfp")},
+    "linear, identity": ("linear", {"feature_map": "identity", "normalize": False}),
+    "performer, relu": ("performer", {"kernel": "relu"}),
+    "performer, trigonometric": ("performer", {"kernel": "trigonometric"}),
+}  # name -> (line of the table, options)
 CHECKS: dict[str, Callable] = {}
 
 
@@ -54,8 +60,9 @@ def inputs(seed=0, length=T, keys=None, dtype=np.float32) -> dict:
     return {name: rng.normal(size=(B, size, N, H)).astype(dtype) for name, size in shapes.items()}
 
 
-def ours(subject) -> Callable:
+def ours(subject, **chosen) -> Callable:
     """A member of the table with its extras and weights filled in; `start`: the place of the first key in the row they are drawn for."""
+    both_ways = subject.bidirectional
 
     def call(query, key, value, start=0, **options):
         extras = {}
@@ -64,7 +71,8 @@ def ours(subject) -> Callable:
             like = np.zeros((key.shape[0], max(stop, T), *query.shape[2:]), query.dtype)
             extras = subject.entry.extras(np.random.default_rng(0), like)
             extras = {name: x[:, start:stop] for name, x in extras.items()}
-        return subject.call({"query": query, "key": key, "value": value} | extras, **{"is_causal": False} | options)
+        defaults = {"is_causal": not both_ways, **chosen}
+        return subject.call({"query": query, "key": key, "value": value} | extras, **defaults | options)
 
     call.takes = subject.parameters | {"start"}
     return call
@@ -221,6 +229,23 @@ def half(kernel):
     return bool(checks.rms(out - expected) <= 1e-2 * checks.rms(expected))
 
 
+@check("float16 at T = 2,048 within 1e-2 of float32")
+def half_of_ieee(kernel):
+    wide = {name: array.astype(np.float16).astype(np.float32) for name, array in inputs(length=2048).items()}
+    expected = np.asarray(run(kernel, wide, is_causal=True), np.float64)
+    out = np.asarray(run(kernel, {name: x.astype(np.float16) for name, x in wide.items()}, is_causal=True), np.float64)
+    return bool(checks.rms(out - expected) <= 1e-2 * checks.rms(expected))
+
+
+@check("rows of T = 1, 65 and 129 are the beginning of one of T = 200")
+def lengths(kernel):
+    whole = np.asarray(run(kernel, inputs(length=200), is_causal=True))
+    begun = [
+        run(kernel, {n: x[:, :size] for n, x in inputs(length=200).items()}, is_causal=True) for size in (1, 65, 129)
+    ]
+    return all(np.allclose(x, whole[:, : x.shape[1]], atol=1e-4) for x in begun)
+
+
 @check("forward mode and second derivatives")
 def derivatives(kernel):
     run(kernel, inputs(), is_causal=True)
@@ -259,7 +284,9 @@ def main(path: pathlib.Path = PAGE) -> int:
     """Runs the matrix, writes the page, and returns the exit code."""
     import flax
 
-    contestants = {f"`{s.name}`": ours(s) for s in MIXER_SUBJECTS} | theirs()
+    lines = {s.name: s for s in (*MIXER_SUBJECTS, *UNORDERED) if s.is_mixer}
+    contestants = {f"`{name}`": ours(s) for name, s in lines.items()}
+    contestants |= {f"`{name}`": ours(lines[line], **options) for name, (line, options) in VARIANTS.items()} | theirs()
     rows = {name: [cell(kernel, line) for line in CHECKS] for name, kernel in contestants.items()}
     lines = [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
     head = "| kernel | " + " | ".join(str(n) for n in range(1, len(CHECKS) + 1)) + " |"
