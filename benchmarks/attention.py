@@ -29,11 +29,19 @@ from rich.table import Table
 
 from benchmarks.peers import JAX_PEERS, OPTIONS, TORCH_PEERS, WINDOW, Contender, compiled, packed, with_positions
 from benchmarks.plot import plot
-from effattn_jax._contract import Mixer
-from effattn_jax.attention import MIXERS
+from effattn_jax import mixing
+from effattn_jax._contract import Mixer, TokenMixer
+from effattn_jax.attention import MIXERS, external_attention, linear_attention
+from effattn_jax.attention.features import FEATURE_MAPS
+from effattn_jax.attention.random_features import KERNELS
 from effattn_jax.position import rotary_linear_attention
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+SQUARE = 4096  # the longest rows of members whose weights have a number for each pair of places, or for each place
+
+
+class TooLong(Exception):
+    """A member has no weights for rows of this length."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +71,24 @@ class Settings:
 
 
 def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Contender]]]:
-    """By group: every mixer of the table in its causal form, and the peers; also softmax with a window and over documents packed into a row,
-    linear attention with turned features, and gated linear attention with a decay for each feature.
+    """By group: every mixer of the tables, in its causal form where it has one, and the peers; also softmax with a window and over documents packed
+    into a row, linear attention with turned features, gated linear attention with a decay for each feature, and the kinds of features.
     """
     groups: dict[str, dict[str, Callable[[int], Contender]]] = {}
     for name, mixer in MIXERS.items():
-        if "length" in mixer.exempt or "causality" in mixer.exempt:
-            continue  # a table over pairs of places does not fit at these lengths; all here is causal
-        call = partial(mixer.function, is_causal=True, **(OPTIONS.get(name) or mixer.options))
+        call = partial(
+            mixer.function, is_causal="causality" not in mixer.exempt, **(OPTIONS.get(name) or mixer.options)
+        )
         groups[name] = {"effattn_jax": partial(_jax_contender, settings, call, mixer)}
+    for name in sorted({*FEATURE_MAPS} - {"elu", "hedgehog"}):
+        call = partial(linear_attention, is_causal=True, feature_map=name, normalize=name != "identity")
+        groups[f"linear, {name}"] = {"effattn_jax": partial(_jax_contender, settings, call, None)}
+    for name in sorted({*KERNELS} - {"softmax"}):
+        call = partial(MIXERS["performer"].function, is_causal=True, kernel=name)
+        groups[f"performer, {name}"] = {"effattn_jax": partial(_jax_contender, settings, call, MIXERS["performer"])}
+    groups["external"] = {"effattn_jax": partial(_external, settings)}
+    for name, mixer in mixing.MIXERS.items():
+        groups[name] = {"effattn_jax": partial(_attention_free, settings, mixer, name != "fnet")}
     softmax = partial(MIXERS["softmax"].function, is_causal=True, window=WINDOW)
     groups["window 256"] = {"effattn_jax": partial(_jax_contender, settings, softmax, None)}
     documents = partial(packed, partial(MIXERS["softmax"].function, is_causal=True))
@@ -84,7 +101,8 @@ def contenders(settings: Settings) -> dict[str, dict[str, Callable[[int], Conten
         "effattn_jax": partial(_jax_contender, settings, each, gated._replace(extras=_feature_decays))
     }
     for group, members in groups.items():
-        for name, function in JAX_PEERS.get(group, {"jax.nn": JAX_PEERS["softmax"]["jax.nn"]}).items():
+        both_ways = {"jax.nn, both ways": jax.nn.dot_product_attention} if group in ("linformer", "fnet") else None
+        for name, function in (both_ways or JAX_PEERS.get(group, JAX_PEERS["softmax"])).items():
             members[name] = partial(_jax_contender, settings, function, None)
         for name, build in TORCH_PEERS.get(group, {}).items():
             members[name] = lambda length, build=build: build(length, settings.heads, settings.dim)
@@ -109,6 +127,8 @@ def _more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[
 
 
 def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, length: int) -> Contender:
+    if mixer is not None and {"length", "causality"} & {*mixer.exempt} and length > SQUARE:
+        raise TooLong
     shape = (settings.batch, length, settings.heads, settings.dim)
     keys = jax.random.split(jax.random.key(0), 5)
     query, key, value, cotangent = (jax.random.normal(k, shape).astype(settings.dtype) for k in keys[:4])
@@ -118,6 +138,30 @@ def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, 
         return function(query, key, value, **more)
 
     return compiled(forward, (query, key, value, more), cotangent)
+
+
+def _external(settings: Settings, length: int) -> Contender:
+    """External attention, whose keys and values are a memory of 64 slots."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    query, cotangent = (jax.random.normal(k, (settings.batch, length, settings.heads, settings.dim)) for k in keys[:2])
+    memory = [jax.random.normal(k, (64, 1, settings.dim)) for k in keys[2:]]
+    query, cotangent, *memory = (x.astype(settings.dtype) for x in (query, cotangent, *memory))
+    return compiled(partial(external_attention, is_causal=True), (query, *memory), cotangent)
+
+
+def _attention_free(settings: Settings, mixer: TokenMixer, is_causal: bool, length: int) -> Contender:
+    """A mixer of one array as wide as all heads together."""
+    if mixer.fixes_length and length > SQUARE:
+        raise TooLong
+    width = settings.heads * settings.dim
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, cotangent = (jax.random.normal(k, (settings.batch, length, width)).astype(settings.dtype) for k in keys[:2])
+    weights = mixer.weights(keys[2], width, length, settings.heads)
+
+    def forward(x, weights):
+        return mixer.function(x, **weights, is_causal=is_causal)
+
+    return compiled(forward, (x, weights), cotangent)
 
 
 def _timed(function: Callable[[], Any] | None) -> float:
@@ -152,6 +196,9 @@ def measure(
             too_large = contender.memory and max(contender.memory) > settings.memory_limit * 2**30
             if not too_large:
                 _timed(contender.forward), _timed(contender.both)
+        except TooLong:
+            console.print(f"  {group}, {name}: left out at T={length}, longer than its weights")
+            continue
         except ImportError as error:
             console.print(f"  {group}, {name}: left out, {error.name} is not installed")
             continue
