@@ -26,6 +26,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from effattn_jax import attention as ea
+from effattn_jax import mixing
 from effattn_jax.plot import plot_attention
 
 # For the comparisons: a TPU would round the factors of a product to bfloat16.
@@ -174,6 +175,98 @@ asked = jnp.eye(4)[jnp.array([3, 3, 3, 0])][None, :, None]
 delta = ea.delta_rule_attention(asked, keys, values, beta=jnp.ones((1, 4, 1)), is_causal=True)
 added = ea.linear_attention(asked, keys, values, feature_map="identity", normalize=False, is_causal=True)
 assert float(delta[0, -1, 0, 0]) == 4.0 and float(added[0, -1, 0, 0]) == 5.0
+
+# %% [markdown]
+# ## Decays
+#
+# $$o_i = \sum_{j \le i} \gamma^{\,i-j}\; q_i \cdot k_j\; v_j$$
+#
+# Retention forgets at a fixed rate a head, gated linear attention at one that it reads from each token. At rates that do not change the two are one.
+
+# %%
+gamma = float(ea.retention_decay(N)[0])
+scores = jnp.einsum("btnh,bsnh->bnts", query, key) * jnp.where(j <= i, gamma ** (i - j), 0)
+kept = ea.retention_attention(query, key, value, is_causal=True)
+gated = ea.gated_linear_attention(query, key, value, log_decay=jnp.full((1, T, N), jnp.log(gamma)), is_causal=True)
+np.testing.assert_allclose(kept, jnp.einsum("bnts,bsnv->btnv", scores, value), atol=1e-4)
+np.testing.assert_allclose(kept, gated, atol=1e-4)
+
+# %% [markdown]
+# ## RealFormer: scores that add up through the layers
+#
+# $$A_n = Q_n K_n^\top + A_{n-1} = [Q_1, \ldots, Q_n]\,[K_1, \ldots, K_n]^\top$$
+#
+# Two layers of residual scores are one attention over their concatenated features.
+
+# %%
+second_query, second_key = jax.random.normal(jax.random.key(3), (2, 1, T, N, H))
+_, first_scores = ea.residual_attention(query, key, value, is_causal=True)
+residual, _ = ea.residual_attention(second_query, second_key, value, previous_scores=first_scores, is_causal=True)
+joined = [jnp.concatenate(pair, axis=-1) for pair in ((query, second_query), (key, second_key))]
+expected = ea.dot_product_attention(*joined, value, scale=H**-0.5, is_causal=True)
+np.testing.assert_allclose(residual, expected, atol=1e-5)
+
+# %% [markdown]
+# ## Synthesizers: weights without products of queries and keys
+#
+# $$o_i = \sum_j \mathrm{softmax}_j(R_{ij})\, v_j$$
+#
+# A random Synthesizer's weights are a table by place: what queries and keys hold does not matter, and with a table of scores it is softmax attention.
+
+# %%
+scaled = jnp.einsum("btnh,bsnh->tns", query, key) * H**-0.5
+by_place = ea.synthesizer_random(query, key, value, table=scaled, is_causal=True)
+np.testing.assert_array_equal(by_place, ea.synthesizer_random(-query, 0 * key, value, table=scaled, is_causal=True))
+np.testing.assert_allclose(by_place, ea.dot_product_attention(query, key, value, is_causal=True), atol=1e-5)
+
+# %% [markdown]
+# ## Fewer keys: the largest scores, mixtures, a memory
+#
+# Top-k keeps the $k$ largest scores of a row. Linformer looks at $R$ mixtures of keys and values, $\mathrm{softmax}(q (Ek)^\top)(Fv)$: with $E = F = I$
+# it is softmax attention. External attention has a learned memory in their place, normalised over tokens first and over its slots then.
+
+# %%
+top = causal("topk", query, key, k=5)
+assert np.array_equal(np.count_nonzero(top[0, 0], axis=-1), np.minimum(np.arange(T) + 1, 5))
+
+eye = jnp.eye(T)
+mixed = ea.linformer_attention(query, key, value, key_projection=eye, value_projection=eye)
+np.testing.assert_allclose(mixed, ea.dot_product_attention(query, key, value), atol=1e-5)
+
+slots = jax.random.normal(jax.random.key(4), (8, 1, H))
+over_tokens = jax.nn.softmax(jnp.einsum("btnh,snh->btns", query, slots), axis=1)
+over_slots = over_tokens / over_tokens.sum(-1, keepdims=True)
+external = ea.external_attention(query, slots, slots)
+np.testing.assert_allclose(external, jnp.einsum("btns,snv->btnv", over_slots, slots), atol=1e-5)
+
+# %% [markdown]
+# ## Without attention
+#
+# Tokens can be mixed by maps that are not attention at all: $W_2\, \mathrm{gelu}(W_1 x)$ over time (MLP-Mixer), a gate (gMLP), an affine map and one
+# matrix (ResMLP), the real part of a Fourier transform (FNet), convolutions with softmax kernels (light-weight), branches that merge into one matrix (RepMLP).
+# Those with a causal form keep the law above: a later token reaches no earlier output.
+
+# %%
+x = jax.random.normal(jax.random.key(5), (T, 8))
+np.testing.assert_allclose(mixing.fnet(x), jnp.fft.fft2(x).real, atol=1e-4)
+
+taps = jax.random.normal(jax.random.key(6), (1, 3))
+light = mixing.lightweight_convolution(x, taps, is_causal=True)
+padded = jnp.pad(x, [(2, 0), (0, 0)])
+np.testing.assert_allclose(
+    light, sum(w * padded[2 - d : 2 - d + T] for d, w in enumerate(jax.nn.softmax(taps[0]))), atol=1e-5
+)
+
+square = jax.random.normal(jax.random.key(7), (1, T, T))
+branches = mixing.rep_mlp(x, square, [taps])
+np.testing.assert_allclose(branches, mixing.token_mixing(x, *mixing.merge_rep_mlp(square, [taps])), atol=1e-5)
+
+changed = x.at[12:].set(jnp.nan)
+for name in ("mlp_mixer", "gmlp", "res_mlp", "lightweight_convolution", "rep_mlp"):
+    line = mixing.MIXERS[name]
+    weights = line.weights(jax.random.key(8), 8, T, 2)
+    mix = jax.jit(functools.partial(line.function, is_causal=True))
+    assert np.array_equal(mix(x, **weights)[:12], mix(changed, **weights)[:12]), name
 
 # %% [markdown]
 # ## Memory grows with T, not with its square
