@@ -167,7 +167,7 @@ def rows(settings: Settings, console: Console) -> list[dict[str, Any]]:
 
 def main(settings: Settings) -> int:
     """Compiles, prints and writes; the exit code."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     found = rows(settings, console)
     kind = {"tpu": "TPU v5e", "cuda": "H100"}[settings.target]
     record = {
@@ -180,7 +180,7 @@ def main(settings: Settings) -> int:
         title=f"compiled for one {kind}, {settings.heads} heads of {settings.dim}, {settings.dtype}, jax {jax.__version__}, {record['date']}"
     )
     for column in ("", "T", "forward, s", "MB", "both passes, s", "MB"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in found:
         cells = [f"{row[part][what]:.1f}" for part in ("forward", "both") for what in ("seconds", "mb") if part in row]
         table.add_row(row["name"], f"{row['length']:,}", *(cells or [row["refused"]]))
