@@ -30,11 +30,12 @@ class Tile(NamedTuple):
 
 def launch(
     platform: str, body: Callable, grid: tuple[int, ...], inputs: Sequence[Tile], outputs: Sequence[Tile], shapes: Sequence[Any], arrays: Any,
-    numbers: Sequence[jax.Array] = (),
+    numbers: Sequence[jax.Array] = (), kept: Sequence[Any] = (),
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs `body(*number_refs, *input_refs, *output_refs)` for every program of the grid; `shapes` are (shape, dtype) of the outputs.
+    """Runs `body(*number_refs, *input_refs, *output_refs, *kept_refs)` for every program of the grid; `shapes` are (shape, dtype) of the outputs.
 
-    `numbers`, vectors of int32, are at hand before anything else is fetched: on a TPU the tiles' indices may depend on them.
+    `numbers`, vectors of int32, are at hand before anything else is fetched: on a TPU the tiles' indices may depend on them. `kept`: (shape, dtype)
+    of what a program finds as the one before it along the second axis left it.
 
     The first axis of the grid is parallel. A second one is for a TPU, which runs it in order: a program finds in an output that has the same
     block for all of them what the one before it wrote there.
@@ -61,7 +62,9 @@ def launch(
     else:
         from jax.experimental.pallas import tpu
 
-        placed = {"grid_spec": tpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(numbers), grid=grid, **specs)}
+        memory = [tpu.VMEM(*each) for each in kept]
+        spec = tpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(numbers), grid=grid, scratch_shapes=memory, **specs)
+        placed = {"grid_spec": spec}
     return pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(*shape, **varies) for shape in shapes],

@@ -124,16 +124,16 @@ def _run(
     tiles = [one(n, x.shape[2:]) for x, n in own] + [section(n, x.shape[2:]) for x, n in seen]
     arrays = [x for x, _ in own] + [jnp.pad(x, [(0, 0), (0, more), (0, 0), (0, 0)]) for x, _ in seen]
     forms = [(size, width) if width else (1, size) for width, _ in outputs]
-    shapes = [
-        ((groups, blocks, *form), s.dtype if s.sections > 1 else d) for form, (_, d) in zip(forms, outputs, strict=True)
-    ]
+    shapes = [((groups, blocks, *form), dtype) for form, (_, dtype) in zip(forms, outputs, strict=True)]
+    kept = [(form, s.dtype) for form in forms] if s.sections > 1 else []
     grid = (groups * blocks,) + (s.sections,) * (s.sections > 1)
-    out = launch(platform, partial(body.run, s), grid, tiles, [one(1, form) for form in forms], shapes, arrays, bounds)
-    flat = [
+    out = launch(
+        platform, partial(body.run, s), grid, tiles, [one(1, form) for form in forms], shapes, arrays, bounds, kept
+    )
+    return [
         x.reshape(groups, blocks * size, *(form[1:] if width else ()))
         for x, form, (width, _) in zip(out, forms, outputs, strict=True)
     ]
-    return [x.astype(dtype) for x, (_, dtype) in zip(flat, outputs, strict=True)]
 
 
 def _in_tiles(size: int) -> int:

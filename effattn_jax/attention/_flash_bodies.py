@@ -7,8 +7,8 @@ A program has one block of rows (or of keys, in the last body) and loops over th
 extra score e of a key is 0, -inf where it is hidden, NaN where it must spoil the rows that see it; keys and values themselves come finite, so that
 what is hidden never enters a sum. The last body has keys before rows in all its blocks, and so needs no transposed copy of any.
 
-What a program sees may come in sections, one after the other along the second axis of the grid, as VMEM holds: then the outputs, in the dtype of
-sums, carry them from section to section. out and lse are such a sum themselves, m' = lse, l' = 1, a' = out.
+What a program sees may come in sections, one after the other along the second axis of the grid, as VMEM holds: then the outputs are kept from
+section to section in the dtype of sums. out and lse are such a sum themselves, m' = lse, l' = 1, a' = out.
 
 Numbers of one a row or key, such as lse, lie side by side, (1, R): as a column each would take a whole line of a TPU's tiles.
 """
@@ -132,19 +132,24 @@ def _fold(s: Setting, reach: tuple[Any, ...], windowed: tuple[bool, bool], step:
     return loop(inner_high, high, step(True, base), state) if windowed[1] else state
 
 
-def _carried(s: Setting, *refs_and_starts: tuple[Any, float]) -> list[jax.Array]:
+def _carried(s: Setting, outputs: tuple[Any, ...], kept: tuple[Any, ...], *starts: float) -> list[jax.Array]:
     """What each output holds so far: its start in the first section, in a later one what the one before it left."""
     from jax.experimental import pallas as pl
 
     if s.sections == 1:
-        return [jnp.full(ref.shape, start, s.dtype) for ref, start in refs_and_starts]
+        return [jnp.full(ref.shape, start, s.dtype) for ref, start in zip(outputs, starts, strict=True)]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        for ref, start in refs_and_starts:
+        for ref, start in zip(kept, starts, strict=True):
             ref[...] = jnp.full(ref.shape, start, ref.dtype)
 
-    return [ref[...] for ref, _ in refs_and_starts]
+    return [ref[...] for ref in kept]
+
+
+def _store(outputs: tuple[Any, ...], kept: tuple[Any, ...], *values: jax.Array) -> None:
+    for ref, value in [*zip(outputs, values, strict=True), *zip(kept, values)]:
+        ref[...] = value.astype(ref.dtype)
 
 
 def _scores(
@@ -175,9 +180,9 @@ def _windowed(s: Setting) -> tuple[bool, bool]:
     return s.left is not None, s.right is not None
 
 
-def _parted(s: Setting, refs: tuple[Any, ...], own: int, seen: int) -> list[tuple[Any, ...]]:
-    """The bounds, the program's own blocks, what it sees, and the outputs, ids last in both the second and the third."""
-    ends = np.cumsum([2 if s.groups else 0, own + s.segmented, seen + s.segmented])
+def _parted(s: Setting, refs: tuple[Any, ...], own: int, seen: int, outputs: int) -> list[tuple[Any, ...]]:
+    """The bounds, the program's own blocks, what it sees, the outputs, and what is kept of them; ids last in both the second and the third."""
+    ends = np.cumsum([2 if s.groups else 0, own + s.segmented, seen + s.segmented, outputs])
     return [refs[low:high] for low, high in zip([0, *ends], [*ends, len(refs)], strict=True)]
 
 
@@ -185,7 +190,7 @@ def _forward(s: Setting, *refs: Any) -> None:
     """out and lse (1, R) of a block of rows (R, H) against keys (blocks, C, H), values (blocks, C, V), extra scores (blocks, 1, C)."""
     from jax.experimental import pallas as pl
 
-    bounds, (q_ref, *row_ids), (k_ref, v_ref, extra_ref, *key_ids), (out_ref, lse_ref) = _parted(s, refs, 1, 3)
+    bounds, (q_ref, *row_ids), (k_ref, v_ref, extra_ref, *key_ids), outputs, kept = _parted(s, refs, 1, 3, 2)
     reach = _reach_of_rows(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.row_blocks)) * s.rows + s.offset
     q, row_ids = q_ref[...], [ref[...].T for ref in row_ids]
@@ -204,13 +209,12 @@ def _forward(s: Setting, *refs: Any) -> None:
 
         return run
 
-    acc, lse = _carried(s, (out_ref, 0), (lse_ref, -jnp.inf))
+    acc, lse = _carried(s, outputs, kept, 0, -jnp.inf)
     lse = lse.T
     top, total, acc = _fold(s, reach, _windowed(s), step, (lse, jnp.where(lse == -jnp.inf, 0, jnp.ones_like(lse)), acc))
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    out_ref[...] = (acc / total).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(empty, -jnp.inf, top + jnp.log(total)).T
+    _store(outputs, kept, acc / total, jnp.where(empty, -jnp.inf, top + jnp.log(total)).T)
 
 
 def _slopes(
@@ -225,7 +229,7 @@ def _query_gradient(s: Setting, *refs: Any) -> None:
     """dq of a block of rows, to be scaled."""
     from jax.experimental import pallas as pl
 
-    bounds, own, (k_ref, v_ref, extra_ref, *key_ids), (dq_ref,) = _parted(s, refs, 4, 3)
+    bounds, own, (k_ref, v_ref, extra_ref, *key_ids), outputs, kept = _parted(s, refs, 4, 3, 1)
     reach = _reach_of_rows(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.row_blocks)) * s.rows + s.offset
     q, do, lse, delta, *row_ids = (ref[...] for ref in own)
@@ -241,15 +245,15 @@ def _query_gradient(s: Setting, *refs: Any) -> None:
 
         return run
 
-    (dq,) = _carried(s, (dq_ref, 0))
-    dq_ref[...] = _fold(s, reach, _windowed(s), step, dq).astype(dq_ref.dtype)
+    (dq,) = _carried(s, outputs, kept, 0)
+    _store(outputs, kept, _fold(s, reach, _windowed(s), step, dq))
 
 
 def _key_gradients(s: Setting, *refs: Any) -> None:
     """dk, to be scaled, and dv of a block of keys, from one query head; lse and delta are (blocks, 1, R)."""
     from jax.experimental import pallas as pl
 
-    bounds, own, (q_ref, do_ref, lse_ref, delta_ref, *row_ids), outputs = _parted(s, refs, 3, 4)
+    bounds, own, (q_ref, do_ref, lse_ref, delta_ref, *row_ids), outputs, kept = _parted(s, refs, 3, 4, 2)
     reach = _reach_of_keys(s, pl.program_id(0), bounds)
     first = lax.rem(pl.program_id(0), np.int32(s.column_blocks)) * s.columns
     k, v, extra, *key_ids = (ref[...] for ref in own)
@@ -266,9 +270,8 @@ def _key_gradients(s: Setting, *refs: Any) -> None:
 
         return run
 
-    state = tuple(_carried(s, *((ref, 0) for ref in outputs)))
-    for ref, x in zip(outputs, _fold(s, reach, _windowed(s)[::-1], step, state), strict=True):
-        ref[...] = x.astype(ref.dtype)
+    state = tuple(_carried(s, outputs, kept, 0, 0))
+    _store(outputs, kept, *_fold(s, reach, _windowed(s)[::-1], step, state))
 
 
 class Body(NamedTuple):
