@@ -41,6 +41,9 @@ def peak_flops(device: jax.Device) -> float | None:
     Example:
       >>> peak_flops(jax.devices("cpu")[0]) is None
       True
+      >>> from types import SimpleNamespace
+      >>> [peak_flops(SimpleNamespace(device_kind=name)) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA L40S", "NVIDIA L400")]
+      [989000000000000.0, 362000000000000.0, None]
     """
     fitting = [name for name in PEAK_FLOPS if re.match(re.escape(name) + r"\b", device.device_kind)]
     return PEAK_FLOPS[max(fitting, key=len)] if fitting else None
