@@ -5,7 +5,7 @@ A map of the table is elementwise or acts on the last axis alone, so that it may
 
 from collections.abc import Callable
 from functools import partial
-from math import sqrt
+from math import isqrt, prod, sqrt
 from typing import Any, NamedTuple
 
 import jax
@@ -64,8 +64,21 @@ def taylor_features(x: jax.Array) -> jax.Array:
     dim = x.shape[-1]
     x = x * dim**-0.25
     squares = x * x * (1 / sqrt(2))
-    products = [x[..., i : i + 1] * x[..., i + 1 :] for i in range(dim - 1)]
-    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares, *products], axis=-1)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares, *_products_of_two(x)], axis=-1)
+
+
+def _products_of_two(x: jax.Array) -> list[jax.Array]:
+    """x_i x_j for all i < j, in few pieces, since each is a handful of operations: across groups of features, then within all of them at once."""
+    dim = x.shape[-1]
+    size = max((n for n in range(1, isqrt(dim) + 1) if dim % n == 0), default=1)
+    groups = x.reshape(*x.shape[:-1], dim // size, size)
+
+    def flat(pieces):
+        return [piece.reshape(*x.shape[:-1], prod(piece.shape[x.ndim - 1 :])) for piece in pieces]
+
+    across = (groups[..., i, :, None, None] * groups[..., None, i + 1 :, :] for i in range(dim // size - 1))
+    within = (groups[..., i : i + 1] * groups[..., i + 1 :] for i in range(size - 1))
+    return flat(across) + flat(within)
 
 
 def dpfp_features(x: jax.Array, *, order: int = 1) -> jax.Array:
