@@ -3,6 +3,9 @@ and wrappers of loss functions.
 
 Clip, adapt, decay and wrap in a chain as with optax. Slots are float32 whatever the parameters' dtype, norms are global over
 `axis_name`, states keep their shapes and types from the first step on.
+
+`optax.inject_hyperparams` gives numbers the type of the parameters: with bfloat16 ones pass it `hyperparam_dtype=jnp.float32`, or a
+beta of 0.999 becomes 1.
 """
 
 from effattn_jax.optim._trees import exclude
