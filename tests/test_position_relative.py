@@ -433,3 +433,22 @@ def test_mistakes():
         with pytest.raises(ValueError) as error:
             call()
         assert words in str(error.value), (words, str(error.value))
+
+
+def test_queries_that_see_nothing_in_rows_of_several_blocks():
+    """Which they are is asked block by block, 128 rows each; the last block is not a whole one."""
+    length = 300
+    q, k, v = (draw(seed, 1, length, N, H) for seed in range(3))
+    mask = np.random.default_rng(0).random((1, N, length, length)) < 0.3
+    blind = [0, 127, 128, 255, 257, 299]
+    mask[:, :, blind], mask[:, 0, 40] = False, False
+    q[:, blind], q[:, 40, 0] = np.nan, np.nan
+
+    def loss(table):
+        out = shaw_attention(q, k, v, mask=mask, key_table=table)
+        return jnp.sum(out**2), out
+
+    (_, out), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(draw(3, 7, H))
+    assert np.all(np.isfinite(out)) and np.all(np.isfinite(slope)) and np.any(slope)
+    assert not np.any(np.asarray(out)[:, blind]) and not np.any(np.asarray(out)[:, 40, 0])
+    assert np.all(np.any(np.asarray(out), axis=(0, 2, 3)) == ~np.isin(np.arange(length), blind))

@@ -128,13 +128,14 @@ def rows_with_keys(spec: Spec, marks: Marks, call: Call, rows: int = 128) -> jax
     rows = min(rows, length)
     starts = jnp.minimum(jnp.arange(-(-length // rows)) * rows, length - rows)
     seen = jax.lax.map(lambda row: allowed(spec, marks, kv_heads, row, rows, 0, keys).any(-1), starts)
-    seen = jnp.moveaxis(
-        seen, 0, -2
-    )  # (B | 1, K | 1, G | 1, blocks, rows), the last block moved back to end with the rows
-    whole = seen[..., :-1, :].reshape(*seen.shape[:-2], -1)
-    seen = jnp.concatenate([whole, seen[..., -1, rows - (length - whole.shape[-1]) :]], axis=-1)
-    full = jnp.broadcast_to(seen, (seen.shape[0], kv_heads, heads // kv_heads, length))
-    return jnp.moveaxis(full.reshape(seen.shape[0], heads, length), 1, 2)[..., None]
+    before, last = (len(starts) - 1) * rows, seen[-1]  # (B | 1, K | 1, G | 1, rows), moved back to end with the rows
+    if before:
+        first = jnp.moveaxis(seen[:-1], 0, -2)
+        first = first.reshape(*first.shape[:-2], before)
+        last = jnp.concatenate([first, last[..., rows - (length - before) :]], axis=-1)
+    if last.shape[1:3] != (1, 1):
+        last = jnp.broadcast_to(last, (last.shape[0], kv_heads, heads // kv_heads, length))
+    return jnp.moveaxis(last.reshape(last.shape[0], last.shape[1] * last.shape[2], length), 1, 2)[..., None]
 
 
 class Prepared(NamedTuple):
@@ -147,13 +148,14 @@ class Prepared(NamedTuple):
     after: caches.Cache | None  # the state to return
     spec: Spec  # causal or not, one block of everything
 
-    def whole(self) -> Call:
-        """The call over all the keys, for scores that meet the query before its rows know what they see: rows that see nothing hold 0."""
+    def whole(self, masked_apart: bool = False) -> Call:
+        """The call over all the keys, for scores that meet the query before its rows know what they see: rows that see nothing hold 0;
+        `masked_apart`: but for those that a mask over pairs, or ids apart, hide all keys from, since the scores are handed on without these."""
         call = self.call._replace(query=self.arrays.query, key=self.arrays.key, value=self.arrays.value)
         aligned = self.call.key.shape[1] == call.key.shape[1] and call.query_segments is call.key_segments
-        if aligned and self.marks.mask is None:
+        if aligned and (masked_apart or self.marks.mask is None):
             return with_sight(call, self.marks.key_mask, self.spec.right == 0)
-        if self.no_pairs:
+        if self.no_pairs or masked_apart:
             return call
         return call._replace(query=jnp.where(rows_with_keys(self.spec, self.marks, call), call.query, 0))
 

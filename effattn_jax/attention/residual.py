@@ -87,7 +87,7 @@ def residual_attention(
 
     out, state, _, scores = run(
         (query, key, value, bias, mask), scale=None, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
-        return_state=return_state, implementation="dense", rescore=rescore,
+        return_state=return_state, implementation="dense", rescore=rescore, hands_on=True,
     )  # fmt: skip
     return (out, state, scores) if return_state else (out, scores)
 

@@ -130,7 +130,7 @@ def run(
     arguments: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: caches.Cache | None, return_state: bool,
     window: Any = None, cap: float | None = None, chunk_size: int | None = None,
     implementation: str | None = None, return_weights: bool = False, reads_key: bool = True, rescore: Callable | None = None,
-    forms: tuple[str | None, ...] = FORMS,
+    forms: tuple[str | None, ...] = FORMS, hands_on: bool = False,
 ) -> tuple:  # fmt: skip
     """The call behind every softmax mixer: (out, state or None, weights or None, side).
 
@@ -139,6 +139,7 @@ def run(
       reads_key: False keeps the keys out of the state.
       rescore: `rescore(call, marks) -> Scores`: other scores than products, from the call over all slots; None for the products.
       forms: the implementations that the mixer has.
+      hands_on: whether the scores are handed on, as they are before masks.
     """
     choose("implementation", implementation, forms)
     positive(chunk_size=chunk_size)
@@ -150,7 +151,7 @@ def run(
     spec = ready.spec._replace(left=left, right=right, cap=cap)
     more, side = None, None
     if rescore is not None:
-        scores = rescore(ready.whole(), ready.marks)
+        scores = rescore(ready.whole(masked_apart=hands_on), ready.marks)
         side = scores.side
         if scores.rows is not None or scores.values is not None:
             more = More(scores.rows, scores.values)
