@@ -76,9 +76,15 @@ class Settings:
 
 def device(target: str) -> jax.Device:
     """One device of the kind, to compile for."""
-    if target == "tpu":
-        return topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-    return topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1").devices[0]
+    try:
+        if target == "tpu":
+            return topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
+        return topologies.get_topology_desc("1x1x1", "cuda", target_config=H100, topology="1x1x1").devices[0]
+    except Exception as error:
+        raise SystemExit(
+            f"error: this environment cannot compile for {target}: {str(error).splitlines()[0]} "
+            f"(make compiled ACCELERATOR={target} VENV=.venv-{target} makes one that can)"
+        ) from None
 
 
 def programs(settings: Settings, length: int) -> dict[str, Callable[[], tuple[Callable, tuple]]]:

@@ -1,14 +1,13 @@
 """What a model is made of: one frozen record, read by the models, the command line and the run folder."""
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable
 from typing import Literal, get_args, get_type_hints
 
 import jax
 
 from effattn_jax import nn
+from effattn_jax.nn.named import check_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ class ModelConfig:
         8.0
         """
         for name in changes:
-            _check_name("a setting of inference", name, INFERENCE_FIELDS)
+            check_name("a setting of inference", name, INFERENCE_FIELDS)
         return dataclasses.replace(self, **{"random_positions": 0, **changes}).validate()
 
     def _mixer_options(self, causal: bool) -> dict:
@@ -237,7 +236,7 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             choices = get_args(hints[field.name])
             if choices and all(isinstance(choice, str) for choice in choices):
-                _check_name(field.name, getattr(self, field.name), choices)
+                check_name(field.name, getattr(self, field.name), choices)
             if hints[field.name] is float:
                 value = getattr(self, field.name)
                 _require(abs(value) < math.inf, field.name, value, "finite")
@@ -351,11 +350,3 @@ INFERENCE_FIELDS = (
 def _require(condition: bool, field: str, given: object, rule: str) -> None:
     if not condition:
         raise ValueError(f"{field} must be {rule}; got {given!r}")
-
-
-def _check_name(field: str, given: str, known: Iterable[str]) -> None:
-    if given in known:
-        return
-    nearest = difflib.get_close_matches(str(given), list(known), n=1)
-    hint = f"Perhaps you meant {nearest[0]!r}? " if nearest else ""
-    raise ValueError(f"{field} is {given!r}. {hint}It must be among {', '.join(known)}")

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from effattn_jax.nn.mixer import SequenceMixer
@@ -62,8 +63,7 @@ def make_mixer(text: str, **fields: Any) -> SequenceMixer:
     from effattn_jax.nn import MIXERS
 
     name, options = parse_mixer(text)
-    if name not in MIXERS:
-        raise ValueError(f"mixer is {name!r}. {_nearest(name, MIXERS)}It must be among {', '.join(MIXERS)}")
+    check_name("mixer", name, MIXERS)
     if not options:
         return MIXERS[name](**fields)
     mixer = MIXERS[name](**{**fields, "parent": None})
@@ -79,6 +79,12 @@ def make_mixer(text: str, **fields: Any) -> SequenceMixer:
     return MIXERS[name](**{**fields, **own})
 
 
-def _nearest(given: str, known: Any) -> str:
-    nearest = difflib.get_close_matches(given, list(known), n=1)
+def check_name(field: str, given: str, known: Iterable[str]) -> None:
+    """Raises the ValueError for a name that is not among those known, with the nearest of them."""
+    if given not in known:
+        raise ValueError(f"{field} is {given!r}. {_nearest(given, known)}It must be among {', '.join(known)}")
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(given), list(known), n=1)
     return f"Perhaps you meant {nearest[0]!r}? " if nearest else ""
