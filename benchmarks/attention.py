@@ -114,7 +114,7 @@ def _feature_decays(rng: np.random.Generator, query: jax.Array) -> dict[str, np.
     return {"log_decay": -np.logaddexp(0, -2 - rng.normal(size=query.shape)).astype(query.dtype)}
 
 
-def _more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
+def more_inputs(mixer: Mixer | None, key: jax.Array, query: jax.Array) -> dict[str, jax.Array]:
     """What the mixer reads beside query, key and value."""
     more = {}
     if mixer is not None and mixer.extras is not None:
@@ -132,7 +132,7 @@ def _jax_contender(settings: Settings, function: Callable, mixer: Mixer | None, 
     shape = (settings.batch, length, settings.heads, settings.dim)
     keys = jax.random.split(jax.random.key(0), 5)
     query, key, value, cotangent = (jax.random.normal(k, shape).astype(settings.dtype) for k in keys[:4])
-    more = _more_inputs(mixer, keys[4], query)
+    more = more_inputs(mixer, keys[4], query)
 
     def forward(query, key, value, more):
         return function(query, key, value, **more)

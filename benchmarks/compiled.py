@@ -32,7 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.attention import RESULTS, _more_inputs
+from benchmarks.attention import RESULTS, more_inputs
 from benchmarks.peers import OPTIONS
 from benchmarks.state_spaces import GROUPS
 from effattn_jax import attention, position
@@ -95,7 +95,7 @@ def programs(settings: Settings, length: int) -> dict[str, Callable[[], tuple[Ca
 
     def member(name, mixer):
         options = dict(OPTIONS.get(name) or mixer.options)
-        more = _more_inputs(mixer, jax.random.key(0), jax.numpy.zeros(shape, settings.dtype))
+        more = more_inputs(mixer, jax.random.key(0), jax.numpy.zeros(shape, settings.dtype))
         call = partial(mixer.function, is_causal="causality" not in mixer.exempt, **options)
         return lambda q, k, v, more: call(q, k, v, **more), (query, query, query, more)
 

@@ -17,8 +17,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 GENERATED = pathlib.Path(__file__).parent / "_generated"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("QUICK", "1")  # the notebook's short form
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 
 import effattn_jax  # noqa: E402
+from docs import members  # noqa: E402
 
 project = "effattn_jax"
 copyright = "2026, The effattn_jax authors"
@@ -52,8 +54,8 @@ def table(name: str, members: Mapping) -> list[str]:
     return [*lines, ""]
 
 
-def entry(room: str, name: str) -> list[str]:
-    """The lines of one public name on its room's page."""
+def entry(room: str, name: str, elsewhere: Mapping) -> list[str]:
+    """The lines of one public name on its room's page; members of tables have pages of their own, `elsewhere`."""
     member = getattr(importlib.import_module(room), name)
     if isinstance(member, Mapping):
         return table(name, member)
@@ -61,6 +63,9 @@ def entry(room: str, name: str) -> list[str]:
         return [f"## {name}", "", f"`{member}`", ""]
     if not inspect.getdoc(member):
         raise ExtensionError(f"{room}.{name} is public and has no docstring")
+    if inspect.isfunction(member) and member in elsewhere:
+        about = inspect.getdoc(member).split("\n\n")[0].replace("\n", " ")
+        return [f"## {name}", "", f"{about} Its page: [{name}](../members/{elsewhere[member]}.md).", ""]
     kind = "autoclass" if inspect.isclass(member) else "autofunction"
     return [f"## {name}", "", "```{eval-rst}", f".. {kind}:: {room}.{name}", "```", ""]
 
@@ -69,6 +74,8 @@ def write_pages() -> None:
     """Write a page a room, and the notebooks, into docs/_generated."""
     shutil.rmtree(GENERATED, ignore_errors=True)
     (GENERATED / "api").mkdir(parents=True)
+    members.write(GENERATED / "members")
+    elsewhere = members.page_of()
     for found in pkgutil.iter_modules(effattn_jax.__path__):
         if not found.ispkg:
             continue
@@ -76,7 +83,7 @@ def write_pages() -> None:
         module = importlib.import_module(room)
         lines = [f"# {room}", "", "```{eval-rst}", f".. automodule:: {room}", "   :no-members:", "```", ""]
         for name in module.__all__:
-            lines += entry(room, name)
+            lines += entry(room, name, elsewhere)
         (GENERATED / "api" / f"{found.name}.md").write_text("\n".join(lines))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
         shutil.copy(notebook, GENERATED / notebook.name)
