@@ -159,23 +159,24 @@ def floating(**arrays: ArrayLike) -> list[jax.Array]:
     return out
 
 
-def check_causality(is_causal: Any) -> None:
-    """Raises a ValueError for what is neither True nor False."""
-    _require(isinstance(is_causal, bool | np.bool_), f"is_causal must be True or False; got {is_causal!r}")
+def flags(**values: Any) -> None:
+    """Raises a ValueError for a value that is neither True nor False."""
+    for name, value in values.items():
+        _require(isinstance(value, bool | np.bool_), f"{name} must be True or False; got {value!r}"[:400])
 
 
-def scale_or(default: float, scale: Any) -> Any:
-    """The default for None; a scale that is neither a number nor an array of one is a ValueError."""
+def scale_or(default: float, scale: Any, name: str = "scale") -> Any:
+    """The default for None; a factor that is neither a number nor an array of one is a ValueError."""
     if scale is None:
         return default
     if not isinstance(scale, numbers.Real):
         real = hasattr(scale, "dtype") and (
             jnp.issubdtype(scale.dtype, jnp.floating) or jnp.issubdtype(scale.dtype, jnp.integer)
         )
-        _require(real, f"scale must be a number; got {scale!r}"[:400])
+        _require(real, f"{name} must be a number; got {scale!r}"[:400])
+        hint = ". Factors of heads or tokens go into the query" if name == "scale" else ""
         _require(
-            scale.ndim == 0,
-            f"scale must be one number, an array of shape (); got shape {scale.shape}. Factors of heads or tokens go into the query",
+            scale.ndim == 0, f"{name} must be one number, an array of shape (); got shape {scale.shape}{hint}"
         )
     return scale
 
@@ -223,7 +224,10 @@ def _position_bias(bias: Any, heads: int) -> Any:
     _require(not wrong, f"{rule}; got {bias!r}")
     bias = tree.unflatten([jnp.asarray(x) for x in leaves])
     places = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shape = jax.eval_shape(bias, places, places).shape
+    try:
+        shape = jax.eval_shape(bias, places, places).shape
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}; {type(bias).__name__} cannot be called so: {str(error).splitlines()[0]}") from error
     _require(
         shape in ((heads, 1, 1), (1, 1, 1)), f"{rule} with N={heads}; {type(bias).__name__} gives {shape} for T = S = 1"
     )
@@ -301,7 +305,7 @@ def check_call(
         kv_heads > 0 and heads % kv_heads == 0,
         f"the heads of key must divide those of query (K divides N); got N={heads} in query {query.shape}, K={kv_heads} in key {key.shape}",
     )
-    check_causality(is_causal)
+    flags(is_causal=is_causal)
     _require(
         is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only"
     )

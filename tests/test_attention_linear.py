@@ -165,6 +165,7 @@ def test_learned_maps_for_queries_and_keys():
         ({"feature_map": "elu", "key_weights": np.ones((4, 4))}, "key_weights belongs to feature_map='hedgehog'"),
         ({"feature_map": (np.exp,)}, "a pair must hold two functions"),
         ({"feature_map": "taylr"}, "did you mean 'taylor'"),
+        ({"normalize": "no"}, "normalize must be True or False; got 'no'"),
     ],
 )
 def test_mistakes_with_maps(options, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effattn_jax.position import rotary, sinusoidal_embedding, xpos
+from effattn_jax.position import rotary, sinusoidal_embedding, xpos, xpos_decay
 from effattn_jax.position.angles import angles, inverse_frequencies
 
 OFFSETS = (0, 1_000, 1_000_000)
@@ -121,6 +121,12 @@ def test_rotary_gradient_is_the_turn_back(qk):
     positions = jnp.arange(6) * 1000
     gradient = jax.grad(lambda x: jnp.sum(rotary(x, positions) * cotangent))(x)
     np.testing.assert_allclose(gradient, rotary(cotangent, -positions), atol=2e-6)
+
+
+def test_xpos_errors():
+    for options in ({"gamma": "a"}, {"scale_base": 0}, {"dim": 3}):
+        with pytest.raises(ValueError, match="gamma and scale_base positive numbers"):
+            xpos_decay(**{"dim": 4, **options})
 
 
 def test_rotary_errors():

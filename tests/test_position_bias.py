@@ -295,6 +295,8 @@ def test_refusals():
             line.function(q, k, v, alibi, is_causal=True, **more)
     with pytest.raises(ValueError, match=r"with N=4; Alibi gives \(3, 1, 1\)"):
         dot_product_attention(q, k, v, Alibi.initial(3))
+    with pytest.raises(ValueError, match=r"\(N, T, S\); Alibi cannot be called so"):
+        dot_product_attention(q, k, v, Alibi(alibi.slopes, right=np.ones(3, np.float32)))
     with pytest.raises(ValueError, match="bias must be an array or a pytree of floating arrays"):
         dot_product_attention(q, k, v, lambda i, j: i + j)
     with pytest.raises(ValueError, match="bias"):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import Call, accumulator
+from effattn_jax._contract import Call, accumulator, flags
 from effattn_jax._places import by_runs
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
@@ -207,6 +207,7 @@ def run(
     query_weights: Any = None, key_weights: Any = None,
 ) -> Any:  # fmt: skip
     """Checks, batch axes, and the result with or without its state."""
+    flags(normalize=normalize)
     call, mask = _frame.open_call(
         name, arrays, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
         return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=log_decay is not None,

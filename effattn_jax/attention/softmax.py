@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, choose, positive
+from effattn_jax._contract import ArrayLike, choose, flags, positive
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
@@ -143,6 +143,7 @@ def run(
     """
     choose("implementation", implementation, forms)
     positive(chunk_size=chunk_size)
+    flags(return_weights=return_weights)
     left, right = window_bounds(window, is_causal)
     ready = prepare(
         arguments, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, accumulator, check_causality, floating
+from effattn_jax._contract import ArrayLike, accumulator, flags, floating
 
 __all__: list[str] = []
 
@@ -45,7 +45,7 @@ def check_tokens(
     """The arguments, checked and with one batch axis, or the ValueError that names the one that is wrong and the rule."""
     (inputs,) = floating(inputs=inputs)
     require(inputs.ndim >= 2, f"inputs must have shape (*B, T, D); got rank {inputs.ndim}, shape {inputs.shape}")
-    check_causality(is_causal)
+    flags(is_causal=is_causal)
     require(
         is_causal or not stateful, "initial_state and return_state need is_causal=True: a state holds the past only"
     )

@@ -9,7 +9,7 @@ Source: Lee-Thorp et al., arXiv:2105.03824.
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, accumulator
+from effattn_jax._contract import ArrayLike, accumulator, flags
 from effattn_jax.mixing._places import Places, places_of, seen
 from effattn_jax.mixing._tokens import check_tokens, require
 
@@ -50,6 +50,7 @@ def fnet(
         not is_causal,
         "is_causal must be False: the Fourier transform has no causal form, each output is a sum over all of time",
     )
+    flags(orthonormal=orthonormal)
     tokens = check_tokens(inputs, mask, segment_ids, is_causal=False, stateful=False)
     x = tokens.inputs.astype(accumulator(tokens.inputs))
     length, width = x.shape[1:]

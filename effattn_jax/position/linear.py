@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, choose
+from effattn_jax._contract import ArrayLike, Call, accumulator, choose, flags
 from effattn_jax.attention import _frame
 from effattn_jax.attention._frame import LinearState, empty_state
 from effattn_jax.attention._linear import all_pairs, features_in, features_of, merge_heads, outside
@@ -82,6 +82,7 @@ def rotary_linear_attention(
     True
     """
     choose("feature_map", feature_map, MAPS)
+    flags(normalize=normalize)
     call, keep = _frame.open_call(
         "rotary_linear_attention", (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=False,

@@ -8,6 +8,7 @@ Source: Sun et al., arXiv:2212.10554.
 """
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -45,8 +46,10 @@ def xpos_decay(dim: int, *, gamma: float = 0.4, scale_base: float = 512.0) -> np
     >>> xpos_decay(4).round(5).tolist()
     [-0.00245, -0.00086]
     """
-    if dim < 2 or dim % 2 or not gamma > 0 or not scale_base > 0:
-        raise ValueError(f"dim must be even, gamma and scale_base positive; got {dim}, {gamma}, {scale_base}")
+    if dim < 2 or dim % 2 or not all(isinstance(x, numbers.Real) and x > 0 for x in (gamma, scale_base)):
+        raise ValueError(
+            f"dim must be even, gamma and scale_base positive numbers; got dim={dim!r}, gamma={gamma!r}, scale_base={scale_base!r}"
+        )
     return np.log((np.arange(0, dim, 2) / dim + gamma) / (1 + gamma)) / scale_base
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, floating, positive
+from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, flags, floating, positive
 from effattn_jax.recurrence._outer_chunks import Options, normalized, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
 
@@ -120,6 +120,7 @@ def outer_product_recurrence(
     """
     choose("implementation", implementation, _FORMS)
     positive(chunk_size=chunk_size)
+    flags(normalize=normalize)
     call = check_call(query, key, value, None, None, is_causal=True, segment_ids=segment_ids, stateful=True)
     query, key, value = call.query, call.key, call.value
     length, heads = query.shape[1:3]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike
+from effattn_jax._contract import ArrayLike, scale_or
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.ssm._calls import Row, as_wide, check_options, inexact, open_row, open_state, require
 from effattn_jax.ssm._poles import check_method, transition
@@ -251,7 +251,7 @@ def rg_lru(
     state = open_state(initial_state, row, (width,), u.sum(1))
     if u.shape[1] == 0:
         return row.finish(u, state, return_state)
-    exponent = -sharpness * jax.nn.softplus(as_wide(Lambda, u))[None, None] * recurrence_gate
+    exponent = -scale_or(8.0, sharpness, "sharpness") * jax.nn.softplus(as_wide(Lambda, u))[None, None] * recurrence_gate
     if step is not None:
         exponent = exponent * (dt[0] if dt else as_wide(inexact("step", step, ()), u))
     new = _root(-jnp.expm1(2 * exponent)) * (input_gate * u)
