@@ -72,24 +72,10 @@ def token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return _scan_tokens(query, key, value)
 
 
-def _scan_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    def step(carry, x):
-        state, total = carry
-        q, k, v = x
-        state, total = state + k[..., None] * v[..., None, :], total + k
-        return (state, total), jnp.einsum("bnh,bnhv->bnv", q, state) / jnp.einsum("bnh,bnh->bn", q, total)[..., None]
-
-    over_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value))
-    zero = jnp.zeros_like(key[:, 0])
-    _, out = lax.scan(step, (zero[..., None] * value[:, 0, :, None, :], zero), over_time)
-    return jnp.moveaxis(out, 0, 1)
-
-
 def performer_token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal FAVOR+ as published: features of all tokens at once with one stabiliser for all keys, then one token at a time by lax.scan.
 
-    Its keys are stabilised by the greatest projection over positions and features, so outputs depend on later keys. Gradients are those of
-    the scan, which keeps a state a token; published codes run the state backwards by subtraction instead.
+    Its keys are stabilised by the greatest projection over positions and features, so outputs depend on later keys.
     """
     dim = query.shape[-1]
     projection = random_features(jax.random.key(0), 4 * dim, dim)
@@ -101,6 +87,47 @@ def performer_token_scan(query: jax.Array, key: jax.Array, value: jax.Array) -> 
         return (jnp.exp(exponent) + 1e-6) * projection.shape[0] ** -0.5
 
     return _scan_tokens(features(query, -1), features(key, (1, 3)), value)
+
+
+def _scan_tokens(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Sums over the past, and the same of ones as what they are divided by."""
+    return _sums(query, key, value) / _sums(query, key, jnp.ones_like(value[..., :1]))
+
+
+@jax.custom_vjp
+def _sums(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """sum over j <= i of (q_i . k_j) v_j, one token at a time, with the published backward pass: the state runs backwards by subtraction."""
+    return _sums_forward(query, key, value)[0]
+
+
+def _sums_forward(query, key, value):
+    def step(state, x):
+        q, k, v = x
+        state = state + k[..., None] * v[..., None, :]
+        return state, jnp.einsum("bnm,bnmv->bnv", q, state)
+
+    over_time = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value))
+    state, out = lax.scan(step, jnp.zeros((*key[:, 0].shape, value.shape[-1]), value.dtype), over_time)
+    return jnp.moveaxis(out, 0, 1), (query, key, value, state)
+
+
+def _sums_backward(kept, cotangent):
+    *inputs, state = kept
+
+    def step(carry, x):
+        state, d_state = carry
+        q, k, v, d_out = x
+        d_q = jnp.einsum("bnmv,bnv->bnm", state, d_out)
+        d_state = d_state + q[..., None] * d_out[..., None, :]
+        d_k, d_v = jnp.einsum("bnmv,bnv->bnm", d_state, v), jnp.einsum("bnmv,bnm->bnv", d_state, k)
+        return (state - k[..., None] * v[..., None, :], d_state), (d_q, d_k, d_v)
+
+    over_time = tuple(jnp.moveaxis(x, 1, 0) for x in (*inputs, cotangent))
+    _, gradients = lax.scan(step, (state, jnp.zeros_like(state)), over_time, reverse=True)
+    return tuple(jnp.moveaxis(x, 0, 1) for x in gradients)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
 
 
 def with_positions(function: Callable, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -175,9 +175,7 @@ def scale_or(default: float, scale: Any, name: str = "scale") -> Any:
         )
         _require(real, f"{name} must be a number; got {scale!r}"[:400])
         hint = ". Factors of heads or tokens go into the query" if name == "scale" else ""
-        _require(
-            scale.ndim == 0, f"{name} must be one number, an array of shape (); got shape {scale.shape}{hint}"
-        )
+        _require(scale.ndim == 0, f"{name} must be one number, an array of shape (); got shape {scale.shape}{hint}")
     return scale
 
 

@@ -168,6 +168,31 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize(
+    "length, keys, rows, reach, is_causal",
+    [(13, 13, 3, 6, True), (5, 11, 2, 20, False), (9, 4, 4, 1, True), (1, 9, 1, 3, True)],
+)
+@pytest.mark.parametrize("name", ["shaw", "disentangled"])
+def test_moved_diagonals_are_what_is_gathered(name, length, keys, rows, reach, is_causal):
+    """Without a mask tables are looked up along diagonals, under one that hides nothing by a gather: the same numbers and gradients."""
+    tables = {"key_table": draw(3, 2 * reach + (name == "shaw"), H)}
+    tables |= (
+        {"value_table": draw(4, 2 * reach + 1, N, V)} if name == "shaw" else {"query_table": draw(5, 2 * reach, N, H)}
+    )
+    rows_of = {"query": draw(0, 1, length, N, H), "key": draw(1, 1, keys, N, H), "value": draw(2, 1, keys, N, V)}
+    options = {"is_causal": is_causal, "implementation": "chunked", "chunk_size": rows}
+
+    def call(mask, inputs):
+        return position.MIXERS[name].function(**inputs, mask=mask, **options)
+
+    moved, gathered = (
+        value_and_grads(functools.partial(call, mask), rows_of | tables)
+        for mask in (None, np.ones((1, 1, 1, keys), bool))
+    )
+    assert_close(moved[0], gathered[0], 2e-6)
+    assert_close(moved[1], gathered[1], 1e-5, "gradient")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_scores_written_out(case):
     """Outputs and the gradients of everything, all members in one program."""

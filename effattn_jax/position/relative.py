@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
-from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
 from effattn_jax.attention.softmax import Scores, run
+from effattn_jax.position._distances import Distances
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__ = ["disentangled_attention", "shaw_attention"]
@@ -69,19 +69,17 @@ def shaw_attention(
     def rescore(call: Call, marks: Marks) -> Scores:
         dtype = accumulator(call.query, call.key, call.value)
         keys = _table("key_table", key_table, call.query, call.query.shape[3], odd=True).astype(dtype)
-        distance = _distances(marks, call, keys.shape[0] // 2)
+        distances = Distances(marks, call, keys.shape[0])
         factor = scale_or(1 / math.sqrt(call.query.shape[-1]), scale)
         query = call.query.astype(dtype) * factor
 
         def scores(row, count):
-            return _pick(_rows(query, keys, row, count), distance(row, count))
+            return distances.of_queries(_rows(query, keys, row, count), row)
 
         def values(row, count, weights):
-            place = distance(row, count)
             zeros = jnp.broadcast_to(jnp.zeros_like(weights[..., :1]), (*weights.shape[:3], table.shape[0]))
-            _, add = jax.vjp(
-                lambda x: _pick(x, place), zeros
-            )  # sums of weights by distance: the transpose of looking up
+            by_distance = Distances(marks, call, table.shape[0])
+            _, add = jax.vjp(lambda x: by_distance.of_queries(x, row), zeros)  # the transpose of looking up
             return jnp.einsum("bnrd,dnv->bnrv", add(weights)[0], table)
 
         if value_table is not None:
@@ -136,7 +134,7 @@ def disentangled_attention(
     Raises:
       ValueError: a table of another shape; what `dot_product_attention` raises.
 
-    Cost O(T S (H + V)) and O(T D H) a head; memory O(S D) for C, else O(T + S); state: the cache. Source: arXiv:2006.03654.
+    Cost O(T S (H + V)) and O(T D H) a head; memory O((T + S) D) for C, else O(T + S); state: the cache. Source: arXiv:2006.03654.
 
     >>> import jax.numpy as jnp
     >>> x = jnp.ones((1, 5, 2, 4))
@@ -155,13 +153,13 @@ def disentangled_attention(
         query = call.query.astype(dtype) * factor
         parts = []
         if tables[0] is not None:
-            forth = _distances(marks, call, tables[0].shape[0] // 2, sign=-1, odd=False)
-            parts.append(lambda row, count: _pick(_rows(query, tables[0], row, count), forth(row, count)))
+            forth = Distances(marks, call, tables[0].shape[0], mirrored=True)
+            parts.append(lambda row, count: forth.of_queries(_rows(query, tables[0], row, count), row))
         if tables[1] is not None:
-            back = _distances(marks, call, tables[1].shape[0] // 2, odd=False)
+            back = Distances(marks, call, tables[1].shape[0])
             whole = repeat_heads(finite_or_zero(call.key.astype(dtype))[0], heads) * factor
             of_keys = jnp.einsum("bsnh,dnh->bnsd", whole, tables[1])
-            parts.append(lambda row, count: jnp.swapaxes(_pick(of_keys, jnp.swapaxes(back(row, count), 2, 3)), 2, 3))
+            parts.append(back.of_keys(of_keys))
 
         def scores(row, count):
             return sum(part(row, count) for part in parts)
@@ -212,25 +210,6 @@ def by_head(weights: jax.Array, query: jax.Array) -> jax.Array:
     return weights + jnp.sum(query[:, :0], axis=(0, 1, 3)).astype(weights.dtype)[None, :, None]
 
 
-def _distances(marks: Marks, call: Call, reach: int, *, sign: int = 1, odd: bool = True):
-    """`f(row, count) -> (B | 1, 1, R, S)`: the rows of a table of that reach for the pairs of some rows, j - i or (sign -1) i - j."""
-    length, keys = call.query.shape[1], call.key.shape[1]
-    marks = with_positions(marks, length, keys)
-
-    def distance(row, count):
-        query = lax.dynamic_slice_in_dim(marks.query_positions, row, count, 1)
-        apart = sign * (marks.key_positions[:, None, :] - query[:, :, None])
-        return jnp.clip(apart + reach, 0, 2 * reach - (not odd))[:, None]
-
-    return distance
-
-
 def _rows(query: jax.Array, table: jax.Array, row: Any, count: int) -> jax.Array:
     """Products of some query rows with all rows of a table, (B, N, R, rows)."""
     return jnp.einsum("brnh,dnh->bnrd", lax.dynamic_slice_in_dim(query, row, count, 1), table)
-
-
-def _pick(scores: jax.Array, place: jax.Array) -> jax.Array:
-    """Entries `place` (B | 1, 1, R, S) along the last axis of scores (B, N, R, rows)."""
-    place = jnp.broadcast_to(place, (*scores.shape[:3], place.shape[-1]))
-    return jnp.take_along_axis(scores, place, axis=-1)

@@ -251,7 +251,9 @@ def rg_lru(
     state = open_state(initial_state, row, (width,), u.sum(1))
     if u.shape[1] == 0:
         return row.finish(u, state, return_state)
-    exponent = -scale_or(8.0, sharpness, "sharpness") * jax.nn.softplus(as_wide(Lambda, u))[None, None] * recurrence_gate
+    exponent = (
+        -scale_or(8.0, sharpness, "sharpness") * jax.nn.softplus(as_wide(Lambda, u))[None, None] * recurrence_gate
+    )
     if step is not None:
         exponent = exponent * (dt[0] if dt else as_wide(inexact("step", step, ()), u))
     new = _root(-jnp.expm1(2 * exponent)) * (input_gate * u)
