@@ -62,6 +62,10 @@ def test_associative_recall(noise):
 
 
 def test_gaps_follow_the_power_law_without_replacement():
+    far = load(DataConfig(task="mqar", context=64, gap_power=400.0)).batch(0, 0)["tokens"]
+    assert far[:, -8:].any(axis=1).all(), "a large power asks at the far end"
+    marker = load(DataConfig(task="induction_heads", context=64, gap_power=400.0)).batch(0, 0)["tokens"] == 15
+    assert np.all(marker.sum(1) == 2) and np.all(marker[:, 0])
     gaps = load(DataConfig(task="mqar", context=16, num_pairs=2, vocab_size=32, gap_power=0.5)).gaps(
         np.random.default_rng(0), 20_000
     )

@@ -92,6 +92,7 @@ def test_extreme_temperatures_and_excluded_tokens():
         ({"temperature": float("nan")}, "temperature must be at least 0"),
         ({"temperature": float("inf")}, "and finite; got inf"),
         ({"key": None}, "key must be given"),
+        ({"key": 0}, "key must be one of jax.random.key; got 0"),
     ],
 )
 def test_sampling_errors(options, message):
@@ -140,8 +141,12 @@ def test_generate_errors():
     state = jnp.zeros((1,))
     with pytest.raises(ValueError, match="prompt must be integers of shape"):
         generate(counting, 1, state, jnp.ones((1, 0), jnp.int32), 3, temperature=0.0)
-    with pytest.raises(ValueError, match="num_tokens must be at least 0"):
-        generate(counting, 1, state, jnp.ones((1, 2), jnp.int32), -1, temperature=0.0)
+    for count, rule in {-1: "at least 0", 2.5: "a whole number; got 2.5", None: "a whole number; got None"}.items():
+        with pytest.raises(ValueError, match=f"num_tokens must be {rule}"):
+            generate(counting, 1, state, jnp.ones((1, 2), jnp.int32), count, temperature=0.0)
+    for logits in (jnp.zeros(()), jnp.zeros((3, 0))):
+        with pytest.raises(ValueError, match=r"logits must have shape \(..., A\) with A >= 1"):
+            sample_logits(logits, jax.random.key(0))
     with pytest.raises(ValueError, match="padded on the left"):
         mask = jnp.array([[True, False]])
         generate(counting, 1, state, jnp.ones((1, 2), jnp.int32), 3, temperature=0.0, prompt_mask=mask)

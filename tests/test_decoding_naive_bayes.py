@@ -184,6 +184,9 @@ def test_steps_and_mistakes():
         "pooling='mode' is unknown": lambda: NaiveBayesStep(step, 2, pooling="mode"),
         "contexts must be a positive int": lambda: NaiveBayesStep(step, 0),
         "beta must be at least -1": lambda: naive_bayes_logits(jnp.ones((2, 3)), beta=-2.0),
+        "and finite; got inf": lambda: naive_bayes_logits(jnp.ones((2, 3)), beta=np.inf),
+        "transition_penalty must be a finite": lambda: naive_bayes_logits(jnp.ones((2, 3)), transition_penalty=np.nan),
+        r"previous must have shape \(\)": lambda: naive_bayes_logits(jnp.ones((2, 3)), jnp.zeros(5)),
         "n >= 1 contexts": lambda: naive_bayes_logits(jnp.ones((1, 3))),
     }.items():
         with pytest.raises(ValueError, match=words):

@@ -46,7 +46,11 @@ def project(measure="legt", **options):
         (lambda: ssm.dss_kernel(-ONES, ONES * 1j, 0.1, 4), "W must be real where Lambda is"),
         (
             lambda: ssm.s5_ssm(ONES[None], -ONES[:1], np.ones((1, 1)) * 1j, np.ones((1, 1)), None, 1.0),
-            "B must be real where Lambda is",
+            "B and C must be real where Lambda is",
+        ),
+        (
+            lambda: ssm.s5_ssm(ONES[None], -ONES[:1], np.ones((1, 1)), np.ones((1, 1)) * 1j, None, 1.0),
+            "B and C must be real where Lambda is",
         ),
         (lambda: ssm.rg_lru(*[ONES[None, None]] * 3, ONES, sharpness="8"), "sharpness must be a number; got '8'"),
         (lambda: ssm.diagonal_ssm(ONES[None, None], POLES, POLES, POLES, None, None), "step must be a .* got None"),

@@ -395,3 +395,21 @@ def test_every_projection_lowers(platform):
     for measure, method in (("legs", "exact"), ("legs", "bilinear"), ("cosine_scaled", "exact"), ("legt", "bilinear")):
         run = jax.jit(functools.partial(hippo_project, measure=measure, size=4, method=method))
         export.export(run, platforms=[platform])(u)
+
+
+@pytest.mark.parametrize("measure, options", [("legs", {}), ("chebyshev", {"window": None}), ("cosine_scaled", {})])
+def test_samples_of_no_width_at_the_beginning(measure, options):
+    """Where no time has passed the memory is that of a constant, by any method."""
+    u = np.array([1.0, 2.0, 5.0], np.float32)
+    for edges in ([0.0, 0.0, 0.0, 1.0], [2.0, 2.0, 3.0, 4.0]):
+        exact, rule = (
+            np.asarray(hippo_project(u, measure, 3, method=method, timestamps=edges, **options))
+            for method in ("exact", "backward")
+        )
+        last = hippo_project(u, measure, 3, method="exact", timestamps=edges, final_only=True, **options)
+        first = [i for i in range(3) if edges[i + 1] == edges[0]]
+        np.testing.assert_allclose(exact[first], rule[first], atol=1e-6)
+        np.testing.assert_allclose(last, exact[-1], atol=1e-6)
+    nothing = hippo_project(u[:2], measure, 3, method="exact", timestamps=[1.0] * 3, final_only=True, **options)
+    np.testing.assert_allclose(nothing, exact[:1][0] * 2, atol=1e-6)
+    assert hippo_project(np.zeros((3, 0)), measure, 2, **options).shape == (3, 0, 2)

@@ -129,7 +129,7 @@ class InductionHeads(Procedural):
         """Tokens between the answer and the last marker (count,), by the power law."""
         if self.gap_power == 1:
             return self.context - 3 - rng.integers(0, self.context - 2, count)
-        below = np.cumsum(np.arange(1, self.context - 1, dtype=np.float64) ** (self.gap_power - 1))
+        below = np.cumsum((np.arange(1, self.context - 1) / (self.context - 2)) ** (self.gap_power - 1))
         return np.searchsorted(below, rng.random(count) * below[-1], side="right")
 
 
@@ -190,7 +190,9 @@ class AssociativeRecall(Procedural):
     def gaps(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """The slots (count, n) of the keys, drawn one after the other without replacement by the power law."""
         space = (self.context - 2 * self.config.num_pairs) // 2
-        weight = np.arange(1, space + 1, dtype=np.float64) ** (self.gap_power - 1)
-        # a race of exponentials with these rates arrives in the order of successive draws without replacement
-        arrival = rng.standard_exponential((count, space)) / weight
+        # a race of exponentials with these rates arrives in the order of successive draws without replacement; in logarithms, for
+        # the rates of a large power are not floats
+        arrival = np.log(rng.standard_exponential((count, space))) - (self.gap_power - 1) * np.log(
+            np.arange(1, space + 1)
+        )
         return np.argsort(arrival, axis=1)[:, : self.config.num_pairs]

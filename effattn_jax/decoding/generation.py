@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax.decoding.sampling import check_limits, is_greedy, sample_logits, whole_number
+from effattn_jax.decoding.sampling import check_key, check_limits, is_greedy, sample_logits, whole_number
 
 
 def generate(
@@ -63,15 +63,14 @@ def generate(
     """
     if prompt.ndim != 2 or prompt.shape[1] < 1 or not jnp.issubdtype(prompt.dtype, jnp.integer):
         raise ValueError(f"prompt must be integers of shape (B, T) with T >= 1; got {prompt.dtype}{list(prompt.shape)}")
+    num_tokens = whole_number("num_tokens", num_tokens)
     if num_tokens < 0:
         raise ValueError(f"num_tokens must be at least 0; got {num_tokens}")
     _check_prompt_mask(prompt, prompt_mask)
     top_k, stop_token = check_limits(top_k, top_p), whole_number("stop_token", stop_token, "no stop")
     greedy = is_greedy(temperature)
-    if not greedy and key is None:
-        raise ValueError(
-            "key must be given to sample at a positive temperature; temperature=0 is greedy and needs none"
-        )
+    if not greedy:
+        check_key(key)
     if num_tokens == 0:
         return jnp.zeros((prompt.shape[0], 0), jnp.int32)
     sampling = {} if greedy else {"temperature": temperature, "top_p": top_p}

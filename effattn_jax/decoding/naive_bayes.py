@@ -7,6 +7,7 @@ them. Cost: n + 1 rows of the model. Sources: kexue.fm/archives/9617 and 9632; S
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import choose, positive
-from effattn_jax.decoding.sampling import check_limits, filter_logits
+from effattn_jax.decoding.sampling import check_limits, filter_logits, number
 
 __all__ = ["NaiveBayesStep", "naive_bayes_logits"]
 
@@ -60,8 +61,14 @@ def naive_bayes_logits(
     choose("pooling", pooling, POOLING)
     if logits.ndim < 2 or logits.shape[-2] < 2:
         raise ValueError(f"logits must have shape (..., n + 1, A) with n >= 1 contexts; got {logits.shape}")
-    if not beta >= -1:
-        raise ValueError(f"beta must be at least -1, which ignores the contexts; got {beta}")
+    if not -1 <= number(beta) < math.inf:
+        raise ValueError(f"beta must be at least -1, which ignores the contexts, and finite; got {beta!r}"[:400])
+    if not isinstance(transition_penalty, jax.core.Tracer) and not math.isfinite(number(transition_penalty)):
+        raise ValueError(f"transition_penalty must be a finite number; got {transition_penalty!r}"[:400])
+    if previous is not None and jnp.shape(previous) != logits.shape[:-2]:
+        raise ValueError(
+            f"previous must have shape {logits.shape[:-2]}, an index a question; got {jnp.shape(previous)}"
+        )
     log_p = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
     whole = log_p[..., 1:, :]
     log_p = filter_logits(log_p, top_p=top_p)

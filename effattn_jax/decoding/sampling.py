@@ -32,6 +32,7 @@ def filter_logits(logits: jax.Array, *, top_k: int | None = None, top_p: float |
     >>> filter_logits(jnp.array([0.0, 2.0, 1.0]), top_k=2).tolist()
     [-inf, 2.0, 1.0]
     """
+    _check_logits(logits)
     top_k, num_tokens = check_limits(top_k, top_p), logits.shape[-1]
     top_k = num_tokens if top_k is None else min(top_k, num_tokens)
     if top_p is None and top_k == num_tokens:
@@ -78,12 +79,10 @@ def sample_logits(
     1
     """
     check_limits(top_k, top_p)
+    _check_logits(logits)
     if is_greedy(temperature):
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if key is None:
-        raise ValueError(
-            "key must be given to sample at a positive temperature; temperature=0 is greedy and needs none"
-        )
+    check_key(key)
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # With the maximum at 0 a small temperature can only send the others to -inf, never inf - inf to NaN.
     largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -91,28 +90,45 @@ def sample_logits(
     return jax.random.categorical(key, filter_logits(logits, top_k=top_k, top_p=top_p), axis=-1).astype(jnp.int32)
 
 
+def check_key(key: object) -> None:
+    """Raises a ValueError for what is no key to sample with."""
+    if key is None:
+        raise ValueError(
+            "key must be given to sample at a positive temperature; temperature=0 is greedy and needs none"
+        )
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
+        raise ValueError(f"key must be one of jax.random.key; got {key!r}"[:400])
+
+
+def _check_logits(logits: jax.Array) -> None:
+    if jnp.ndim(logits) < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have shape (..., A) with A >= 1; got {jnp.shape(logits)}")
+
+
 def is_greedy(temperature: float | jax.Array) -> bool:
     """Whether a temperature is the number 0; a traced one is taken as positive, a negative one is a ValueError."""
     if isinstance(temperature, jax.core.Tracer):
         return False
-    if not 0 <= _number(temperature) < float("inf"):
+    if not 0 <= number(temperature) < float("inf"):
         raise ValueError(f"temperature must be at least 0 (0 is greedy) and finite; got {temperature!r}")
     return bool(temperature == 0)
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
     """What is one real number as a float, NaN for all else."""
     array = np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     return float(array) if array.ndim == 0 and real else float("nan")
 
 
-def whole_number(name: str, value: object, none: str) -> int | None:
-    """The int that a value is, or None; a ValueError for all else, which says what None stands for."""
-    if value is None:
+def whole_number(name: str, value: object, none: str = "") -> int | None:
+    """The int that a value is, or None where that stands for something, `none`; a ValueError for all else."""
+    if value is None and none:
         return None
-    if np.asarray(value).dtype.kind not in "iu" or np.ndim(value):
-        raise ValueError(f"{name} must be a whole number, or None for {none}; got {value!r}")
+    if isinstance(value, jax.core.Tracer) or np.asarray(value).dtype.kind not in "iu" or np.ndim(value):
+        other = f", or None for {none}" if none else ""
+        raise ValueError(f"{name} must be a whole number{other}; got {value!r}"[:400])
     return int(value)
 
 
@@ -121,6 +137,6 @@ def check_limits(top_k: int | None, top_p: float | jax.Array | None) -> int | No
     top_k = whole_number("top_k", top_k, "no limit")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for no limit; got {top_k}")
-    if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 <= _number(top_p) <= 1:
+    if top_p is not None and not isinstance(top_p, jax.core.Tracer) and not 0 <= number(top_p) <= 1:
         raise ValueError(f"top_p must lie in [0, 1], or be None for no limit; got {top_p!r}")
     return top_k

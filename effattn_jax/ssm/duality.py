@@ -130,7 +130,8 @@ def mamba3_trapezoid(
     Args:
       trapezoid: l, (*B, T, N) in [0, 1]; 1 is `state_space_duality`.
       initial_state, return_state: a `TrapezoidState`.
-      The others: see `state_space_duality`. Rotations of B and C, which make the states complex, are the caller's (`position.rotary`).
+      The others: see `state_space_duality`. A delta of 0 leaves out the step's own pair, but also half of the pair before it: padding is
+        cut out before the call instead. Rotations of B and C, which make the states complex, are the caller's (`position.rotary`).
 
     Returns:
       y (*B, T, N, V), or (y, state).

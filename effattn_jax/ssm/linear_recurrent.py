@@ -109,8 +109,8 @@ def s5_ssm(
     B = inexact("B", B, (size, "D"), True)
     C = inexact("C", C, B.shape[::-1], True)
     require(
-        jnp.iscomplexobj(Lambda) or not jnp.iscomplexobj(B),
-        f"B must be real where Lambda is; got Lambda {Lambda.dtype}, B {B.dtype}",
+        jnp.iscomplexobj(Lambda) or not (jnp.iscomplexobj(B) or jnp.iscomplexobj(C)),
+        f"B and C must be real where Lambda is; got Lambda {Lambda.dtype}, B {B.dtype}, C {C.dtype}",
     )
     row = open_row({"u": (u, B.shape[1:]), **_steps(step, size)}, segment_ids, reverse, wide=(Lambda, B, C))
     u = row.arrays["u"]

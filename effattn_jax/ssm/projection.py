@@ -70,10 +70,18 @@ def _legs(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
         return _legs_steps.waves(run.x, *_ratios(run), run.u, way.alpha, way.final_only)
     if not way.final_only:
         states = _legs_exact.every(run.x, run.start, run.cut, run.u, way.is_regular)
+        states = states if way.is_regular else _started(run, states, slice(None))
         return states, states[-1]
     if way.is_regular:
         return None, _legs_exact.last_regular(run.x, run.start, run.u)
-    return None, _legs_exact.last(run.x, run.start, run.cut, run.u)
+    return None, _started(run, _legs_exact.last(run.x, run.start, run.cut, run.u), -1)
+
+
+def _started(run: _Run, states: jax.Array, which: Any) -> jax.Array:
+    """States (..., R, P) after some samples, where no time has passed yet those of constants, as a memory begins."""
+    passed = run.start + run.cut.before[which] + run.cut.width[which]
+    constant = jnp.pad(run.u[which][..., None], [(0, 0)] * (states.ndim - 1) + [(0, states.shape[-1] - 1)])
+    return jnp.where(passed.reshape(*passed.shape, 1, 1) > 0, states, constant)
 
 
 @lru_cache(maxsize=32)
@@ -169,8 +177,8 @@ def _project(run: _Run, way: _Way) -> tuple[jax.Array | None, jax.Array]:
     """(states (T, R, P), None if only the last is asked for; the last state (R, P))."""
     x, start, u = tie((run.x, run.start, run.u))
     run = run._replace(x=x, start=start, u=u)
-    if u.shape[0] == 0:
-        return None if way.final_only else jnp.zeros_like(x, shape=(0, *x.shape)), x
+    if 0 in u.shape:
+        return None if way.final_only else jnp.zeros_like(x, shape=(u.shape[0], *x.shape)), x
     found, options = find(way.measure, way.size, dict(way.options))
     if not found.is_scaled(**options):
         return (_invariant if way.is_regular else _invariant_irregular)(run, way)
