@@ -69,7 +69,7 @@ class Settings:
     dtype: str = "bfloat16"
     """Input dtype of attention; state spaces are in float32."""
     groups: tuple[str, ...] = ()
-    """Only these; empty is all."""
+    """Only these, beside the rows that the result file has of the others; empty is all."""
     name: str | None = None
     """Name of the result file; compiled_TARGET if None."""
 
@@ -159,7 +159,7 @@ def rows(settings: Settings, console: Console) -> list[dict[str, Any]]:
         if unknown:
             raise SystemExit(f"error: no group {', '.join(unknown)}; there are {', '.join(made)}")
         for name in settings.groups or made:
-            row: dict[str, Any] = {"name": name, "length": length}
+            row: dict[str, Any] = {"name": name, "length": length, "date": today()}
             try:
                 function, arguments = made[name]()
                 row["forward"] = compiled(function, arguments, mesh)
@@ -171,19 +171,34 @@ def rows(settings: Settings, console: Console) -> list[dict[str, Any]]:
     return found
 
 
+def today() -> str:
+    """The date, as it stands in each row."""
+    return datetime.date.today().isoformat()
+
+
+def others(path: pathlib.Path, record: dict, found: list[dict]) -> list[dict]:
+    """The rows of an earlier compilation with the same settings that were not compiled again."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if any(earlier.get(name) != value for name, value in record.items()):
+        return []
+    again = {(row["name"], row["length"]) for row in found}
+    return [row for row in earlier["rows"] if (row["name"], row["length"]) not in again]
+
+
 def main(settings: Settings) -> int:
     """Compiles, prints and writes; the exit code."""
     console = Console(width=None if sys.stdout.isatty() else 120)
     found = rows(settings, console)
     kind = {"tpu": "TPU v5e", "cuda": "H100"}[settings.target]
     record = {
-        "target": kind, "date": datetime.date.today().isoformat(), "jax": jax.__version__, "dtype": settings.dtype,
-        "shape": {"batch": 1, "heads": settings.heads, "dim": settings.dim}, "rows": found,
+        "target": kind, "jax": jax.__version__, "dtype": settings.dtype,
+        "shape": {"batch": 1, "heads": settings.heads, "dim": settings.dim},
     }  # fmt: skip
     path: pathlib.Path = RESULTS / f"{settings.name or f'compiled_{settings.target}'}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    kept = others(path, record, found) if settings.groups else []
+    path.write_text(json.dumps(record | {"rows": kept + found}, indent=1) + "\n")
     table = Table(
-        title=f"compiled for one {kind}, {settings.heads} heads of {settings.dim}, {settings.dtype}, jax {jax.__version__}, {record['date']}"
+        title=f"compiled for one {kind}, {settings.heads} heads of {settings.dim}, {settings.dtype}, jax {jax.__version__}, {today()}"
     )
     for column in ("", "T", "forward, s", "MB", "both passes, s", "MB"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)

@@ -239,7 +239,7 @@ def _compiled(name: str) -> list[str]:
         for r in record["rows"]:
             if r["name"] == name and "both" in r:
                 rows.append([
-                    record["target"], f"{r['length']:,}", record["date"],
+                    record["target"], f"{r['length']:,}", r["date"],
                     *(_number(r[part][what]) for part in ("forward", "both") for what in ("seconds", "mb")),
                 ])  # fmt: skip
     if not rows:
