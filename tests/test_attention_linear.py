@@ -365,9 +365,13 @@ def test_weights_times_values_are_the_output(subject, is_causal):
     def weights_and_output(inputs):
         more = {name: array for name, array in inputs.items() if name != "value"} | subject.weights(inputs)
         weights = attention.attention_weights(subject.function, **more, **subject.options, **options)
-        return weights, subject.call(inputs, **options)
+        own = subject.call(inputs, **options, return_weights=True)[-1] if returns_weights else weights
+        return weights, own, subject.call(inputs, **options)
 
-    weights, output = map(np.asarray, weights_and_output(inputs))
+    returns_weights = "return_weights" in subject.parameters
+    assert returns_weights or subject.name not in ("softmax", "local", "sparse", "topk", "synthesizer_mixed", "shaw")
+    weights, own, output = map(np.asarray, weights_and_output(inputs))
+    checks.assert_close(own, weights, checks.OUTPUT)
     value = np.repeat(inputs["value"], 2, axis=2)
     checks.assert_close(np.einsum("bnts,bsnv->btnv", weights, value), output, checks.OUTPUT)
     if subject.name in ("softmax", "linear", "linear_hedgehog", "efficient"):

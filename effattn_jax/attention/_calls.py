@@ -173,10 +173,18 @@ class Prepared(NamedTuple):
             out = jnp.where(self.after.length > self.after.key.shape[1], jnp.nan, out)
         return self.call.restore(out)
 
-    def results(self, out: jax.Array, return_state: bool) -> Any:
-        """What the call returns: out, or (out, state)."""
-        out = self.restore(out)
-        return (out, caches.restored(self.after, self.call)) if return_state else out
+    def results(
+        self, out: jax.Array, return_state: bool, return_weights: bool = False, weights: jax.Array | None = None
+    ) -> Any:
+        """What the call returns: out, or out, the state and the weights, those that are asked for; without pairs there are no weights yet."""
+        found = [self.restore(out)]
+        if return_state:
+            found.append(caches.restored(self.after, self.call))
+        if return_weights:
+            (batch, length, heads, _), keys = self.arrays.query.shape, self.arrays.key.shape[1]
+            weights = jnp.zeros((), self.spec.dtype) if weights is None else weights.reshape(batch, heads, length, keys)
+            found.append(self.call.restore(jnp.broadcast_to(weights, (batch, heads, length, keys))))
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 def prepare(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effattn_jax._contract import choose, positive
+from effattn_jax._contract import choose, flags, positive
 from effattn_jax._places import split_like
 from effattn_jax.attention._blocks import by_blocks
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare, with_positions
@@ -81,8 +81,8 @@ class Pattern(Protocol):
     def within(self, places: int) -> "Pattern":
         """The same for queries and keys that stand less than so many places apart, with no number larger than that."""
 
-    def dense(self, view: View) -> jax.Array:
-        """The output from all scores at once."""
+    def dense(self, view: View) -> tuple[jax.Array, jax.Array | None]:
+        """The output from all scores at once, and the weights (B, K, G, T, S) if they are those of one softmax."""
 
     def chunked(self, view: View) -> jax.Array:
         """The output in O(T) memory."""
@@ -90,16 +90,17 @@ class Pattern(Protocol):
 
 def run(
     pattern: Pattern, arguments: tuple, *, scale: Any, is_causal: bool, segment_ids: Any, initial_state: Any, return_state: bool,
-    implementation: str | None, chunk_size: int | None,
+    implementation: str | None, chunk_size: int | None, return_weights: bool = False,
 ) -> Any:  # fmt: skip
-    """A call (query, key, value, bias, mask) under the contract, over a pattern."""
+    """A call (query, key, value, bias, mask) under the contract, over a pattern; weights are those of the dense form."""
     choose("implementation", implementation, FORMS)
     positive(chunk_size=chunk_size)
+    flags(return_weights=return_weights)
     ready = prepare(
         arguments, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state
     )  # fmt: skip
     if ready.no_pairs:
-        return ready.results(ready.nothing(), return_state)
+        return ready.results(ready.nothing(), return_state, return_weights)
     view = View(ready.spec, ready.arrays, ready.marks, ready.offset, chunk_size)
     length, keys = view.lengths
     if isinstance(length, int) and isinstance(keys, int):  # in an export they may be unknown
@@ -109,14 +110,17 @@ def run(
     ):  # parts of a pattern no longer count one by one
         view = view._replace(marks=with_positions(view.marks, length, keys))
     small = implementation is None and chunk_size is None and length * keys <= DENSE_PAIRS
-    out = (pattern.dense if small or implementation == "dense" else pattern.chunked)(view)
-    return ready.results(out.astype(ready.arrays.value.dtype), return_state)
+    if small or implementation == "dense" or return_weights:
+        out, weights = pattern.dense(view)
+    else:
+        out, weights = pattern.chunked(view), None
+    return ready.results(out.astype(ready.arrays.value.dtype), return_state, return_weights, weights)
 
 
-def dense(view: View, pattern: jax.Array) -> jax.Array:
-    """All scores at once under a mask (B | 1, 1, T, S)."""
+def dense(view: View, pattern: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output and weights (B, K, G, T, S): all scores at once under a mask (B | 1, 1, T, S)."""
     mask = pattern if view.marks.mask is None else pattern & view.marks.mask
-    return whole_rows(view.spec, view.arrays, view.marks._replace(mask=mask))[0]
+    return whole_rows(view.spec, view.arrays, view.marks._replace(mask=mask))[::2]
 
 
 def part(view: View, *, budget: int = 2**21, **changes: Any) -> Part:

@@ -16,7 +16,7 @@ from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_
 from effattn_jax._places import count_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache, cache
-from effattn_jax.attention.softmax import Scores, run
+from effattn_jax.attention.softmax import Scores, asked_for, run
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__: list[str] = []
@@ -86,7 +86,7 @@ def mixer(
     name: str, arrays: tuple, score: Callable, weights: dict[str, tuple[ArrayLike, tuple]], *, limit: int, scale: Any, is_causal: bool,
     **options: Any,
 ) -> Any:  # fmt: skip
-    """Out or (out, state) of a member whose scores are `score(problem, *weights)`; `weights` are arrays with their shapes."""
+    """What a call returns of a member whose scores are `score(problem, *weights)`; `weights` are arrays with their shapes."""
 
     def rescore(call: Call, marks: Marks) -> Scores:
         heads, dim = call.query.shape[2:]
@@ -96,8 +96,8 @@ def mixer(
         problem = Problem(call, repeat_heads(call.value, heads), places, scale, dtype)
         return score(problem, *arrays)._replace(bias=call.bias)
 
-    out, state, *_ = run(arrays, scale=None, is_causal=is_causal, rescore=rescore, **options)
-    return (out, state) if options["return_state"] else out
+    out, state, of_pairs, _ = run(arrays, scale=None, is_causal=is_causal, rescore=rescore, **options)
+    return asked_for(out, state, options["return_state"], of_pairs, options["return_weights"])
 
 
 def by_rows(problem: Problem, rows: Callable) -> Scores:

@@ -32,7 +32,7 @@ class Union(NamedTuple):
         near = 0 if self.window is None else 1 + sum(self.window)
         return min(context, near + -(-context // self.period) + self.num_global)
 
-    def dense(self, view: View) -> jax.Array:
+    def dense(self, view: View) -> tuple[jax.Array, jax.Array]:
         """See `Pattern`."""
         distance = view.positions()[:, None] - jnp.arange(view.lengths[1])[None]
         see = distance % self.period == 0
@@ -189,7 +189,7 @@ class Fixed(NamedTuple):
         """See `Pattern`: a block that no row fills ends nowhere, however long it is."""
         return Fixed(min(self.block, places + 1), min(self.summary, places + 1))
 
-    def dense(self, view: View) -> jax.Array:
+    def dense(self, view: View) -> tuple[jax.Array, jax.Array]:
         """See `Pattern`."""
         ends, key_blocks, query_blocks = self._blocks(view)
         place = jnp.arange(ends.shape[1])[None]
@@ -289,9 +289,9 @@ class Top(NamedTuple):
         """See `Pattern`."""
         return Top(min(self.count, places))
 
-    def dense(self, view: View) -> jax.Array:
+    def dense(self, view: View) -> tuple[jax.Array, jax.Array]:
         """See `Pattern`."""
-        return whole_rows(view.spec._replace(top=self.count), view.arrays, view.marks)[0]
+        return whole_rows(view.spec._replace(top=self.count), view.arrays, view.marks)[::2]
 
     def chunked(self, view: View) -> jax.Array:
         """See `Pattern`."""

@@ -65,8 +65,7 @@ def dot_product_attention(
         with T = S and a causal window; it is never picked, since it does not promise the laws on NaN and on bits. "pallas" is flash attention as
         Pallas kernels, for TPU and GPU (on a CPU interpreted, slowly): everything but a bias, a mask over pairs, a cache of fixed size and
         weights; chunk_size a power of two from 16 on; float64 on a CPU only; on a mesh inside `jax.shard_map`; exported for one platform at a
-        time; on a TPU a head's keys and values, and in the backward pass its queries, must fit in VMEM. No device has measured it yet, so
-        None does not pick it either.
+        time. No device has measured it yet, so None does not pick it either.
 
     Returns:
       out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. Softmax and sums run in float32 at least.
@@ -99,8 +98,13 @@ def dot_product_attention(
         return_state=return_state, window=window, cap=logits_soft_cap, chunk_size=chunk_size,
         implementation=implementation, return_weights=return_weights, forms=(*FORMS, "cudnn", "pallas"),
     )  # fmt: skip
-    results = [out] + [state] * return_state + [weights] * return_weights
-    return results[0] if len(results) == 1 else tuple(results)
+    return asked_for(out, state, return_state, weights, return_weights)
+
+
+def asked_for(out: Any, state: Any, return_state: bool, weights: Any, return_weights: bool) -> Any:
+    """out, or out with what else a call returns behind it."""
+    found = (out, *[state] * return_state, *[weights] * return_weights)
+    return found if len(found) > 1 else out
 
 
 class Scores(NamedTuple):

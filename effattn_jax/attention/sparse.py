@@ -34,17 +34,18 @@ def local_attention(
     window: int | tuple[int, int],
     logits_soft_cap: float | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Softmax attention over a window: query i sees keys j with i - left <= j <= i + right.
 
     Args:
-      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, logits_soft_cap, chunk_size, implementation: as in
+      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, logits_soft_cap, chunk_size, implementation, return_weights: as in
         `dot_product_attention`, of which this is the form with a window.
       return_state: also return the last `left` keys and values (or the cache that came in).
       window: W neighbours on each side, the query's own key besides (causal: to the left), or (left, right).
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -62,6 +63,7 @@ def local_attention(
     return dot_product_attention(
         query, key, value, bias, mask, scale=scale, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state,
         return_state=return_state, window=window, logits_soft_cap=logits_soft_cap, chunk_size=chunk_size, implementation=implementation,
+        return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -80,6 +82,7 @@ def atrous_attention(
     implementation: str | None = None,
     dilation: int,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Softmax attention over every r-th key: query i sees keys j with (i - j) % dilation == 0, its own among them.
 
@@ -90,9 +93,10 @@ def atrous_attention(
       implementation: "dense" (all scores at once, masked) or "chunked" (the pairs of the pattern only, O(T) memory); None picks by size.
       dilation: r; 1 is full attention.
       chunk_size: rows and columns of a block; None picks.
+      return_weights: also return the weights, (*B, N, T, S), from the dense form.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -110,6 +114,7 @@ def atrous_attention(
         Union(None, dilation),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
+        return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -130,6 +135,7 @@ def sparse_attention(
     dilation: int,
     num_global: int = 0,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""One softmax over the union of a window, every r-th key, and global tokens; a pair that several of them give counts once.
 
@@ -144,9 +150,10 @@ def sparse_attention(
       dilation: r.
       num_global: the first so many keys of a document are seen by all of it, and its first so many queries see all that they may.
       chunk_size: rows and columns of a block; None picks.
+      return_weights: also return the weights, (*B, N, T, S), from the dense form.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -171,6 +178,7 @@ def sparse_attention(
         Union((left, right), dilation, num_global),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
+        return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -189,6 +197,7 @@ def strided_attention(
     implementation: str | None = None,
     stride: int,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""OpenAI's strided pattern, merged in one softmax: the last l keys, {i - l < j <= i}, and every l-th, {(i - j) % l == 0}.
 
@@ -201,9 +210,10 @@ def strided_attention(
       implementation: "dense" (all scores at once, masked) or "chunked" (the pairs of the pattern only, O(T) memory); None picks by size.
       stride: l.
       chunk_size: rows and columns of a block; None picks.
+      return_weights: also return the weights, (*B, N, T, S), from the dense form.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -221,6 +231,7 @@ def strided_attention(
         Union((reach, 0 if is_causal else reach), stride),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
+        return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -240,6 +251,7 @@ def fixed_attention(
     block: int,
     summary: int,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""OpenAI's fixed pattern, merged in one softmax: the query's own block of l positions, and the last c columns of every earlier block.
 
@@ -253,9 +265,10 @@ def fixed_attention(
       block: l.
       summary: c, at most l.
       chunk_size: rows and columns of a block of the computation; None picks.
+      return_weights: also return the weights, (*B, N, T, S), from the dense form.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -276,4 +289,5 @@ def fixed_attention(
         Fixed(block, summary),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
+        return_weights=return_weights,
     )  # fmt: skip

@@ -52,6 +52,7 @@ def synthesizer_dense(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Dense Synthesizer: each token predicts its weights alone, o_i = sum_j softmax_j(relu(q_i + b_1) . w_j + b_j) v_j.
 
@@ -66,10 +67,10 @@ def synthesizer_dense(
       scale: factor on the scores; None is 1.
       is_causal, segment_ids: as for `dot_product_attention`; places are counted anew in each segment.
       initial_state, return_state: as for `dot_product_attention`; the cache holds no keys.
-      implementation, chunk_size: as for `dot_product_attention`.
+      implementation, chunk_size, return_weights: as for `dot_product_attention`.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule; a sequence of more than L tokens. Where jit hides the count its tokens give NaN.
@@ -100,7 +101,7 @@ def synthesizer_dense(
     return mixer(
         "synthesizer_dense", (query, key, value, bias, mask), score, weights, limit=size(columns), scale=scale, is_causal=is_causal,
         reads_key=False, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -119,6 +120,7 @@ def synthesizer_random(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Random Synthesizer: weights by place alone, o_i = sum_j softmax_j(R_ij) v_j.
 
@@ -126,10 +128,10 @@ def synthesizer_random(
       query, key, value: as for `synthesizer_dense`; the numbers of query and key do not count.
       bias, mask: as for `dot_product_attention`; tokens that a mask over keys hides have no place.
       table: R by row, head and column, (L, N, L), L the longest sequence.
-      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as for `synthesizer_dense`.
+      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as for `synthesizer_dense`.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: as for `synthesizer_dense`.
@@ -153,7 +155,7 @@ def synthesizer_random(
     return mixer(
         "synthesizer_random", (query, key, value, bias, mask), score, weights, limit=size(table), scale=scale, is_causal=is_causal,
         reads_key=False, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -174,6 +176,7 @@ def synthesizer_factorized_dense(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Factorised dense Synthesizer: scores (h_i . l_u)(h_i . r_v) of the place j = u b + v, h_i = relu(q_i + b_1).
 
@@ -183,10 +186,10 @@ def synthesizer_factorized_dense(
       hidden_bias: b_1, (N, H).
       left: l, (a, N, H).
       right: r, (b, N, H); sequences are at most a b long.
-      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as for `synthesizer_dense`.
+      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as for `synthesizer_dense`.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: as for `synthesizer_dense`.
@@ -219,7 +222,7 @@ def synthesizer_factorized_dense(
     return mixer(
         "synthesizer_factorized_dense", (query, key, value, bias, mask), score, weights, limit=size(left) * size(right), scale=scale, is_causal=is_causal,
         reads_key=False, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -239,6 +242,7 @@ def synthesizer_factorized_random(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Factorised random Synthesizer: weights by place alone, of low rank, o_i = sum_j softmax_j(l_i . r_j) v_j.
 
@@ -246,10 +250,10 @@ def synthesizer_factorized_random(
       query, key, value: as for `synthesizer_dense`; the numbers of query and key do not count.
       bias, mask: as for `dot_product_attention`; tokens that a mask over keys hides have no place.
       left, right: l and r, (L, N, k) each, L the longest sequence.
-      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as for `synthesizer_dense`.
+      scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as for `synthesizer_dense`.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: as for `synthesizer_dense`.
@@ -271,7 +275,7 @@ def synthesizer_factorized_random(
     return mixer(
         "synthesizer_factorized_random", (query, key, value, bias, mask), score, weights, limit=size(left), scale=scale, is_causal=is_causal,
         reads_key=False, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights,
     )  # fmt: skip
 
 
@@ -292,6 +296,7 @@ def synthesizer_mixed(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Mixture of products and a factorised random Synthesizer, under one softmax: scores alpha_1 q_i . k_j / sqrt(H) + alpha_2 l_i . r_j.
 
@@ -301,10 +306,10 @@ def synthesizer_mixed(
       mixture: (N, 2); alpha of a head is its softmax.
       left, right: l and r, (L, N, k) each, L the longest sequence.
       scale: factor on the products q . k; None is 1 / sqrt(H).
-      is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as for `synthesizer_dense`.
+      is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as for `synthesizer_dense`.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: as for `synthesizer_dense`.
@@ -334,5 +339,5 @@ def synthesizer_mixed(
     return mixer(
         "synthesizer_mixed", (query, key, value, bias, mask), score, weights, limit=size(left), scale=scale, is_causal=is_causal,
         reads_key=True, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights,
     )  # fmt: skip

@@ -31,6 +31,7 @@ def topk_attention(
     implementation: str | None = None,
     k: int,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Softmax attention over the k largest scores of each row (a query in a head), bias included, among the keys it may see.
 
@@ -43,9 +44,10 @@ def topk_attention(
       implementation: "dense" (all rows at once) or "chunked" (by blocks of rows); None picks by size.
       k: how many keys a row keeps.
       chunk_size: rows of a block; None picks.
+      return_weights: also return the weights, (*B, N, T, S), from the dense form.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: names the argument, its shape and the rule.
@@ -62,4 +64,5 @@ def topk_attention(
         Top(k),
         (query, key, value, bias, mask), scale=scale, is_causal=is_causal, segment_ids=segment_ids,
         initial_state=initial_state, return_state=return_state, implementation=implementation, chunk_size=chunk_size,
+        return_weights=return_weights,
     )  # fmt: skip

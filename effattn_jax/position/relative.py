@@ -17,7 +17,7 @@ from jax import lax
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
-from effattn_jax.attention.softmax import Scores, run
+from effattn_jax.attention.softmax import Scores, asked_for, run
 from effattn_jax.position._distances import Distances
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
@@ -40,17 +40,19 @@ def shaw_attention(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Softmax attention with a vector for each distance, added to keys and to values: scores scale q_i . (k_j + A_d), values v_j + C_d.
 
     Args:
-      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation: as in `dot_product_attention`.
+      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation,
+        return_weights: as in `dot_product_attention`.
       key_table: A, (2 D + 1, H) for all heads or (2 D + 1, N, H); row d is for keys d - D places after the query, farther ones with the ends.
       value_table: C, (2 D + 1, V) or (2 D + 1, N, V); None for none.
       chunk_size: rows of a block; None picks.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: a table of another shape; what `dot_product_attention` raises.
@@ -97,6 +99,7 @@ def shaw_attention(
         return_state,
         implementation,
         chunk_size,
+        return_weights,
     )
 
 
@@ -116,20 +119,22 @@ def disentangled_attention(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""DeBERTa's attention: content to content, content to position, position to content; scores scale (q_i . k_j + q_i . A_d + k_j . C_e).
 
     d = clip(i - j + D, 0, 2 D - 1), and e the same with i and j exchanged. There is no term of two positions.
 
     Args:
-      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation: as in `dot_product_attention`.
+      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation,
+        return_weights: as in `dot_product_attention`.
       key_table: A = R W_K,r, (2 D, N, H) or (2 D, H) for all heads; None leaves its term out.
       query_table: C = R W_Q,r, the same.
       scale: factor on the sum; None is 1 / sqrt(t H) for t terms, 1 / sqrt(3 H) with both tables.
       chunk_size: rows of a block; None picks.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: a table of another shape; what `dot_product_attention` raises.
@@ -175,15 +180,18 @@ def disentangled_attention(
         return_state,
         implementation,
         chunk_size,
+        return_weights,
     )
 
 
-def _run(rescore, arrays, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size):
-    out, state, *_ = run(
+def _run(
+    rescore, arrays, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights
+):
+    out, state, weights, _ = run(
         arrays, scale=None, is_causal=is_causal, segment_ids=segment_ids, initial_state=initial_state, return_state=return_state,
-        implementation=implementation, chunk_size=chunk_size, rescore=rescore,
+        implementation=implementation, chunk_size=chunk_size, return_weights=return_weights, rescore=rescore,
     )  # fmt: skip
-    return (out, state) if return_state else out
+    return asked_for(out, state, return_state, weights, return_weights)
 
 
 def _table(name: str, table: ArrayLike, query: jax.Array, dim: int, *, odd: bool) -> jax.Array:

@@ -40,9 +40,9 @@ class _ReRope(NamedTuple):
         sinks = None if self.sinks is None else min(self.sinks, places)
         return self._replace(window=min(self.window, places), sinks=sinks)
 
-    def dense(self, view: View) -> jax.Array:
-        """See `_patterns.Pattern`."""
-        return merge(self._parts(view, _all_rows))
+    def dense(self, view: View) -> tuple[jax.Array, None]:
+        """See `_patterns.Pattern`; its parts are softmaxes of their own."""
+        return merge(self._parts(view, _all_rows)), None
 
     def chunked(self, view: View) -> jax.Array:
         """See `_patterns.Pattern`."""

@@ -46,18 +46,19 @@ def xl_attention(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Transformer-XL's and XLNet's attention: scores scale ((q_i + u) . k_j + (q_i + v) . W^T R_(i-j)), R_d = [sin(d w), cos(d w)].
 
     Args:
-      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as in
+      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as in
         `dot_product_attention`.
       relative_key: W = W_K,R, (M, N, H) for sinusoids of M features: first M / 2 sines, then as many cosines.
       content_bias, position_bias: u and v, (N, H); None is 0.
       base: of the sinusoids' wavelengths.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state). There is no term on values.
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last. There is no term on values.
 
     Raises:
       ValueError: weights of another shape; what `dot_product_attention` raises.
@@ -100,6 +101,7 @@ def xl_attention(
         return_state,
         implementation,
         chunk_size,
+        return_weights,
     )
 
 
@@ -136,18 +138,19 @@ def tupe_attention(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""TUPE's attention: content and position do not mix, scores (q_i . k_j + a_i . c_j) / sqrt(2 H); T5's bias goes into `bias`.
 
     Args:
-      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size: as in
+      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation, chunk_size, return_weights: as in
         `dot_product_attention`. Places are counted in each segment, without what a key mask hides.
       position_query, position_key: a = p U_Q and c = p U_K of the places 0, 1, ..., (L, N, M), L the longest sequence.
       first_token: (N, 2): what replaces a_i . c_j / sqrt(2 H) where i is the first token, and where only j is ([CLS] untied); None: nothing.
       scale: factor on both products; None is 1 / sqrt(2 H).
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: tables of another shape, a sequence longer than they are; what `dot_product_attention` raises.
@@ -186,6 +189,7 @@ def tupe_attention(
         return_state,
         implementation,
         chunk_size,
+        return_weights,
     )
 
 

@@ -132,18 +132,19 @@ def xpos_attention(
     return_state: bool = False,
     implementation: str | None = None,
     chunk_size: int | None = None,
+    return_weights: bool = False,
 ) -> Any:
     r"""Causal softmax attention with XPOS's scores, at any length: exponents are relative to each block of rows, so none overflows.
 
     Args:
-      query, key, value, bias, mask, scale, segment_ids, initial_state, return_state, implementation: as in `dot_product_attention`; queries and
+      query, key, value, bias, mask, scale, segment_ids, initial_state, return_state, implementation, return_weights: as in `dot_product_attention`; queries and
         keys without positions, which are counted here (without what a key mask hides). The state keeps keys as they came.
       base, gamma, scale_base: see `xpos`.
       is_causal: True.
       chunk_size: rows of a block; None picks.
 
     Returns:
-      out (*B, T, N, V) in the dtype of value, or (out, state).
+      out (*B, T, N, V) in the dtype of value; (out, state); with `return_weights` the weights last.
 
     Raises:
       ValueError: is_causal=False, whose factors would grow without bound; what `dot_product_attention` raises.
@@ -187,6 +188,7 @@ def xpos_attention(
         return_state,
         implementation,
         chunk_size,
+        return_weights,
     )
 
 
