@@ -4,6 +4,7 @@
 benchmarks/results, with their device and date.
 """
 
+import importlib
 import inspect
 import json
 import pathlib
@@ -66,7 +67,7 @@ def page_of() -> dict[Callable, str]:
     found: dict[Callable, str] = {}
     for room, _, line, file in pages():
         function = function_of(line)
-        if getattr(__import__(room, fromlist=["_"]), function.__name__, None) is function:
+        if getattr(importlib.import_module(room), function.__name__, None) is function:
             found.setdefault(function, file)
     return found
 
