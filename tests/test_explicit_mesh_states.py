@@ -37,11 +37,44 @@ def memory(measure):
     return functools.partial(in_two, lambda x, **state: ssm.hippo_project(x, measure, 3, step=0.1, **state), axis=0)
 
 
+def selective(delta, A, **arrays):
+    return ssm.selective_scan(delta=jnp.abs(delta), A=-jnp.abs(A), chunk_size=4, **arrays)
+
+
+def duality(delta, A, **arrays):
+    A, delta = -jnp.abs(A), jnp.abs(delta)
+    return ssm.state_space_duality(A=A, delta=delta, chunk_size=4, **arrays)
+
+
+def dplr(u, poles, step):
+    return in_two(
+        lambda u, **state: ssm.dplr_ssm(u, -jnp.exp(poles), poles, poles, poles, None, jnp.exp(step), **state), u
+    )
+
+
+SHARED = {name: (normal(B, T, 3), ROWS) for name in "BC"}  # on every device of "tensor"
 CASES = {
     "gmlp": (mixer("gmlp"), {"x": (normal(B, T, D), ROWS)}),
     "ffn_stack": (mixer("ffn_stack"), {"x": (normal(B, T, D), BOTH)}),
     "hippo, legs": (memory("legs"), {"x": (normal(T, B), P(None, "data"))}),
     "hippo, legt": (memory("legt"), {"x": (normal(T, B, 2), P(None, "data", "tensor"))}),
+    "selective": (
+        selective,
+        {name: (normal(B, T, 4), BOTH) for name in ("u", "delta")} | {"A": (normal(4, 3), P("tensor"))} | SHARED,
+    ),
+    "duality": (
+        duality,
+        {"x": (normal(B, T, 2, 3), BOTH), "delta": (normal(B, T, 2), BOTH), "A": (normal(2), P("tensor"))}
+        | {name: (normal(B, T, 1, 3), ROWS) for name in "BC"},
+    ),
+    "dplr": (
+        dplr,
+        {
+            "u": (normal(B, T, 2), BOTH),
+            "poles": (normal(2, 3) + 1j * normal(2, 3), P("tensor")),
+            "step": (normal(2), P("tensor")),
+        },
+    ),
 }
 
 

@@ -218,7 +218,7 @@ def run(
     maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
-        call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
+        call = call._replace(key=repeat_heads(call.key, call.query), value=repeat_heads(call.value, call.query))
         if log_decay.ndim == 4 and features_in(call, maps) != dim:
             raise ValueError(
                 f"log_decay must be (*B, T, N), one a head, with a feature map of H = {dim} to M = {features_in(call, maps)} features"

@@ -174,8 +174,8 @@ def tupe_attention(
                 rows, columns, at_rows, at_columns, floating(first_token=first_token)[0].astype(dtype) / factor
             )
         query = _beside(call.query.astype(dtype), rows)
-        key = _beside(repeat_heads(call.key, heads).astype(dtype), columns)
-        return Scores(query, key, repeat_heads(call.value, heads), call.bias, scale=factor)
+        key = _beside(repeat_heads(call.key, call.query).astype(dtype), columns)
+        return Scores(query, key, repeat_heads(call.value, call.query), call.bias, scale=factor)
 
     return _run(
         rescore,
