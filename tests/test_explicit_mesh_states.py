@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from effattn_jax import mixing, ssm
+from effattn_jax import attention, mixing, position, ssm
 from tests.laws import checks
 
 B, T, D, CUT = 4, 9, 8, 5
@@ -52,6 +52,16 @@ def dplr(u, poles, step):
     )
 
 
+def grouped(name, key, **arrays):
+    function, form = attention.MIXERS[name].function, {"is_causal": True, "implementation": "chunked", "chunk_size": 5}
+    return functools.partial(function, key=key, value=jnp.sin(key), **form)(**arrays)
+
+
+def tupe(x, table, first):
+    tables = {"position_query": table, "position_key": jnp.sin(table), "first_token": first}
+    return position.tupe_attention(x, x, x, **tables, is_causal=True)
+
+
 SHARED = {name: (normal(B, T, 3), ROWS) for name in "BC"}  # on every device of "tensor"
 CASES = {
     "gmlp": (mixer("gmlp"), {"x": (normal(B, T, D), ROWS)}),
@@ -73,6 +83,27 @@ CASES = {
             "u": (normal(B, T, 2), BOTH),
             "poles": (normal(2, 3) + 1j * normal(2, 3), P("tensor")),
             "step": (normal(2), P("tensor")),
+        },
+    ),
+    **{
+        f"{name}, {heads} heads of {keys}": (
+            functools.partial(grouped, name),
+            {"query": (normal(B, T, heads, 4), BOTH), "key": (normal(B, T, keys, 4), ROWS)} | more,
+        )
+        for name, heads, keys, more in (
+            ("linear", 2, 1, {}),
+            ("linear", 4, 2, {}),
+            ("softmax", 2, 1, {}),
+            ("softmax", 4, 2, {}),
+            ("gated_linear", 2, 1, {"log_decay": (-abs(normal(B, T, 2)), BOTH)}),
+        )
+    },
+    "tupe": (
+        tupe,
+        {
+            "x": (normal(B, T, 2, 4), BOTH),
+            "table": (normal(T, 2, 3), P(None, "tensor")),
+            "first": (normal(2, 2), P("tensor")),
         },
     ),
 }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, accumulator, flags
-from effattn_jax._places import by_runs
+from effattn_jax._places import by_runs, split_heads
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
 from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
@@ -213,6 +213,7 @@ def run(
         return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=log_decay is not None,
     )  # fmt: skip
     heads, dim = call.query.shape[2:]
+    call = call._replace(key=split_heads(call.key, call.query), value=split_heads(call.value, call.query))
     if feature_map in ("exp", "hedgehog"):
         _frame.refuse(f"feature_map={feature_map!r}", implementation, "parallel")
     maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
