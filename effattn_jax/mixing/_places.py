@@ -168,16 +168,16 @@ def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, pl
     if count == 0:
         return past
     length = past.values[0].shape[1]
-    position = (
-        places.position + jnp.zeros_like(past.count)[:, None]
-    )  # sharded as the batch is, where a broadcast would not be
+    # A sum is sharded as the batch is, where a broadcast would not be.
+    position = places.position + jnp.zeros_like(past.count)[:, None]
     real = jnp.ones_like(position, bool) if tokens.mask is None else tokens.mask
-    goes_on = jnp.ones_like(past.count, bool) if places.document is None else places.document[:, -1] == 0
     last = real if places.document is None else real & (places.document == places.document[:, -1:])
     slot = jnp.where(last, position, length)  # the place beyond the last one is dropped
 
     def write(old, new):
-        old = jnp.where(goes_on.reshape((-1,) + (1,) * (old.ndim - 1)), old, 0)
+        if places.document is not None:
+            goes_on = places.document[:, -1] == 0
+            old = jnp.where(goes_on.reshape((-1,) + (1,) * (old.ndim - 1)), old, 0)
         return _write(old, slot, new.astype(old.dtype))
 
     written = tuple(write(old, new) for old, new in zip(past.values, values, strict=True))
