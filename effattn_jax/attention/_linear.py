@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, accumulator, flags
-from effattn_jax._places import by_runs, split_heads
+from effattn_jax._places import by_runs, split_heads, split_like
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
 from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
@@ -171,7 +171,7 @@ def _attend(
     features = features_in(call, maps)
     running = normalize and maps.exponential and log_decay is None and implementation != "dense"
     parts = {"total": normalize, "maximum": running and call.query_segments is call.key_segments}
-    state = _frame.check_state(state, call, features, **parts)
+    state = _split_state(_frame.check_state(state, call, features, **parts), call.key)
     if max(length, keys) == 0 or (length == 0 and not return_state):
         return _frame.nothing(call, state, features, **parts)
     if implementation == "dense" or call.query_segments is not call.key_segments:
@@ -193,6 +193,17 @@ def _attend(
         out = jax.tree.map(jnp.add, past, future)
         out = (normalized(*out) if normalize else out).astype(call.value.dtype)
     return out[:, problem.skipped :], state
+
+
+def _split_state(state: _frame.LinearState | None, key: jax.Array) -> _frame.LinearState | None:
+    """The state with its heads on the devices of those of the keys."""
+
+    def split(x):
+        return None if x is None else split_like(x, 1, key, 2)
+
+    if state is None:
+        return None
+    return state._replace(kv=split(state.kv), total=split(state.total), maximum=split(state.maximum))
 
 
 def features_in(call: Call, maps: Maps) -> int:
