@@ -1,5 +1,7 @@
 """Where each token of a row stands and whether it sees anything, with padding, packed documents and earlier calls counted as they should be."""
 
+from math import prod
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -142,6 +144,16 @@ def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> j
     if any(spec):  # on a mesh of Explicit axes a gather wants to be told
         sharded = {"out_sharding": PartitionSpec(*spec, *(None,) * (table.ndim - 1))}
     return table.at[places].get(mode="fill", fill_value=jnp.nan, **sharded)
+
+
+def split_heads(x: jax.Array, query: jax.Array) -> jax.Array:
+    """Keys or values (B, S, K, ...) split over devices by head as queries (B, T, N, ...) are, where each device has whole groups; else as they came."""
+    sharding = jax.typeof(query).sharding
+    names = sharding.spec[2]
+    names = names if isinstance(names, tuple) else (names,)
+    if names == (None,) or x.shape[2] % prod(sharding.mesh.shape[name] for name in names):
+        return x
+    return split_like(x, 2, query, 2)
 
 
 def split_like(table: jax.Array, axis: int, array: jax.Array, array_axis: int) -> jax.Array:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 __all__: list[str] = []
 
@@ -37,5 +38,15 @@ def grouped_product(equation: str, a: jax.Array, b: jax.Array, operands: Any = N
 
     a, b = (joined(x, axes) for x, axes in zip((a, b), sides.split(","), strict=True))
     narrow = a.dtype if operands is None else operands
-    out = jnp.einsum(equation.replace("g", ""), a.astype(narrow), b.astype(narrow), preferred_element_type=a.dtype)
+    equation = equation.replace("g", "")
+    to = {"preferred_element_type": a.dtype, "out_sharding": _sum_sharding(equation, a, b)}
+    out = jnp.einsum(equation, a.astype(narrow), b.astype(narrow), **to)
     return out.reshape([sizes[c] for c in axes])
+
+
+def _sum_sharding(equation: str, a: jax.Array, b: jax.Array) -> PartitionSpec | None:
+    """On a mesh of Explicit axes, how a product lies whose sums run over a sharded axis, which einsum asks for; None where none do."""
+    sides, axes = equation.split("->")
+    specs = [jax.typeof(x).sharding.spec for x in (a, b)]
+    names = {c: name for side, spec in zip(sides.split(","), specs, strict=True) for c, name in zip(side, spec) if name}
+    return PartitionSpec(*(names.get(c) for c in axes)) if set(names) - set(axes) else None

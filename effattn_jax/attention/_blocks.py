@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._derivatives import Fixed, tie, with_backward
-from effattn_jax._places import split_like
+from effattn_jax._places import split_heads, split_like
 from effattn_jax._products import row_products
 from effattn_jax.attention._pairs import (
     Arrays,
@@ -34,6 +34,7 @@ from effattn_jax.attention._pairs import (
     widened,
 )
 from effattn_jax.attention._reach import Span, bounds_of, span
+from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__: list[str] = []
 
@@ -211,11 +212,15 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) 
 
 def by_blocks(spec: Spec, arrays: Arrays, marks: Marks) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, V) and lse (B, T, N); T, S >= 1, block sizes at most T and S."""
-    bias = arrays.bias
+    query, key, value, bias = arrays
+    key, value = (split_heads(x, query) for x in (key, value))
+    if jax.typeof(key).sharding.spec[2] != jax.typeof(query).sharding.spec[2]:
+        # Queries of one group on several devices of an Explicit mesh: a key for each query head, so that gradients are added up where they lie.
+        key, value = (repeat_heads(x, query) for x in (key, value))
     if bias is not None and not callable(bias):
         # Sharded as its pairs are, so that its gradient can be added up where it lies.
         for axis, axis_of_query in ((0, 0), (1, 2)):
-            bias = bias if bias.shape[axis] == 1 else split_like(bias, axis, arrays.query, axis_of_query)
-    arrays, marks = tie((arrays._replace(bias=bias), marks))
+            bias = bias if bias.shape[axis] == 1 else split_like(bias, axis, query, axis_of_query)
+    arrays, marks = tie((Arrays(query, key, value, bias), marks))
     forms = (Fixed(form, spec) for form in (_forward, by_rows, _backward))
     return with_backward(*forms)(arrays, marks)

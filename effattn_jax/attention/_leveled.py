@@ -125,7 +125,7 @@ def chunked(kernel: Kernel, weights: Weights, *, split: bool = False) -> Any:
 def joined(past: tuple, future: tuple, dtype: Any) -> jax.Array:
     """The quotient of two passes, (numerator (B, T, N, V), denominator (B, T, N), level (B, T, K)) each."""
     top = jnp.maximum(past[2], future[2])
-    factors = [repeat_heads(jnp.exp(part[2] - top), part[1].shape[2]) for part in (past, future)]
+    factors = [repeat_heads(jnp.exp(part[2] - top), part[1]) for part in (past, future)]
     numerator = sum(part[0] * factor[..., None] for part, factor in zip((past, future), factors, strict=True))
     denominator = sum(part[1] * factor for part, factor in zip((past, future), factors, strict=True))
     return normalized(numerator, denominator).astype(dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import Call, accumulator, flags
-from effattn_jax._places import by_runs
+from effattn_jax._places import by_runs, split_heads, split_like
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
 from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
@@ -171,7 +171,7 @@ def _attend(
     features = features_in(call, maps)
     running = normalize and maps.exponential and log_decay is None and implementation != "dense"
     parts = {"total": normalize, "maximum": running and call.query_segments is call.key_segments}
-    state = _frame.check_state(state, call, features, **parts)
+    state = _split_state(_frame.check_state(state, call, features, **parts), call.key)
     if max(length, keys) == 0 or (length == 0 and not return_state):
         return _frame.nothing(call, state, features, **parts)
     if implementation == "dense" or call.query_segments is not call.key_segments:
@@ -195,6 +195,17 @@ def _attend(
     return out[:, problem.skipped :], state
 
 
+def _split_state(state: _frame.LinearState | None, key: jax.Array) -> _frame.LinearState | None:
+    """The state with its heads on the devices of those of the keys."""
+
+    def split(x):
+        return None if x is None else split_like(x, 1, key, 2)
+
+    if state is None:
+        return None
+    return state._replace(kv=split(state.kv), total=split(state.total), maximum=split(state.maximum))
+
+
 def features_in(call: Call, maps: Maps) -> int:
     """M, the features that the map makes of a key."""
     x = jax.ShapeDtypeStruct(call.key.shape[2:], accumulator(call.key))
@@ -213,12 +224,13 @@ def run(
         return_state=return_state, implementation=implementation, chunk_size=chunk_size, one_sequence=log_decay is not None,
     )  # fmt: skip
     heads, dim = call.query.shape[2:]
+    call = call._replace(key=split_heads(call.key, call.query), value=split_heads(call.value, call.query))
     if feature_map in ("exp", "hedgehog"):
         _frame.refuse(f"feature_map={feature_map!r}", implementation, "parallel")
     maps = resolve(feature_map, query_weights, key_weights, (heads, call.key.shape[2]), dim)
     log_decay = check_decay(log_decay, call.key, heads, call.batch)
     if log_decay is not None:
-        call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
+        call = call._replace(key=repeat_heads(call.key, call.query), value=repeat_heads(call.value, call.query))
         if log_decay.ndim == 4 and features_in(call, maps) != dim:
             raise ValueError(
                 f"log_decay must be (*B, T, N), one a head, with a feature map of H = {dim} to M = {features_in(call, maps)} features"

@@ -93,7 +93,7 @@ def mixer(
         dtype = accumulator(call.query, call.value)
         arrays = [jnp.asarray(x).astype(dtype) for x in _checked(heads, dim, weights)]
         places = _places(call, marks, is_causal, limit, name)
-        problem = Problem(call, repeat_heads(call.value, heads), places, scale, dtype)
+        problem = Problem(call, repeat_heads(call.value, call.query), places, scale, dtype)
         return score(problem, *arrays)._replace(bias=call.bias)
 
     out, state, of_pairs, _ = run(arrays, scale=None, is_causal=is_causal, rescore=rescore, **options)

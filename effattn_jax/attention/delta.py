@@ -94,7 +94,7 @@ def delta_rule_attention(
     )  # fmt: skip
     heads = call.query.shape[2]
     beta, log_decay = _check_steps(beta, log_decay, call, heads)
-    call = call._replace(key=repeat_heads(call.key, heads), value=repeat_heads(call.value, heads))
+    call = call._replace(key=repeat_heads(call.key, call.query), value=repeat_heads(call.value, call.query))
     features = call.key.shape[3]
     state = _frame.check_state(initial_state, call, features, total=False)
     if max(call.query.shape[1], call.key.shape[1]) == 0 or (call.query.shape[1] == 0 and not return_state):

@@ -328,7 +328,7 @@ def synthesizer_mixed(
         rows = p.like_query(rows_of_table(left, p.places.query, p.places.plain) * alpha[None, None, :, 1:])
         columns = p.like_value(rows_of_table(right, p.places.key, p.places.plain))
         features = jnp.concatenate([p.call.query.astype(p.dtype) * (factor * alpha[None, None, :, :1]), rows], axis=-1)
-        key = repeat_heads(p.call.key.astype(p.dtype), p.value.shape[2])
+        key = repeat_heads(p.call.key.astype(p.dtype), p.value)
         return Scores(features, jnp.concatenate([key, columns], axis=-1), p.value)
 
     weights = {

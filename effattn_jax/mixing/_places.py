@@ -7,7 +7,6 @@ has alone. Without them, and without a state, the places are 0 ... T - 1 and the
 """
 
 from collections.abc import Callable
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike
 from effattn_jax._places import count_positions
-from effattn_jax.attention._pairs import finite_or_zero, poisoned
+from effattn_jax.attention._pairs import poisoned
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, require
 
 __all__ = ["PastTokens"]
@@ -137,10 +136,10 @@ def seen(product: Callable, x: jax.Array, sees: jax.Array | None) -> jax.Array:
     """product(x) (B, T, ...) in which a row is NaN for what it sees only: 0 * NaN does not come from the others."""
     if sees is None:
         return product(x)
-    lead = x.shape[:2]
-    clean, bad = finite_or_zero(x.reshape(*lead, prod(x.shape[2:])))
+    finite = jnp.isfinite(x)
+    bad = ~jnp.all(finite, axis=tuple(range(2, x.ndim)))  # no reshape first: the last axis may be sharded
     spoiled = poisoned(sees[:, None, None], bad[:, None])[:, 0, 0]
-    out = product(clean.reshape(x.shape))
+    out = product(jnp.where(finite, x, 0))
     return jnp.where(spoiled.reshape(spoiled.shape + (1,) * (out.ndim - 2)), jnp.nan, out)
 
 
@@ -169,14 +168,16 @@ def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, pl
     if count == 0:
         return past
     length = past.values[0].shape[1]
-    position = jnp.broadcast_to(places.position, (past.count.shape[0], count))
-    real = jnp.ones(position.shape, bool) if tokens.mask is None else tokens.mask
-    goes_on = jnp.ones(past.count.shape, bool) if places.document is None else places.document[:, -1] == 0
+    # A sum is sharded as the batch is, where a broadcast would not be.
+    position = places.position + jnp.zeros_like(past.count)[:, None]
+    real = jnp.ones_like(position, bool) if tokens.mask is None else tokens.mask
     last = real if places.document is None else real & (places.document == places.document[:, -1:])
     slot = jnp.where(last, position, length)  # the place beyond the last one is dropped
 
     def write(old, new):
-        old = jnp.where(goes_on.reshape((-1,) + (1,) * (old.ndim - 1)), old, 0)
+        if places.document is not None:
+            goes_on = places.document[:, -1] == 0
+            old = jnp.where(goes_on.reshape((-1,) + (1,) * (old.ndim - 1)), old, 0)
         return _write(old, slot, new.astype(old.dtype))
 
     written = tuple(write(old, new) for old, new in zip(past.values, values, strict=True))
@@ -186,7 +187,7 @@ def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, pl
 
 def _write(old: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
     """old (B, T_max, ...) with new (B, T, ...) at the slots (B, T); slots beyond the end are dropped."""
-    if not _is_sharded(slot):
+    if not (_is_sharded(slot) or _is_sharded(old) or _is_sharded(new)):
         return jax.vmap(lambda o, s, n: o.at[s].set(n, mode="drop"))(old, slot, new)
     hit = jax.nn.one_hot(slot, old.shape[1], axis=1, dtype=old.dtype)  # (B, T_max, T)
     new = seen(lambda x: jnp.einsum("blt,bt...->bl...", hit, x), new, hit > 0)

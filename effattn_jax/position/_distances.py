@@ -96,7 +96,7 @@ def _diagonals(rows: jax.Array, start: Any, first: jax.Array, last: jax.Array, k
         flat = long.reshape(*lead, count * (length + 1))[..., count - 1 : count - 1 + count * length]
         rows = flat.reshape(*lead, count, length)[..., :band]
     place = jnp.clip(start + band, 0, keys + band)  # among as many more columns at both ends, so that the band has one
-    wide = jnp.zeros_like(rows, shape=(*lead, count, keys + 2 * band))
+    wide = jnp.broadcast_to(jnp.zeros_like(rows[..., :1]), (*lead, count, keys + 2 * band))  # sharded as the rows are
     wide = lax.dynamic_update_slice_in_dim(wide, rows, place, axis=-1)[..., band : band + keys]
     entry = jnp.arange(keys)[None] - start - jnp.arange(count)[:, None]
     entry = entry.reshape(*(1,) * len(lead), count, keys)

@@ -148,7 +148,7 @@ def disentangled_attention(
     """
 
     def rescore(call: Call, marks: Marks) -> Scores:
-        dtype, (heads, dim) = accumulator(call.query, call.key, call.value), call.query.shape[2:]
+        dtype, dim = accumulator(call.query, call.key, call.value), call.query.shape[3]
         tables = [
             None if table is None else _table(name, table, call.query, dim, odd=False).astype(dtype)
             for name, table in (("key_table", key_table), ("query_table", query_table))
@@ -162,7 +162,7 @@ def disentangled_attention(
             parts.append(lambda row, count: forth.of_queries(_rows(query, tables[0], row, count), row))
         if tables[1] is not None:
             back = Distances(marks, call, tables[1].shape[0])
-            whole = repeat_heads(finite_or_zero(call.key.astype(dtype))[0], heads) * factor
+            whole = repeat_heads(finite_or_zero(call.key.astype(dtype))[0], query) * factor
             of_keys = jnp.einsum("bsnh,dnh->bnsd", whole, tables[1])
             parts.append(back.of_keys(of_keys))
 

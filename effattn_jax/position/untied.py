@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
-from effattn_jax._places import count_positions, rows_of_table
+from effattn_jax._places import count_positions, rows_of_table, split_like
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache
@@ -117,7 +117,9 @@ def _sinusoids(place, projection, frequencies, marks):
 
 def _beside(x: jax.Array, more: jax.Array) -> jax.Array:
     """Features x (B, T, N, H) with further ones (B | 1, T, N | 1, M) of their dtype behind them, sharded as x is."""
-    more = jnp.zeros_like(x[..., :1]) + more.astype(x.dtype)
+    more = jnp.ones_like(x[..., :1]) * more.astype(
+        x.dtype
+    )  # the tangent of a sum would keep its own sharding (jax 0.7)
     return jnp.concatenate([x, more], axis=-1)
 
 
@@ -172,13 +174,13 @@ def tupe_attention(
         at_rows, at_columns = _places(call, marks, tables[0].shape[0])
         factor = scale_or(1 / math.sqrt(2 * dim), scale)
         rows, columns = (rows_of_table(x, at) for x, at in zip(tables, (at_rows, at_columns), strict=True))
+        rows, columns = (split_like(x, 2, call.query, 2) for x in (rows, columns))
         if first_token is not None:
-            rows, columns = _untie(
-                rows, columns, at_rows, at_columns, floating(first_token=first_token)[0].astype(dtype) / factor
-            )
+            first = floating(first_token=first_token)[0].astype(dtype) / factor
+            rows, columns = _untie(rows, columns, at_rows, at_columns, first)
         query = _beside(call.query.astype(dtype), rows)
-        key = _beside(repeat_heads(call.key, heads).astype(dtype), columns)
-        return Scores(query, key, repeat_heads(call.value, heads), call.bias, scale=factor)
+        key = _beside(repeat_heads(call.key, call.query).astype(dtype), columns)
+        return Scores(query, key, repeat_heads(call.value, call.query), call.bias, scale=factor)
 
     return _run(
         rescore,
@@ -214,8 +216,9 @@ def _untie(rows, columns, at_rows, at_columns, scores):
     if scores.shape != (rows.shape[2], 2):
         raise ValueError(f"first_token must have shape (N, 2) with N={rows.shape[2]}; got {scores.shape}")
     is_row, is_column = ((at == 0)[..., None, None] for at in (at_rows, at_columns))
+    scores = split_like(scores, 0, rows, 2)
     row_part = jnp.where(is_row, scores[None, None, :, :1], 0)
     column_part = jnp.where(is_column, scores[None, None, :, 1:], 0)
-    other_rows = jnp.broadcast_to(jnp.where(is_row, 0.0, 1.0).astype(rows.dtype), row_part.shape)
+    other_rows = jnp.where(is_row, 0, jnp.ones_like(row_part))
     rows = jnp.concatenate([jnp.where(is_row, 0, rows), row_part, other_rows], axis=-1)
     return rows, jnp.concatenate([jnp.where(is_column, 0, columns), jnp.ones_like(column_part), column_part], axis=-1)

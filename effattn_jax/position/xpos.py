@@ -160,13 +160,13 @@ def xpos_attention(
         raise ValueError("is_causal must be True: XPOS's factors grow towards the future")
 
     def rescore(call: Call, marks: Marks) -> Scores:
-        dtype, (heads, dim) = accumulator(call.query, call.key, call.value), call.query.shape[2:]
+        dtype, dim = accumulator(call.query, call.key, call.value), call.query.shape[3]
         marks = with_positions(marks, call.query.shape[1], call.key.shape[1])
         decay = _features(xpos_decay(dim, gamma=gamma, scale_base=scale_base), 4, False, dtype)
         query = rotary(call.query.astype(dtype), marks.query_positions, base=base)
         query = query * scale_or(1 / math.sqrt(dim), scale)
         key, bad = finite_or_zero(call.key.astype(dtype))
-        key = repeat_heads(rotary(key, marks.key_positions, base=base), heads)
+        key = repeat_heads(rotary(key, marks.key_positions, base=base), call.query)
 
         def scores(row, count):
             places = lax.dynamic_slice_in_dim(marks.query_positions, row, count, 1)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._places import split_like
 from effattn_jax._products import grouped_product
 from effattn_jax.recurrence._feature_pairs import decay_factors, feature_pairs
 
@@ -57,11 +58,11 @@ def allowed_pairs(marks: Marks, size: int, strict: bool) -> jax.Array:
     return allowed
 
 
-def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
-    """Keys or values (B, S, K, ...) for each of the N query heads, (B, S, N, ...)."""
-    groups = heads // x.shape[2]
+def repeat_heads(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Keys or values (B, S, K, ...) for each of the N heads of queries like (B, T, N, ...), split over devices as those are: (B, S, N, ...)."""
+    groups = like.shape[2] // x.shape[2]
     wide = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], groups, *x.shape[3:]))
-    return wide.reshape(*x.shape[:2], heads, *x.shape[3:])
+    return split_like(wide.reshape(*x.shape[:2], x.shape[2] * groups, *x.shape[3:]), 2, like, 2)
 
 
 def _spread(x: jax.Array, like: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax._products import row_products
+from effattn_jax._products import grouped_product, row_products
 from effattn_jax.recurrence._feature_pairs import feature_pairs
 from effattn_jax.recurrence._outer_chunks import (
     Marks,
@@ -91,7 +91,7 @@ def pull_chunk(
         d_kept_state = d_kept_state * decay.kept[..., None]
         d_kept_total = None if e is None else d_kept_total * decay.kept
     d_state = d_kept_state + product("bkgih,bkgiv->bkhv", q_old, g_old, options)
-    d_total = None if e is None else d_kept_total + jnp.einsum("bkgih,bkgi->bkh", q_old, e_old)
+    d_total = None if e is None else d_kept_total + grouped_product("bkgih,bkgi->bkh", q_old, e_old)
     (d_inputs,) = pull_inputs((dq, dk, dv, d_decay))
     return (d_state, d_total), d_inputs
 

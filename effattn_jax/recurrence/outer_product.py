@@ -127,7 +127,7 @@ def outer_product_recurrence(
     if key.shape[1] != length:
         raise ValueError(f"key must have the length T of query; got query {query.shape}, key {key.shape}")
     log_decay = check_decay(log_decay, key, heads, call.batch)
-    key, value = repeat_heads(key, heads), repeat_heads(value, heads)
+    key, value = repeat_heads(key, query), repeat_heads(value, query)
     state = _check_state(initial_state, normalize, (*call.batch, heads, key.shape[-1], value.shape[-1]), call)
     if length == 0:
         state = (

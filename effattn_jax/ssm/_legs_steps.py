@@ -41,11 +41,11 @@ def waves(
         return (x, before, sum_z + r[None] * x, ratios, firsts, samples, valid), None if final_only else x
 
     before = jnp.cumsum(r[None] * x, axis=-1) - r[None] * x
-    none = jnp.zeros_like(x[0])
+    none = jnp.zeros_like(x.sum(0))  # not x[0], of an axis that may be sharded
     start = (x, before, jnp.zeros_like(x), none, none > 0, jnp.zeros_like(x), none > 0)
 
     def late(a):
-        return jnp.concatenate([a, jnp.zeros_like(a, shape=(size - 1, *a.shape[1:]))])
+        return jnp.pad(a, [(0, size - 1)] + [(0, 0)] * (a.ndim - 1))
 
     is_valid = late(jnp.ones_like(is_first))
     (x, *_), skewed = lax.scan(wave, start, (late(ratio), late(is_first), late(u), is_valid))

@@ -127,7 +127,7 @@ def _recurrence(system: _System, u: jax.Array, x: jax.Array, begin: jax.Array | 
     length = u.shape[1]
     size = max(1, int(length**0.5))
     count = -(-length // size)
-    begin = jnp.zeros_like(u[..., 0], bool) if begin is None else begin
+    begin = jnp.zeros_like(u.sum(2), bool) if begin is None else begin
 
     def split(a):
         a = jnp.pad(a, [(0, 0), (0, count * size - length)] + [(0, 0)] * (a.ndim - 2))

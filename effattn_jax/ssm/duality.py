@@ -46,7 +46,7 @@ def _open(
     row = open_row(arrays, segment_ids, wide=(A,))
     x, delta, B, C, *rest = row.arrays.values()
     decay = delta * as_wide(A, x)[None, None]
-    return row, (repeat_heads(C, heads), repeat_heads(B, heads), x, delta, decay, *rest)
+    return row, (repeat_heads(C, x), repeat_heads(B, x), x, delta, decay, *rest)
 
 
 def _direct(out: jax.Array, D: ArrayLike | None, x: jax.Array) -> jax.Array:

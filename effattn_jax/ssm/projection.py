@@ -256,7 +256,8 @@ def _check_signal(signal: Any, state: Any, size: int, is_complex: bool) -> tuple
     kind = jnp.result_type(dtype, jnp.complex64) if is_complex else dtype
     u = signal.reshape(signal.shape[0], prod(rest)).astype(dtype)
     if state is None:
-        return u, jnp.zeros((u.shape[1], size), kind)
+        zero = jnp.zeros_like(u.sum(0), kind)  # sharded as the signal is
+        return u, jnp.broadcast_to(zero[:, None], (u.shape[1], size))
     if not isinstance(state, HippoState) or jnp.shape(state.coefficients) != (*rest, size):
         shape = jnp.shape(getattr(state, "coefficients", state))
         raise ValueError(

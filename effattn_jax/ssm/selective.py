@@ -133,8 +133,8 @@ def _pull(implementation, state, inputs, begin, out, d_state, d_out, A):
     d_written = jnp.einsum("bcpd,bcp->bcd", g, B.astype(g.dtype)).real
     d_delta = jnp.einsum("bcpd,bcp->bcd", d_exponent * A[None, None], jnp.ones_like(B, g.dtype)).real
     d_B, d_C = (_over_channels(y * z[:, :, None]) for y, z in ((g, written), (x, read)))
-    d_A = (d_exponent * delta[:, :, None]).reshape(*g.shape[:2], -1)
-    d_A = jnp.einsum("bc,bcn->bn", jnp.ones_like(d_A[:, :, 0]), d_A).sum(0).reshape(A.shape)
+    ones = jnp.ones_like(B[:, :, 0], g.dtype)
+    d_A = jnp.einsum("bc,bcpd->bpd", ones, d_exponent * delta[:, :, None]).sum(0)
     d_B, d_C = (y if jnp.iscomplexobj(z) else y.real for y, z in ((d_B, B), (d_C, C)))
     return forget(decay[:, 0], g[:, 0]), (d_written * delta, d_delta + d_written * u, d_B, d_C), d_A
 

@@ -1,0 +1,128 @@
+"""Explicit meshes where law 8 does not look: states carried from call to call, and arrays on every device beside sharded ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from effattn_jax import attention, mixing, position, ssm
+from tests.laws import checks
+
+B, T, D, CUT = 4, 9, 8, 5
+ROWS, BOTH = P("data"), P("data", None, "tensor")
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def in_two(function, x, *, axis=1, **rest):
+    """Outputs and last state of two calls, the second from the state of the first."""
+    head, tail = jnp.split(x, [CUT], axis)
+    first, state = function(head, return_state=True, **rest)
+    return first, *function(tail, return_state=True, initial_state=state, **rest)
+
+
+def mixer(name):
+    weights = mixing.MIXERS[name].weights(jax.random.key(0), D, T, 2)
+    return functools.partial(in_two, mixing.MIXERS[name].function, is_causal=True, **jax.tree.map(np.asarray, weights))
+
+
+def memory(measure):
+    return functools.partial(in_two, lambda x, **state: ssm.hippo_project(x, measure, 3, step=0.1, **state), axis=0)
+
+
+def selective(delta, A, **arrays):
+    return ssm.selective_scan(delta=jnp.abs(delta), A=-jnp.abs(A), chunk_size=4, **arrays)
+
+
+def duality(delta, A, **arrays):
+    return ssm.state_space_duality(delta=jnp.abs(delta), A=-jnp.abs(A), chunk_size=4, **arrays)
+
+
+def dplr(u, poles, step):
+    return in_two(
+        lambda u, **state: ssm.dplr_ssm(u, -jnp.exp(poles), poles, poles, poles, None, jnp.exp(step), **state), u
+    )
+
+
+def grouped(name, key, **arrays):
+    form = {"is_causal": True, "implementation": "chunked", "chunk_size": 5}
+    return attention.MIXERS[name].function(key=key, value=jnp.sin(key), **arrays, **form)
+
+
+def tupe(x, table, first):
+    tables = {"position_query": table, "position_key": jnp.sin(table), "first_token": first}
+    return position.tupe_attention(x, x, x, **tables, is_causal=True)
+
+
+SHARED = {name: (normal(B, T, 3), ROWS) for name in "BC"}  # on every device of "tensor"
+CASES = {
+    "gmlp": (mixer("gmlp"), {"x": (normal(B, T, D), ROWS)}),
+    "ffn_stack": (mixer("ffn_stack"), {"x": (normal(B, T, D), BOTH)}),
+    "hippo, legs": (memory("legs"), {"x": (normal(T, B), P(None, "data"))}),
+    "hippo, legt": (memory("legt"), {"x": (normal(T, B, 2), P(None, "data"))}),
+    "selective": (
+        selective,
+        {name: (normal(B, T, 4), BOTH) for name in ("u", "delta")} | {"A": (normal(4, 3), P("tensor"))} | SHARED,
+    ),
+    "duality": (
+        duality,
+        {"x": (normal(B, T, 2, 3), BOTH), "delta": (normal(B, T, 2), BOTH), "A": (normal(2), P("tensor"))}
+        | {name: (normal(B, T, 1, 3), ROWS) for name in "BC"},
+    ),
+    "dplr": (
+        dplr,
+        {
+            "u": (normal(B, T, 2), BOTH),
+            "poles": (normal(2, 3) + 1j * normal(2, 3), P("tensor")),
+            "step": (normal(2), P("tensor")),
+        },
+    ),
+    **{
+        f"{name}, {heads} heads of {keys}": (
+            functools.partial(grouped, name),
+            {"query": (normal(B, T, heads, 4), BOTH), "key": (normal(B, T, keys, 4), ROWS)} | more,
+        )
+        for name, heads, keys, more in (
+            ("linear", 2, 1, {}),
+            ("linear", 4, 2, {}),
+            ("softmax", 2, 1, {}),
+            ("softmax", 4, 2, {}),
+            ("gated_linear", 2, 1, {"log_decay": (-abs(normal(B, T, 2)), BOTH)}),
+        )
+    },
+    "tupe": (
+        tupe,
+        {
+            "x": (normal(B, T, 2, 4), BOTH),
+            "table": (normal(T, 2, 3), P(None, "tensor")),
+            "first": (normal(2, 2), P("tensor")),
+        },
+    ),
+}
+# jax 0.7 has no sharding for a tangent of zeros that it concatenates, nor for the chunks of an array with an axis of size 1: no gradients there.
+VALUES_ONLY = {"hippo, legs", "linear, 2 heads of 1"} if jax.__version_info__ < (0, 8) else set()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_device(case):
+    function, inputs = CASES[case]
+
+    def loss(arrays):
+        if case in VALUES_ONLY:
+            return jax.jit(lambda arrays: (function(**arrays), []))(arrays)
+        return checks.value_and_grads(lambda arrays: function(**arrays), arrays)
+
+    expected = jax.tree.map(np.asarray, loss({name: array for name, (array, _) in inputs.items()}))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
+        actual = jax.tree.map(np.asarray, loss(placed))
+    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
+    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
