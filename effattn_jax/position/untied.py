@@ -117,9 +117,7 @@ def _sinusoids(place, projection, frequencies, marks):
 
 def _beside(x: jax.Array, more: jax.Array) -> jax.Array:
     """Features x (B, T, N, H) with further ones (B | 1, T, N | 1, M) of their dtype behind them, sharded as x is."""
-    more = jnp.ones_like(x[..., :1]) * more.astype(
-        x.dtype
-    )  # the tangent of a sum would keep its own sharding (jax 0.7)
+    more = jnp.ones_like(x[..., :1]) * more.astype(x.dtype)  # the tangent of a sum would not be sharded so (jax 0.7)
     return jnp.concatenate([x, more], axis=-1)
 
 
