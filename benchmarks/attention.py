@@ -65,7 +65,7 @@ class Settings:
     patience: float = 20.0
     """Seconds one pass may take; a contender expected to exceed it is left out."""
     groups: tuple[str, ...] = ()
-    """Only these groups; empty is all."""
+    """Only these groups, beside what the result files have of others; empty is all."""
     name: str = "attention"
     """Name of the result files."""
 
@@ -228,7 +228,7 @@ def measure(
             "group": group, "name": name, "length": length,
             "forward_ms": forward, "both_ms": None if contender.both is None else both,
             "forward_mb": contender.memory and contender.memory[0] / 1e6, "both_mb": contender.memory and contender.memory[1] / 1e6,
-            "compile_s": contender.compile_seconds,
+            "compile_s": contender.compile_seconds, "date": datetime.date.today().isoformat(),
         })  # fmt: skip
     return rows
 
@@ -279,6 +279,15 @@ def _stopped(path: pathlib.Path, record: dict, lengths: tuple[int, ...]) -> list
     return rows if same else []
 
 
+def _earlier(path: pathlib.Path, record: dict) -> dict:
+    """A finished measurement of the same shape on the same device, its rows with their dates."""
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    alike = all(earlier.get(name) == record[name] for name in ("device", "jax", "dtype", "shape", "caption"))
+    if not alike or not earlier.get("complete"):
+        return {}
+    return earlier | {"rows": [{**row, "date": row.get("date", earlier["date"])} for row in earlier["rows"]]}
+
+
 def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[str, int], caption: str) -> None:
     """Measures the groups, prints the table, and writes JSON and plot under the name in the settings; goes on where the same was stopped."""
     console = Console()
@@ -292,6 +301,8 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{settings.name}.json"
     rows = _stopped(path, record, settings.lengths)
+    earlier = _earlier(path, record) if settings.groups and not rows else {}
+    order = list(groups)
     last: dict = {}
     for row in rows:
         slowest = row["forward_ms"] if row["both_ms"] is None else row["both_ms"]
@@ -302,7 +313,10 @@ def contest(settings: Any, groups: dict[str, dict[str, Callable]], shape: dict[s
             rows += measure(group, members, length, settings, last, console)
             console.print(f"T={length}: {group} measured")
         complete = {"complete": length == settings.lengths[-1]}
-        path.write_text(json.dumps(record | complete | {"rows": rows}, indent=1) + "\n")
+        done = {(group, n) for group in groups for n in settings.lengths if n <= length}
+        kept = [row for row in earlier.get("rows", []) if (row["group"], row["length"]) not in done]
+        beside = sorted(kept + rows, key=lambda row: (row["length"], order.index(row["group"])))
+        path.write_text(json.dumps(record | complete | (earlier if kept else {}) | {"rows": beside}, indent=1) + "\n")
     show(rows, f"{caption}, {settings.dtype}, {record['device']}, {record['date']}", console)
     console.print(f"{path.relative_to(pathlib.Path.cwd()) if path.is_relative_to(pathlib.Path.cwd()) else path}")
     plot(path)

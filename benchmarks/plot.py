@@ -48,7 +48,8 @@ def plot(path: pathlib.Path) -> pathlib.Path:
     )
     shape = record["shape"]
     caption = record.get("caption") or f"causal, batch {shape['batch']}, {shape['heads']} heads of {shape['dim']}"
-    caption = f"{caption}, {record['dtype']}; {record['device']}, jax {record['jax']}, {record['date']}"
+    dates = " and ".join(sorted({r.get("date", record["date"]) for r in rows}))
+    caption = f"{caption}, {record['dtype']}; {record['device']}, jax {record['jax']}, {dates}"
     figure.supxlabel(caption, fontsize=8)
     target = path.with_suffix(".png")
     figure.savefig(target, dpi=100)
@@ -84,7 +85,8 @@ def _share(axes: list) -> None:
 
 if __name__ == "__main__":
     for result in sorted((pathlib.Path(__file__).parent / "results").glob("*.json")):
-        if "rows" in (content := json.loads(result.read_text())) and "shape" in content:
+        content = json.loads(result.read_text())
+        if "shape" in content and all("group" in row for row in content.get("rows", [{}])):
             print(plot(result).name)
         elif "methods" in content:
             extrapolation.plot(content, result)

@@ -47,7 +47,7 @@ GROUPS = {
     "diagonal_complex": ("scan, 8 complex",),
 }
 INPUTS = ("value", "inputs", "u", "x")  # what the weights of a member without queries are on
-_FIGURES = ("attention", "attention_more", "state_spaces")
+_FIGURES = ("attention", "attention_65536", "attention_more", "state_spaces")
 
 
 def function_of(line: Any) -> Callable:
@@ -229,7 +229,8 @@ def _measured(name: str) -> list[str]:
         ]  # fmt: skip
         head = ["", "T", "by", "forward, ms", "both passes, ms", "MB forward", "MB both"]
         lines += _table(head, cells)
-        lines += [f"{record['caption']}, {record['dtype']}, {record['device']}, jax {record['jax']}, {record['date']} (`benchmarks/results/{file}.json`).", ""]  # fmt: skip
+        dates = " and ".join(sorted({r.get("date", record["date"]) for r in rows}))
+        lines += [f"{record['caption']}, {record['dtype']}, {record['device']}, jax {record['jax']}, {dates} (`benchmarks/results/{file}.json`).", ""]  # fmt: skip
     return ["## Time and memory", "", *lines] if lines else []
 
 
