@@ -45,8 +45,8 @@ def shaw_attention(
     r"""Softmax attention with a vector for each distance, added to keys and to values: scores scale q_i . (k_j + A_d), values v_j + C_d.
 
     Args:
-      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation,
-        return_weights: as in `dot_product_attention`.
+      query, key, value, bias, mask, scale, is_causal, segment_ids, initial_state, return_state, implementation, return_weights: as in
+        `dot_product_attention`.
       key_table: A, (2 D + 1, H) for all heads or (2 D + 1, N, H); row d is for keys d - D places after the query, farther ones with the ends.
       value_table: C, (2 D + 1, V) or (2 D + 1, N, V); None for none.
       chunk_size: rows of a block; None picks.
@@ -126,8 +126,8 @@ def disentangled_attention(
     d = clip(i - j + D, 0, 2 D - 1), and e the same with i and j exchanged. There is no term of two positions.
 
     Args:
-      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation,
-        return_weights: as in `dot_product_attention`.
+      query, key, value, bias, mask, is_causal, segment_ids, initial_state, return_state, implementation, return_weights: as in
+        `dot_product_attention`.
       key_table: A = R W_K,r, (2 D, N, H) or (2 D, H) for all heads; None leaves its term out.
       query_table: C = R W_Q,r, the same.
       scale: factor on the sum; None is 1 / sqrt(t H) for t terms, 1 / sqrt(3 H) with both tables.
