@@ -2,10 +2,8 @@
 
 import functools
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn_jax import attention, position
@@ -57,15 +55,4 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(case):
-    function, inputs = CASES[case]
-
-    def loss(arrays):
-        return checks.value_and_grads(lambda arrays: function(**arrays), arrays)
-
-    expected = jax.tree.map(np.asarray, loss({name: array for name, (array, _) in inputs.items()}))
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
-        actual = jax.tree.map(np.asarray, loss(placed))
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_sharding_changes_nothing(*CASES[case], ("data", "heads"))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn_jax import attention, mixing, position, ssm
@@ -112,17 +111,4 @@ VALUES_ONLY = {"hippo, legs", "linear, 2 heads of 1"} if jax.__version_info__ < 
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(case):
-    function, inputs = CASES[case]
-
-    def loss(arrays):
-        if case in VALUES_ONLY:
-            return jax.jit(lambda arrays: (function(**arrays), []))(arrays)
-        return checks.value_and_grads(lambda arrays: function(**arrays), arrays)
-
-    expected = jax.tree.map(np.asarray, loss({name: array for name, (array, _) in inputs.items()}))
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-    with jax.set_mesh(mesh):
-        placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
-        actual = jax.tree.map(np.asarray, loss(placed))
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_sharding_changes_nothing(*CASES[case], ("data", "tensor"), gradients=case not in VALUES_ONLY)

@@ -138,6 +138,12 @@ def rows_with_keys(spec: Spec, marks: Marks, call: Call, rows: int = 128) -> jax
     return jnp.moveaxis(last.reshape(last.shape[0], last.shape[1] * last.shape[2], length), 1, 2)[..., None]
 
 
+def asked_for(out: Any, state: Any, return_state: bool, weights: Any, return_weights: bool) -> Any:
+    """out, or out with what else a call returns behind it."""
+    found = (out, *[state] * return_state, *[weights] * return_weights)
+    return found if len(found) > 1 else out
+
+
 class Prepared(NamedTuple):
     """A softmax call over all the keys there are, those of its state included."""
 
@@ -177,14 +183,12 @@ class Prepared(NamedTuple):
         self, out: jax.Array, return_state: bool, return_weights: bool = False, weights: jax.Array | None = None
     ) -> Any:
         """What the call returns: out, or out, the state and the weights, those that are asked for; without pairs there are no weights yet."""
-        found = [self.restore(out)]
-        if return_state:
-            found.append(caches.restored(self.after, self.call))
         if return_weights:
             (batch, length, heads, _), keys = self.arrays.query.shape, self.arrays.key.shape[1]
             weights = jnp.zeros((), self.spec.dtype) if weights is None else weights.reshape(batch, heads, length, keys)
-            found.append(self.call.restore(jnp.broadcast_to(weights, (batch, heads, length, keys))))
-        return found[0] if len(found) == 1 else tuple(found)
+            weights = self.call.restore(jnp.broadcast_to(weights, (batch, heads, length, keys)))
+        state = caches.restored(self.after, self.call) if return_state else None
+        return asked_for(self.restore(out), state, return_state, weights, return_weights)
 
 
 def prepare(

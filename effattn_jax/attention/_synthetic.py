@@ -14,9 +14,10 @@ from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax._places import count_positions
+from effattn_jax.attention._calls import asked_for
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache, cache
-from effattn_jax.attention.softmax import Scores, asked_for, run
+from effattn_jax.attention.softmax import Scores, run
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 
 __all__: list[str] = []

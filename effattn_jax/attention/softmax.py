@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from effattn_jax._contract import ArrayLike, choose, flags, positive
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
-from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, Prepared, block_sizes, number_scale, prepare, window_bounds
+from effattn_jax.attention._calls import (
+    DENSE_PAIRS,
+    FORMS,
+    Prepared,
+    asked_for,
+    block_sizes,
+    number_scale,
+    prepare,
+    window_bounds,
+)
 from effattn_jax.attention._cudnn import by_cudnn
 from effattn_jax.attention._flash import by_flash, refuse
 from effattn_jax.attention._pairs import Arrays, More, Spec, whole_rows
@@ -99,12 +108,6 @@ def dot_product_attention(
         implementation=implementation, return_weights=return_weights, forms=(*FORMS, "cudnn", "pallas"),
     )  # fmt: skip
     return asked_for(out, state, return_state, weights, return_weights)
-
-
-def asked_for(out: Any, state: Any, return_state: bool, weights: Any, return_weights: bool) -> Any:
-    """out, or out with what else a call returns behind it."""
-    found = (out, *[state] * return_state, *[weights] * return_weights)
-    return found if len(found) > 1 else out
 
 
 class Scores(NamedTuple):

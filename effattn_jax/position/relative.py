@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
+from effattn_jax.attention._calls import asked_for
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
-from effattn_jax.attention.softmax import Scores, asked_for, run
+from effattn_jax.attention.softmax import Scores, run
 from effattn_jax.position._distances import Distances
 from effattn_jax.recurrence._outer_chunks import repeat_heads
 

@@ -5,6 +5,7 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
 
 OUTPUT, GRADIENT, DOUBLE = 2e-6, 1e-5, 1e-12  # the tolerances of law 1: float32 outputs, float32 gradients, float64
 
@@ -120,3 +121,20 @@ def oracle(reference, tree):
     """Values and gradients of a naive reference in float64, as NumPy arrays."""
     with x64():
         return jax.tree.map(np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree))))
+
+
+def assert_sharding_changes_nothing(function, inputs: dict, axes: tuple[str, str], gradients: bool = True) -> None:
+    """On an Explicit mesh of 4 x 2 devices the values, and gradients, of function(**arrays) are those of one; inputs: (array, its spec) by name."""
+
+    def run(arrays):
+        if not gradients:
+            return jax.jit(lambda arrays: (function(**arrays), []))(arrays)
+        return value_and_grads(lambda arrays: function(**arrays), arrays)
+
+    expected = jax.tree.map(np.asarray, run({name: array for name, (array, _) in inputs.items()}))
+    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
+        actual = jax.tree.map(np.asarray, run(placed))
+    assert_close(actual[0], expected[0], OUTPUT)
+    assert_close(actual[1], expected[1], GRADIENT, "gradient")
