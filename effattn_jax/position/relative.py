@@ -81,12 +81,12 @@ def shaw_attention(
 
         def values(row, count, weights):
             zeros = jnp.broadcast_to(jnp.zeros_like(weights[..., :1]), (*weights.shape[:3], table.shape[0]))
-            by_distance = Distances(marks, call, table.shape[0])
             _, add = jax.vjp(lambda x: by_distance.of_queries(x, row), zeros)  # the transpose of looking up
             return jnp.einsum("bnrd,dnv->bnrv", add(weights)[0], table)
 
         if value_table is not None:
             table = _table("value_table", value_table, call.query, call.value.shape[3], odd=True).astype(dtype)
+            by_distance = Distances(marks, call, table.shape[0])
         return Scores(
             query, call.key.astype(dtype), call.value, call.bias, scores, None if value_table is None else values
         )
