@@ -1,13 +1,12 @@
 """One derivative rule for every kernel: a fast forward pass, a hand-arranged backward pass, and still every JAX transformation.
 
 `jax.custom_vjp` gives reverse mode a backward pass of its own and takes forward mode away; `jax.custom_jvp` keeps both but lets JAX
-arrange the backward pass. Here the tangent map L of a kernel enters as the linear system
+arrange the backward pass. Here the tangents of a kernel's output are the linear map
 
-    [ I   0 ] [t]   [t]
-    [-L   I ] [y] = [0]          so that  y = L t
+    y = L(arrays) t     with the transpose     ct_t = L(arrays)^T ct_y
 
-given to `jax.lax.custom_linear_solve`, whose solution is differentiable to any order, batches under vmap, and whose transposed
-solution is ours to write: that is where the O(T)-memory backward pass goes.
+of `_linear_map`: L is the derivative that JAX makes of a plain form of the kernel, and L^T the backward pass written for it, which is where
+O(T) memory comes from. A first-order gradient never traces the plain form.
 
 A kernel is traced many times in a program and its derivatives. Its parts are functions under `jax.jit` where that is right (`traced_once`), so
 each is traced once; and a kernel made of the same parts again (`Fixed`) is the same kernel, whose traces of other calls serve.
@@ -22,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from effattn_jax._linear_map import Side, apply
 
 __all__: list[str] = []
 
@@ -44,22 +45,16 @@ def linear_zero(*arrays: jax.Array) -> jax.Array:
 
 def tie(tree: Any) -> Any:
     """The same pytree of arrays, each varying over every mesh axis that any of them varies over."""
-    return _add_zero(tree, linear_zero(*jax.tree.leaves(tree)))
-
-
-def _add_zero(tree: Any, zero: jax.Array) -> Any:
+    if not jax.sharding.get_abstract_mesh().manual_axes:  # outside `jax.shard_map` nothing varies
+        return tree
+    zero = linear_zero(*jax.tree.leaves(tree))
     return jax.tree.map(lambda x: _plus(x, zero), tree)
 
 
 def _plus(array: jax.Array, zero: jax.Array) -> jax.Array:
     if array.dtype == jnp.bool_:
         return array ^ (zero.real > 0)
-    return array + _like(zero, array)
-
-
-def _like(zero: jax.Array, array: jax.Array) -> jax.Array:
-    """The zero in the dtype of an array, real where that is."""
-    return (zero if jnp.iscomplexobj(array) else zero.real).astype(array.dtype)
+    return array + (zero if jnp.iscomplexobj(array) else zero.real).astype(array.dtype)
 
 
 class Fixed:
@@ -96,7 +91,7 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
       forward: `forward(arrays, aux) -> out`; pytrees of inexact arrays of rank >= 1 in and out. `aux` is a pytree of integer or
         boolean arrays, which carry no derivative.
       plain: the same function in operations that JAX can differentiate any number of times (scan and checkpoint, no while loop).
-        It is traced but never compiled in a first-order gradient.
+        A first-order gradient does without it.
       backward: `backward(arrays, aux, out, cotangents_of_out) -> cotangents_of_arrays`.
     """
     parts = (forward, plain, backward)
@@ -113,35 +108,18 @@ def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:
         return forward(arrays, aux)
 
     @traced_once
-    def tangent_map(arrays, aux, t):
-        return jax.jvp(lambda a: plain(a, aux), (arrays,), (t,))[1]
+    def tangents_of_out(arrays, aux, _, tangents):
+        return jax.jvp(lambda a: plain(a, aux), (arrays,), (tangents,))[1]
 
     @traced_once
     def transposed(arrays, aux, out, cotangents):
         return backward(arrays, aux, out, cotangents)
 
     @traced_once
-    def tangents_of_out(arrays, aux, out, tangents):
-        # JAX transposes a solve only if every leaf of its right side is linear in what is differentiated. Zeros that depend on
-        # everything see to that: `zero` in the matrix for derivatives by the arrays, `linear_zero` below for those by the tangents.
-        zero = linear_zero(*jax.tree.leaves(arrays))
+    def plainly_transposed(arrays, aux, _, cotangents):
+        return jax.vjp(lambda a: plain(a, aux), arrays)[1](cotangents)[0]
 
-        def matvec(x):
-            t, y = jax.tree.map(lambda leaf: leaf + _like(zero, leaf) * leaf, x)
-            return t, jax.tree.map(jnp.subtract, y, tangent_map(arrays, aux, x[0]))
-
-        def solve(_, b):
-            t, y = b
-            return t, jax.tree.map(jnp.add, y, tangent_map(arrays, aux, t))
-
-        def transpose_solve(_, c):
-            ct_in, ct_out = c
-            return jax.tree.map(jnp.add, ct_in, transposed(arrays, aux, out, ct_out)), ct_out
-
-        nothing = jax.tree.map(jnp.zeros_like, out)
-        right_side = _add_zero((tangents, nothing), linear_zero(*jax.tree.leaves(tangents)))
-        solution = jax.lax.custom_linear_solve(matvec, right_side, solve, transpose_solve)
-        return _add_zero(solution[1], linear_zero(*jax.tree.leaves(solution)))
+    ahead, back = Side(tangents_of_out, tangents_of_out), Side(transposed, plainly_transposed)
 
     @jax.custom_jvp
     def call(arrays: Any, aux: Any) -> Any:
@@ -150,12 +128,18 @@ def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:
     @call.defjvp
     def rule(primals, tangents):
         (arrays, aux), (tangents, _) = primals, tangents
+        # Both vary over what the output varies over, so that a cotangent is summed over a mesh axis once: where it leaves here.
+        arrays = tie(arrays)
         out = call(arrays, aux)
-        # Tangents that JAX fills in as zeros come without the sharding of their array (jax 0.7); the sum has it.
-        tangents = jax.tree.map(lambda t, array: t + jnp.zeros_like(array), tangents, arrays)
-        return out, tangents_of_out(arrays, aux, out, tangents)
+        tangents = tie(jax.tree.map(_typed_as, tangents, arrays))
+        return out, apply((ahead, back), (arrays, aux, out), tangents, out)
 
     return call
+
+
+def _typed_as(tangent: jax.Array, array: jax.Array) -> jax.Array:
+    """Tangents that JAX fills in as zeros come without the sharding of their array (jax 0.7); the sum has it."""
+    return tangent if jax.typeof(tangent) == jax.typeof(array) else tangent + jnp.zeros_like(array)
 
 
 _known = functools.lru_cache(maxsize=256)(_made)
