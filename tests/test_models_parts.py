@@ -13,6 +13,7 @@ from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, S
 from effattn_jax.nn.products import dense_product, float32_product, table_product
 from effattn_jax.parallel import make_mesh, shard_tree
 from tests.random_parameters import random_parameters
+from tests.wirings import REPRESENTATIVES
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_positions_count_real_tokens_and_restart_at_boundaries():
     assert count_positions((1, 0), None, segment_ids[:, :0], first, last).shape == (1, 0)
 
 
-@pytest.mark.parametrize("mixer", nn.MIXERS)
+@pytest.mark.parametrize("mixer", [*REPRESENTATIVES, *({"atrous"} - {*REPRESENTATIVES})])
 def test_classifier_reads_both_ways_and_no_padding(mixer):
     positions = "none" if mixer in position.MIXERS else "sinusoidal"
     config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mixer=mixer, conv_width=3, positions=positions)
