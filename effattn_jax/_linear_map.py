@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
@@ -108,19 +109,24 @@ def _transpose(cotangents, *operands, sides, trees, batches, avals):
 def _batch(operands, axes, *, sides, trees, batches, avals):
     """Residuals keep to themselves where they have no batch; the vector and the result always have one."""
     size = trees.residuals.num_leaves
-    length, part = {(x.shape[i], jax.typeof(x).sharding.spec[i]) for x, i in zip(operands, axes) if i is not None}.pop()
+    length, part, mesh = next(
+        (x.shape[axis], jax.typeof(x).sharding.spec[axis], jax.typeof(x).sharding.mesh)
+        for x, axis in zip(operands, axes)
+        if axis is not None
+    )
+
+    def sharding_of(aval):  # an Explicit mesh may shard the batch, and then that of every operand
+        return NamedSharding(aval.sharding.mesh if part is None else mesh, P(part, *aval.sharding.spec))
 
     def batched(x, axis):
-        return jnp.broadcast_to(x, (length, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
-
-    def batched_aval(aval):
-        sharding = NamedSharding(aval.sharding.mesh, P(part, *aval.sharding.spec))
-        return aval.update(shape=(length, *aval.shape), sharding=sharding)
+        if axis is not None:
+            return jnp.moveaxis(x, axis, 0)
+        return lax.broadcast(x, (length,), out_sharding=None if part is None else sharding_of(jax.typeof(x)))
 
     residuals = [x if axis is None else batched(x, axis) for x, axis in zip(operands[:size], axes)]
     vector = [batched(x, axis) for x, axis in zip(operands[size:], axes[size:])]
     ours = *(axis if axis is None else 0 for axis in axes[:size]), *(0,) * len(vector)
-    avals = tuple(map(batched_aval, avals))
+    avals = tuple(aval.update(shape=(length, *aval.shape), sharding=sharding_of(aval)) for aval in avals)
     result = _linear.bind(*residuals, *vector, sides=sides, trees=trees, batches=(*batches, ours), avals=avals)
     return result, (0,) * len(result)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from effattn_jax._derivatives import with_backward
@@ -87,6 +87,18 @@ def test_batches(arguments, way, axes):
 
     assert_close(jax.jit(around(ours))(xs, ws, keep), around(expected)(xs, ws, keep), 1e-11)
     assert_close(jax.jit(inside(ours))(x, w, keep), inside(expected)(x, w, keep), 1e-11)
+
+
+def test_batches_that_an_explicit_mesh_shards(arguments):
+    """Beside an operand without a batch, whose tangents have one."""
+    x, w, keep = arguments
+    x = jnp.stack([x, 2 * x])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, P("data")))
+        actual = jax.jit(jax.vmap(jax.grad(ours, (0, 1)), (0, None, None)))(placed, w, keep)
+        assert all(jax.typeof(leaf).sharding.spec[0] == "data" for leaf in actual)
+    assert_close(actual, jax.vmap(jax.grad(expected, (0, 1)), (0, None, None))(x, w, keep), 1e-12)
 
 
 @pytest.mark.parametrize("way", [jax.grad, jax.hessian], ids=lambda way: way.__name__)

@@ -16,13 +16,18 @@ def always(_) -> bool:
     return True
 
 
+def of_token_mixers(item) -> bool:
+    """Not where the loops' owner has the same frame around them."""
+    return item.callspec.params["subject"].is_token_mixer
+
+
 BRIEFLY = {
     "test_form_equals_reference": holding("float64"),
     "test_states_and_their_gradients_agree_with_the_steps": always,
     "test_weights_get_gradients": always,
     "test_random_problems_equal_reference": always,
     "test_every_split_with_segments_and_key_masks": always,
-    "test_decoding_scans": always,
+    "test_decoding_scans": of_token_mixers,
     "test_every_position_of_a_short_row": always,
     "test_masked_keys_do_not_exist": holding("nan"),
     "test_rows_with_nothing_to_attend": always,
@@ -33,7 +38,7 @@ BRIEFLY = {
     "test_normalised_recurrences": always,
     "test_every_length": always,
     "test_other_numbers_of_keys": holding("5-12"),
-    "test_batch_axes": holding("()"),
+    "test_batch_axes": lambda item: of_token_mixers(item) and holding("()")(item),
     "test_output_has_the_value_dtype": holding("bfloat16"),
     "test_states_are_kept_in_float32": holding("bfloat16"),
     "test_half_precision_over_65536_steps": holding("bfloat16"),
