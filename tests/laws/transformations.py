@@ -392,7 +392,4 @@ def export(subject, form):
 
     exported = jax.export.export(jax.jit(value_and_slopes), platforms=("cpu", "cuda", "tpu"))(floats)
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    restored = jax.export.deserialize(exported.serialize())
-    assert restored.out_avals == exported.out_avals
-    if not subject.brief:  # whose loops are run where they are
-        assert_same(restored.call(floats), expected_of(subject, form))
+    assert_same(jax.export.deserialize(exported.serialize()).call(floats), expected_of(subject, form))
