@@ -22,7 +22,7 @@ def wiring(name: str) -> tuple[Any, ...]:
     mixer, kernel = line(16, heads=2, kv_heads=2, max_length=16, parent=None), KERNELS.get(fields.get("kernel"))
     needs = tuple(bool(getattr(kernel, need, None)) for need in ("extras", "weights"))
     kind = mixer.accepts_causal(), mixer.has_positions(), mixer.fixes_length()
-    state = jax.tree.structure(mixer.init_state(1, 16)) if mixer.accepts_causal() else None
+    state = jax.tree.structure(jax.eval_shape(lambda: mixer.init_state(1, 16))) if mixer.accepts_causal() else None
     return module, frozenset(fields) - {"options"}, needs, kind, state
 
 
