@@ -28,11 +28,10 @@ __all__: list[str] = []
 
 
 @functools.partial(jax.jit, inline=True)
-def linear_zero(*arrays: jax.Array) -> jax.Array:
+def _zero_of(*arrays: jax.Array) -> jax.Array:
     """The scalar 0 as a function of all arrays: sums over nothing, so that no NaN of theirs enters.
 
-    Adding it makes a constant depend on the arrays: inside `jax.shard_map` it then varies over every mesh axis that one of them
-    varies over, and in a tangent map it counts as linear.
+    Inside `jax.shard_map` it varies over every mesh axis that one of them varies over, and so does what it is added to.
     """
     zero = jnp.float32(0)
     for array in arrays:
@@ -47,7 +46,7 @@ def tie(tree: Any) -> Any:
     """The same pytree of arrays, each varying over every mesh axis that any of them varies over."""
     if not jax.sharding.get_abstract_mesh().manual_axes:  # outside `jax.shard_map` nothing varies
         return tree
-    zero = linear_zero(*jax.tree.leaves(tree))
+    zero = _zero_of(*jax.tree.leaves(tree))
     return jax.tree.map(lambda x: _plus(x, zero), tree)
 
 

@@ -89,6 +89,7 @@ def _derivative(primals, tangents, *, sides, trees, batches, avals):
 
 
 def _transpose(cotangents, *operands, sides, trees, batches, avals):
+    """The other side, applied to the cotangents; a part of the vector that is known (zeros of a tangent) asks for none."""
     size = trees.residuals.num_leaves
     vector = operands[size:]
     asked = [ad.is_undefined_primal(t) for t in vector]

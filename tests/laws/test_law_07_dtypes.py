@@ -96,7 +96,7 @@ def long_reference(subject):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("subject", LASTING, ids=repr)
 def test_half_precision_over_65536_steps(subject, dtype):
-    """Within 1e-2 of float64 on the same numbers; nothing overflows, in gradients neither (of loops that members share: where they are)."""
+    """Within 1e-2 of float64 on the same numbers; nothing overflows, in gradients neither: those of shared loops at their owner's."""
     inputs, function = cast(long_row(subject), dtype), functools.partial(mean_of_squares, subject)
     if subject.brief:
         output, slopes = jax.jit(function, compiler_options=FAST)(inputs)[1], ()

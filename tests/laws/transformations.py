@@ -22,7 +22,7 @@ from .subjects import EVERYTHING, Subject, slice_key, time_slice
 LENGTH, SPLIT = 11, 5
 PATTERNS = ("mask", "segment_ids")
 CHECKS: dict[str, Callable] = {}
-BRIEF = ("Explicit mesh", "export")  # the checks of a member that runs on another's loops
+BRIEF = ("one compile", "Explicit mesh", "export")  # the checks of a member that runs on another's loops
 BY_FORM: set[str] = set()  # checks whose outcome may differ between the implementations of a member
 OFTEN = ("vmap", "Explicit mesh", "export")  # those of them that are made of every implementation without LAWS=all too
 
@@ -41,9 +41,7 @@ def check(name: str, *, by_form: bool = False):
 
 def names_of(subject: Subject) -> tuple[str, ...]:
     """The checks that a test run makes of a member; `table` makes all of every member."""
-    if not subject.brief:
-        return tuple(CHECKS)
-    return ("one compile", *BRIEF) if subject.is_token_mixer else BRIEF
+    return BRIEF if subject.brief else tuple(CHECKS)
 
 
 def kinds_of(subject: Subject) -> tuple[dict, ...]:
