@@ -27,7 +27,6 @@ BRIEFLY = {
     "test_weights_get_gradients": always,
     "test_random_problems_equal_reference": always,
     "test_every_split_with_segments_and_key_masks": always,
-    "test_decoding_scans": of_token_mixers,
     "test_every_position_of_a_short_row": always,
     "test_masked_keys_do_not_exist": holding("nan"),
     "test_rows_with_nothing_to_attend": always,

@@ -203,7 +203,7 @@ class Subject:
         """The state before the first token of two rows of `inputs`, with room for `capacity` tokens."""
         if self.is_mixer:
             return self.entry.empty_state(2, capacity, 4, 2, 4, 3, np.float32)
-        return self.call(self.inputs(length=0), return_state=True)[1]
+        return jax.jit(functools.partial(self.call, return_state=True))(self.inputs(length=0))[1]
 
     @functools.cached_property
     def causal(self) -> bool:
@@ -251,7 +251,7 @@ class Subject:
 def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length: int | None = None) -> dict:
     options = {} if length is None else {"length": length}
     with jax.ensure_compile_time_eval():
-        made = subject.entry.weights(jax.random.key(0), heads, kv_heads, head_dim, **options)
+        made = jax.jit(lambda key: subject.entry.weights(key, heads, kv_heads, head_dim, **options))(jax.random.key(0))
     return {name: np.asarray(array, np.float32) for name, array in made.items()}
 
 
@@ -264,7 +264,7 @@ def _recurrence_weights(subject: Subject) -> dict:
 def _token_weights(subject: Subject, width: int) -> dict:
     """Initial weights with noise, so that none is near 0, or 1, or like another."""
     with jax.ensure_compile_time_eval():
-        made = subject.entry.weights(jax.random.key(0), width, PLACES, 2)
+        made = jax.jit(lambda key: subject.entry.weights(key, width, PLACES, 2))(jax.random.key(0))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda w: (np.asarray(w) + 0.3 * rng.normal(size=w.shape)).astype(np.float32), made)
 
@@ -293,6 +293,19 @@ def stepwise(subject: Subject, inputs: dict, state=None, *, per_call: dict | Non
         )
         outputs.append(output)
     return jax.numpy.concatenate(outputs, axis=1), state
+
+
+def scanned(subject: Subject, inputs: dict, state):
+    """The same in `lax.scan`, from a state that does not grow."""
+
+    def step(state, now):
+        now = {name: x[:, None] for name, x in now.items()}
+        output, state = subject.call(now, initial_state=state, return_state=True)
+        return state, output[:, 0]
+
+    over_time = {name: jax.numpy.moveaxis(x, 1, 0) for name, x in inputs.items()}
+    state, outputs = jax.lax.scan(step, state, over_time)
+    return jax.numpy.moveaxis(outputs, 0, 1), state
 
 
 def slice_key(array, start: int | None, stop: int | None):

@@ -21,6 +21,7 @@ from .subjects import (
     by_variant_and_form,
     label,
     param,
+    scanned,
     stepwise,
     time_slice,
 )
@@ -96,11 +97,15 @@ def test_steps_equal_reference(subject, variant, dtype):
 
 @functools.cache
 def by_steps(subject):
-    """(inputs, an initial state), and what the steps make of them: outputs, final state, gradients by both."""
+    """(inputs, an initial state), and what the steps make of them: outputs, final state, gradients by both.
+
+    Steps of a brief member are one program in a scan, so its state has the room that they need.
+    """
     inputs = checks.widened(subject.inputs(length=7, dtype=np.float64))
-    _, initial = jax.jit(functools.partial(subject.call, return_state=True))(time_slice(inputs, 0, 3))
-    start = (time_slice(inputs, 3, None), initial)
-    return start, jax.tree.map(np.asarray, checks.value_and_grads(lambda tree: stepwise(subject, *tree), start))
+    room = {"initial_state": checks.widened(subject.empty_state(7))} if subject.brief else {}
+    _, initial = jax.jit(functools.partial(subject.call, return_state=True))(time_slice(inputs, 0, 3), **room)
+    start, steps = (time_slice(inputs, 3, None), initial), scanned if subject.brief else stepwise
+    return start, jax.tree.map(np.asarray, checks.value_and_grads(lambda tree: steps(subject, *tree), start))
 
 
 @pytest.mark.parametrize("subject, form", [param(s, f) for s in CAUSAL for f in s.stateful_forms])

@@ -13,7 +13,7 @@ import pytest
 from tests.traces import counted_jit, programs
 
 from . import checks, references
-from .subjects import CAUSAL, MASKED, MIXER_SUBJECTS, by_stateful_kind, label, param, slice_key, time_slice
+from .subjects import CAUSAL, MASKED, MIXER_SUBJECTS, by_stateful_kind, label, param, scanned, slice_key, time_slice
 
 LENGTH, TAIL = 5, 1
 TOTAL = LENGTH + TAIL
@@ -45,7 +45,7 @@ SITUATIONS = {
     "both": {"segment_ids": SEGMENTS, "mask": KEY_MASK},
 }
 EVERY = tuple((0, split, LENGTH, TOTAL) for split in range(LENGTH + 1))
-AT_ONCE = (0, 0, 3, 3, LENGTH, TOTAL)  # several splits in one program, calls of no steps among them
+AT_ONCE = (0, 3, 3, LENGTH, TOTAL)  # several splits in one program, a call of no steps among them
 
 
 def check(subject, variant, situation, cuts, form, gradients=True):
@@ -159,22 +159,8 @@ def test_prefill_then_decode_in_constant_memory(subject, prefill, situation):
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
 def test_decoding_scans(subject):
     """A recurrence's state, and a cache made beforehand, are valid carries of lax.scan."""
-    inputs = subject.inputs(length=TOTAL)
-    state = subject.empty_state(TOTAL)
-
-    def step(state, now):
-        output, state = subject.call(
-            {name: x[:, None] for name, x in now.items()}, initial_state=state, return_state=True
-        )
-        return state, output[:, 0]
-
-    @jax.jit
-    def decode(inputs, state):
-        return jax.lax.scan(step, state, {name: jnp.moveaxis(x, 1, 0) for name, x in inputs.items()})[1]
-
-    checks.assert_close(
-        jnp.moveaxis(decode(inputs, state), 0, 1), expected(subject, "plain", "plain")[0], checks.OUTPUT
-    )
+    outputs, _ = jax.jit(functools.partial(scanned, subject))(subject.inputs(length=TOTAL), subject.empty_state(TOTAL))
+    checks.assert_close(outputs, expected(subject, "plain", "plain")[0], checks.OUTPUT)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from . import checks, references
-from .subjects import KEYWISE, MASKED, MIXER_SUBJECTS, PAIRWISE, by_form, by_kind, by_stateful_kind, time_slice
+from .subjects import KEYWISE, MASKED, MIXER_SUBJECTS, PAIRWISE, by_form, by_kind, by_stateful_kind, label, time_slice
 
 B, T, N = 2, 9, 4
 KEY_MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 1, 1, 0, 0, 0]], bool)[:, None, None, :]
@@ -36,12 +36,16 @@ def poisoned(inputs: dict, hidden: np.ndarray, poison: float) -> dict:
     return {name: array if name == "query" else poison_in(array) for name, array in inputs.items()}
 
 
-def compare(subject, inputs, actual_inputs=None, **options):
+@functools.cache
+def masked_program(subject, form: str):
+    """f(inputs, mask): values and gradients, one program for all numbers and masks of one shape."""
+    options = next(f for f in subject.forms if label(f) == form)
+    return jax.jit(lambda inputs, mask: checks.value_and_grads(lambda x: subject.call(x, mask=mask, **options), inputs))
+
+
+def check(actual, reference, inputs, **options) -> dict:
     """Values and gradients against the reference on clean inputs; returns the gradients by input name."""
-    form = options.pop("form", {})
-    call = functools.partial(subject.call, **options, **form)
-    actual = checks.value_and_grads(call, inputs if actual_inputs is None else actual_inputs)
-    expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
+    expected = checks.oracle(functools.partial(reference, **options), inputs)
     checks.assert_close(actual[0], expected[0], checks.OUTPUT)
     checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
     return dict(zip(sorted(inputs), actual[1], strict=True))
@@ -53,7 +57,8 @@ def test_masked_keys_do_not_exist(subject, form, poison):
     """Neither their numbers nor NaN in them reach an output, a normaliser or a gradient; their own gradient is exactly 0."""
     inputs = subject.inputs(length=T)
     bad = poisoned(inputs, ~KEY_MASK[:, 0, 0], poison)
-    gradients = compare(subject, inputs, bad, mask=KEY_MASK, form=form)
+    actual = masked_program(subject, label(form))(bad, KEY_MASK)
+    gradients = check(actual, references.reference_of(subject), inputs, mask=KEY_MASK)
     for name in set(inputs) - {"query"}:
         assert not np.any(np.asarray(gradients[name])[~KEY_MASK[:, 0, 0]]), f"a masked {name} has a gradient"
 
@@ -80,7 +85,7 @@ def test_rows_with_nothing_to_attend(subject, form):
     inputs = subject.inputs(length=T)
     mask = np.ones((B, 1, 1, T), bool)
     mask[0], mask[1, ..., :3] = False, False
-    output, gradients = checks.value_and_grads(functools.partial(subject.call, mask=mask, **form), inputs)
+    output, gradients = masked_program(subject, label(form))(inputs, mask)
     assert not np.any(np.asarray(output)[0]) and not np.any(np.asarray(output)[1, :3])
     for name, gradient in zip(sorted(inputs), gradients, strict=True):
         assert not np.any(np.asarray(gradient)[0]), f"{name}: gradient of a fully masked row"
@@ -112,7 +117,9 @@ def test_any_mask_of_pairs(subject, form, is_causal):
     hidden = np.zeros((B, T), bool)
     hidden[:, 5] = True
     bad = poisoned(inputs, hidden, np.nan)
-    gradients = compare(subject, inputs, bad, mask=pair_mask(), is_causal=is_causal, form=form)
+    options = {"mask": pair_mask(), "is_causal": is_causal}
+    actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), bad)
+    gradients = check(actual, references.reference_of(subject), inputs, **options)
     assert not np.any(np.asarray(gradients["key"])[:, 5]) and not np.any(np.asarray(gradients["value"])[:, 5])
 
 

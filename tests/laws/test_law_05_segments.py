@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,12 +21,21 @@ BOTH_WAYS = tuple(s for s in BIDIRECTIONAL if s.packs_both_ways)
 def alone(subject, variant: str, is_causal: bool):
     """Each document by itself in the reference, joined; values and gradients."""
     options = next(v for v in subject.variants if label(v) == variant) | ({} if is_causal else {"is_causal": False})
+    reference = functools.partial(references.reference_of(subject), **options)
+    documents = first_in_a_row if is_causal and subject.causal else each
+    return checks.oracle(functools.partial(documents, reference), subject.inputs(length=CUTS[-1], batch=1))
 
-    def documents(inputs):
-        pieces = [references.reference_of(subject)(time_slice(inputs, a, b), **options) for a, b in zip(CUTS, CUTS[1:])]
-        return jax.numpy.concatenate(pieces, axis=1)
 
-    return checks.oracle(documents, subject.inputs(length=CUTS[-1], batch=1))
+def each(reference, inputs):
+    """One call a document."""
+    return jnp.concatenate([reference(time_slice(inputs, a, b)) for a, b in zip(CUTS, CUTS[1:])], axis=1)
+
+
+def first_in_a_row(reference, inputs):
+    """One call of a causal reference: a row for each document, which begins it, so that nothing of what follows is seen."""
+    rows = {name: jnp.concatenate([jnp.roll(x, -a, axis=1) for a in CUTS[:-1]]) for name, x in inputs.items()}
+    output = reference(rows)
+    return jnp.concatenate([output[i, : b - a] for i, (a, b) in enumerate(zip(CUTS, CUTS[1:]))])[None]
 
 
 def check_packed(subject, variant, form, is_causal):
@@ -51,12 +61,8 @@ def test_packed_equals_alone_without_causality(subject, form):
 def test_packed_equals_alone_in_reverse(subject, form):
     inputs = subject.inputs(length=CUTS[-1], batch=1)
     packed = checks.value_and_grads(functools.partial(subject.call, segment_ids=IDS, reverse=True, **form), inputs)
-
-    def documents(inputs):
-        reference = functools.partial(references.reference_of(subject), reverse=True)
-        return jax.numpy.concatenate([reference(time_slice(inputs, a, b)) for a, b in zip(CUTS, CUTS[1:])], axis=1)
-
-    expected = checks.oracle(documents, inputs)
+    reference = functools.partial(references.reference_of(subject), reverse=True)
+    expected = checks.oracle(functools.partial(each, reference), inputs)
     checks.assert_close(packed[0], expected[0], checks.OUTPUT)
     checks.assert_close(packed[1], expected[1], checks.GRADIENT, "gradient")
 

@@ -13,7 +13,7 @@ from .subjects import MIXER_SUBJECTS, SUBJECTS, by_kind, time_slice
 
 HALVES = [pytest.param(ml_dtypes.bfloat16, id="bfloat16"), pytest.param(np.float16, id="float16")]
 LONG = 65_536
-# Programs over long rows run longer than they compile, so LLVM optimises them as it does for users (conftest.py has it stopped).
+# Gradients over long rows run longer than they compile, so LLVM optimises them as it does for users (conftest.py has it stopped).
 FAST = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
@@ -86,10 +86,14 @@ def mean_of_squares(subject, inputs):
     return jnp.mean(output.astype(jnp.promote_types(jnp.float32, output.dtype)) ** 2), output
 
 
+def compiled(subject, function):
+    return jax.jit(function, compiler_options={} if subject.brief else FAST)
+
+
 @functools.cache
 def long_reference(subject):
     with checks.x64():
-        mean = jax.jit(functools.partial(mean_of_squares, subject), compiler_options=FAST)
+        mean = compiled(subject, functools.partial(mean_of_squares, subject))
         return np.asarray(mean(checks.widened(long_row(subject)))[1])
 
 
@@ -99,10 +103,10 @@ def test_half_precision_over_65536_steps(subject, dtype):
     """Within 1e-2 of float64 on the same numbers; nothing overflows, in gradients neither: those of shared loops at their owner's."""
     inputs, function = cast(long_row(subject), dtype), functools.partial(mean_of_squares, subject)
     if subject.brief:
-        output, slopes = jax.jit(function, compiler_options=FAST)(inputs)[1], ()
+        output, slopes = compiled(subject, function)(inputs)[1], ()
     else:
         function = jax.value_and_grad(function, has_aux=True)
-        (_, output), slopes = jax.jit(function, compiler_options=FAST)(inputs)
+        (_, output), slopes = compiled(subject, function)(inputs)
     checks.assert_close(output, long_reference(subject), 1e-2)
     assert all(np.all(np.isfinite(np.asarray(leaf, np.float32))) for leaf in jax.tree.leaves(slopes))
 
@@ -110,7 +114,7 @@ def test_half_precision_over_65536_steps(subject, dtype):
 @pytest.mark.parametrize("subject", LASTING, ids=repr)
 def test_float32_over_65536_steps(subject):
     """The same rows in float32 stay within 1e-5 of float64: no sum is one long addition."""
-    output = jax.jit(functools.partial(mean_of_squares, subject), compiler_options=FAST)(long_row(subject))[1]
+    output = compiled(subject, functools.partial(mean_of_squares, subject))(long_row(subject))[1]
     checks.assert_close(output, long_reference(subject), 1e-5)
 
 
