@@ -385,8 +385,9 @@ def eval_shape(subject, form):
 def export(subject, form):
     """`jax.export` of the value and of the gradients for cpu, cuda and tpu from a CPU host; read back, it gives the same numbers"""
     floats, rebuild = checks.split_floats(sample(subject))
-    # One call gives what two with a state between them do (law 2), in half the program.
-    call = call_of(subject, form, (0, LENGTH)) if subject.brief else call_of(subject, form)
+    # Where a state knows its segment, one call gives what two with a state between them do (law 2), in half the program.
+    at_once = subject.brief and subject.carries_ids
+    call = call_of(subject, form, (0, LENGTH) if at_once else (0, SPLIT, LENGTH))
 
     def value_and_slopes(floats):
         return checks.value_and_grads(lambda x: call(rebuild(x)), floats)
