@@ -137,12 +137,18 @@ def test_token_mixer_mistakes(subject, mistake, mode):
         check(subject, inputs, weights | options, words, mode)
 
 
+@functools.cache
+def nearly_full(subject):
+    """The state after all places but one."""
+    return jax.jit(functools.partial(subject.call, return_state=True))(subject.inputs(length=PLACES - 1))[1]
+
+
 @MODES
 @pytest.mark.parametrize("subject", [s for s in TOKEN_SUBJECTS if s.longest], ids=repr)
 def test_more_tokens_than_places(subject, mode):
     """A row, or a state and what comes after it, longer than the weights: both numbers named, or NaN where jit hides the count."""
     check(subject, subject.inputs(length=PLACES + 1), {}, [f"{PLACES}", f"{PLACES + 1}"], mode)
-    _, state = jax.jit(functools.partial(subject.call, return_state=True))(subject.inputs(length=PLACES - 1))
+    state = nearly_full(subject)
     if mode == "eager":
         check(subject, subject.inputs(length=2), {"initial_state": state}, ["initial_state", f"{PLACES}"], mode)
     else:
@@ -187,18 +193,23 @@ def test_each_input_is_checked(subject, mode):
             assert shown in str(caught.value), f"{name} {shown}: {caught.value}"
 
 
+def state_after(subject, inputs):
+    """A state of the right structure, shapes and dtypes, and zeros in it."""
+    _, state = jax.eval_shape(functools.partial(subject.call, return_state=True), inputs)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), state)
+
+
 @MODES
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
 def test_a_state_of_other_sizes(subject, mode):
     """A state made for another batch is refused, naming initial_state."""
-    small = subject.inputs(length=T, batch=1)
-    _, state = jax.jit(functools.partial(subject.call, return_state=True))(small)
+    state = state_after(subject, subject.inputs(length=T, batch=1))
     check(subject, subject.inputs(length=T, batch=3), {"initial_state": state}, ["initial_state"], mode)
 
 
 @pytest.mark.parametrize("subject", [s for s in MASKED if s.causal], ids=repr)
 def test_a_state_needs_causality(subject):
-    _, state = jax.jit(functools.partial(subject.call, return_state=True))(subject.inputs(length=T))
+    state = state_after(subject, subject.inputs(length=T))
     check(
         subject,
         subject.inputs(length=T),

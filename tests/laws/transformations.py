@@ -1,7 +1,8 @@
 """Every JAX transformation as a check that a member passes or not; `table` writes the outcome into the documentation.
 
 Each check takes the same call, as hard as the contract allows: packed segments, a key mask for mixers, several chunks and a ragged
-one, and (all but the derivative checks and the scan) split in two with the state handed on. Its docstring is its line in the legend of the generated table.
+one, and (all but the derivative checks and the scan) split in two with the state handed on: members with loops of their own, and all recurrences.
+Its docstring is its line in the legend of the generated table.
 """
 
 import functools
@@ -97,8 +98,14 @@ def sample(subject: Subject, *, batch=8) -> dict:
     return inputs
 
 
-def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] = (0, SPLIT, LENGTH)) -> Callable:
+def cuts_of(subject: Subject) -> tuple[int, ...]:
+    """Where a brief member's state is that of the frame it shares, and knows its segment, one call will do, in half the program."""
+    return (0, LENGTH) if subject.brief and subject.carries_ids else (0, SPLIT, LENGTH)
+
+
+def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] | None = None) -> Callable:
     """f(inputs, weights): two calls, the second from the state of the first; one call where there is no state. Weights stand for its own."""
+    cuts = cuts or cuts_of(subject)
 
     def whole(inputs, weights=MappingProxyType({})):
         known = ("mask",) if subject.is_mixer else PATTERNS  # without causality a mixer has no segments
@@ -385,9 +392,7 @@ def eval_shape(subject, form):
 def export(subject, form):
     """`jax.export` of the value and of the gradients for cpu, cuda and tpu from a CPU host; read back, it gives the same numbers"""
     floats, rebuild = checks.split_floats(sample(subject))
-    # Where a state knows its segment, one call gives what two with a state between them do (law 2), in half the program.
-    at_once = subject.brief and subject.carries_ids
-    call = call_of(subject, form, (0, LENGTH) if at_once else (0, SPLIT, LENGTH))
+    call = call_of(subject, form)
 
     def value_and_slopes(floats):
         return checks.value_and_grads(lambda x: call(rebuild(x)), floats)
