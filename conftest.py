@@ -13,6 +13,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # nobody reads the lines of source in programs of tests
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's threads would spin beside the other test process
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("QUICK", "1")  # the short form of the notebooks
 FLAGS = ["--xla_force_host_platform_device_count=8"]

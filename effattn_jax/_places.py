@@ -137,6 +137,7 @@ def by_runs(call: Call) -> Call:
 
 def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> jax.Array:
     """Rows of a table (L, ...) for places (B | 1, S): (B | 1, S, ...), NaN beyond its end; `plain` places are 0, 1, ..."""
+    table = jnp.asarray(table)
     if plain:
         return table[None, : places.shape[1]]
     spec = jax.typeof(places).sharding.spec

@@ -32,16 +32,25 @@ def rows(seed=0, length=7, batch=1, heads=2, dim=4):
 # Feature maps
 
 
+@functools.cache
+def reference_of_map(name):
+    """Values and gradients under any mask of pairs, compiled once for all calls."""
+    reference = functools.partial(references.linear, feature_map=name, normalize=name != "identity", is_causal=False)
+    return jax.jit(lambda inputs, mask: checks.value_and_grads(functools.partial(reference, mask=mask), inputs))
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", MAPS)
 def test_a_map_is_its_reference(name, call):
     """Values and gradients to 1e-12, with grouped heads; "identity" as it is meant to be used, without a normaliser."""
-    options = {"feature_map": name, "normalize": name != "identity", **CALLS[call]}
-    inputs = LINEAR.inputs(length=9)
-    expected = checks.oracle(functools.partial(references.linear, **options), inputs)
+    options = {"is_causal": True, **CALLS[call]}
+    inputs = checks.widened(LINEAR.inputs(length=9))
+    function = functools.partial(
+        linear_attention, feature_map=name, normalize=name != "identity", chunk_size=4, **options
+    )
     with checks.x64():
-        function = functools.partial(linear_attention, **{"is_causal": True, "chunk_size": 4, **options})
-        actual = checks.value_and_grads(lambda x: function(**x), checks.widened(inputs))
+        expected = reference_of_map(name)(inputs, np.asarray(references.allowed(inputs, **options)))
+        actual = checks.value_and_grads(lambda x: function(**x), inputs)
         checks.assert_close(actual, expected, checks.DOUBLE)
 
 
@@ -54,9 +63,10 @@ def test_a_map_resumes_from_its_state(name):
     def resumed(inputs):
         head, state = attend(**time_slice(inputs, 0, 4), return_state=True)
         middle, state = attend(**time_slice(inputs, 4, 5), initial_state=state, return_state=True)
-        return jnp.concatenate([head, middle, attend(**time_slice(inputs, 5, 9), initial_state=state)], axis=1)
+        tail = attend(**time_slice(inputs, 5, 9), initial_state=state)
+        return jnp.concatenate([head, middle, tail], axis=1), attend(**inputs)
 
-    checks.assert_close(resumed(inputs), jax.jit(attend)(**inputs), checks.OUTPUT)
+    checks.assert_close(*resumed(inputs), checks.OUTPUT)
 
 
 @pytest.mark.parametrize("name", [name for name in MAPS if name != "identity"])
@@ -69,22 +79,25 @@ def test_the_normaliser_has_a_gradient(name):
         np.testing.assert_allclose(slope, 0, atol=2e-5)
 
 
+@jax.jit
+def at_scale(scale, query, key, value):
+    """With scaled features and without: in both directions, and of a map without sizes."""
+    maps = lambda x: scale * attention.elu_plus_one(x), attention.elu_plus_one  # noqa: E731
+    pairs = [
+        [linear_attention(query, key, value, feature_map=one, is_causal=is_causal) for one in maps]
+        for is_causal in (True, False)
+    ]
+    cosine = functools.partial(linear_attention, feature_map="cosine", is_causal=True)
+    return pairs, [cosine(scale * query, key / scale, value), cosine(query, key, value)]
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
 def test_the_scale_of_features_cancels(scale):
     """Nothing is added to a normaliser that a small sum would drown in."""
-    query, key, value = rows(length=20)
-
-    def scaled(x):
-        return scale * attention.elu_plus_one(x)
-
-    for is_causal in (True, False):
-        plain, rescaled = (
-            jax.jit(functools.partial(linear_attention, feature_map=feature_map, is_causal=is_causal))
-            for feature_map in (attention.elu_plus_one, scaled)
-        )
-        checks.assert_close(rescaled(query, key, value), plain(query, key, value), checks.OUTPUT)
-    cosine = jax.jit(functools.partial(linear_attention, feature_map="cosine", is_causal=True))
-    checks.assert_close(cosine(scale * query, key / scale, value), cosine(query, key, value), 1e-5)
+    pairs, cosine = at_scale(scale, *rows(length=20))
+    for pair in pairs:
+        checks.assert_close(*pair, checks.OUTPUT)
+    checks.assert_close(*cosine, 1e-5)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -94,9 +107,9 @@ def test_an_id_that_comes_again_is_another_document(name, is_causal):
     inputs, member = LINEAR.inputs(length=7), next((s.call for s in MIXER_SUBJECTS if s.name == name), None)
     member = member or (lambda x, **options: rotary_linear_attention(**x, query_positions=np.arange(7), **options))
     again, fresh = (np.array([ids] * 2, np.int32) for ids in ([4, 4, 1, 1, 1, 4, 4], [4, 4, 1, 1, 1, 7, 7]))
-    for form in LINEAR.entry.forms:
-        call = jax.jit(functools.partial(member, is_causal=is_causal, **form))
-        checks.assert_close(call(inputs, segment_ids=again), call(inputs, segment_ids=fresh), checks.OUTPUT, str(form))
+    every = jax.jit(lambda ids: [member(inputs, is_causal=is_causal, segment_ids=ids, **f) for f in LINEAR.entry.forms])
+    for form, *outputs in zip(LINEAR.entry.forms, every(again), every(fresh), strict=True):
+        checks.assert_close(*outputs, checks.OUTPUT, str(form))
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -105,7 +118,7 @@ def test_a_pair_of_ids_is_a_pair_whatever_it_holds(name, is_causal):
     """One array twice is read as two equal ones, compiled or not; a query without a key of its id may hold NaN."""
     inputs, member = LINEAR.inputs(length=7), next((s.call for s in MIXER_SUBJECTS if s.name == name), None)
     member = member or (lambda x, **options: rotary_linear_attention(**x, query_positions=np.arange(7), **options))
-    ids = jnp.array([[4, 4, 1, 1, 2, 4, 4]] * 2, jnp.int32)
+    ids, copy = (jnp.asarray(np.array([[4, 4, 1, 1, 2, 4, 4]] * 2, np.int32)) for _ in range(2))
     mask = np.array([1, 0, 1, 1, 0, 1, 1], bool)[None, None, None]
 
     def values(x, query_ids, key_ids):
@@ -113,7 +126,7 @@ def test_a_pair_of_ids_is_a_pair_whatever_it_holds(name, is_causal):
         return checks.value_and_grads(lambda x: call(x), x)
 
     inputs["query"][:, 4] = np.nan
-    once, twice = values(inputs, ids, ids), values(inputs, ids, ids + 0)
+    once, twice = values(inputs, ids, ids), values(inputs, ids, copy)
     checks.assert_close(once, twice, checks.OUTPUT)
     checks.assert_close(jax.jit(values)(inputs, ids, ids), twice, checks.GRADIENT)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(twice))
@@ -121,9 +134,15 @@ def test_a_pair_of_ids_is_a_pair_whatever_it_holds(name, is_causal):
 
 
 def test_cosine_of_zero_has_value_and_gradient():
-    x = jnp.zeros((2, 3)).at[1].set(jnp.array([3e-30, 0.0, 4e-30]))
-    np.testing.assert_allclose(attention.cosine_features(x), [[1, 0, 0, 0], [1, 0.6, 0, 0.8]], rtol=1e-6)
-    slope = jax.grad(lambda x: attention.cosine_features(x).sum())(x)
+    x = np.array([[0, 0, 0], [3e-30, 0, 4e-30]], np.float32)
+
+    @jax.jit
+    def run(x):
+        features, pull = jax.vjp(attention.cosine_features, x)
+        return features, pull(jnp.ones_like(features))[0]
+
+    features, slope = map(np.asarray, run(x))
+    np.testing.assert_allclose(features, [[1, 0, 0, 0], [1, 0.6, 0, 0.8]], rtol=1e-6)
     assert np.all(np.isfinite(slope)) and not np.any(slope[0])
 
 
@@ -288,23 +307,30 @@ def test_delta_rule_recalls_stored_pairs():
     value[:, 128:] = 0  # asked for, and not written
     beta = np.where(np.arange(192) < 128, 1, 0).astype(np.float32)[None, :, None]
     out = jax.jit(functools.partial(delta_rule_attention, is_causal=True))(key, key, value, beta=beta)
-    np.testing.assert_allclose(out[0, 128:, 0], value[0, 64:128, 0][::-1], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(out)[0, 128:, 0], value[0, 64:128, 0][::-1], atol=1e-5)
 
 
 def test_delta_rule_with_one_key_again_and_again():
     """A power series of the triangle would reach 1e18 here; the blocks of its inverse stay as small as the answer."""
     value = np.random.default_rng(1).normal(size=(1, 200, 1, 4)).astype(np.float32)
     key = np.broadcast_to(np.float32([0.6, 0.8]), (1, 200, 1, 2))
-    kernel = jax.jit(functools.partial(checks.value_and_grads, lambda x: delta_rule_attention(**x, is_causal=True)))
+    kernel, reference = (
+        jax.jit(functools.partial(checks.value_and_grads, function))
+        for function in (lambda x: delta_rule_attention(**x, is_causal=True), references.delta_rule)
+    )
     for strength in (1.0, 1.9):
         beta = np.full((1, 200, 1), strength, np.float32)
         inputs = {"query": key, "key": key, "value": value, "beta": beta}
         out, slopes = kernel(inputs)
-        expected = checks.oracle(references.delta_rule, inputs)
+        with checks.x64():
+            expected = jax.tree.map(np.asarray, reference(checks.widened(inputs)))
         checks.assert_close(out, expected[0], 1e-5)
         checks.assert_close(slopes, expected[1], 1e-4)
         if strength == 1:
             np.testing.assert_allclose(out, value, atol=1e-5)
+
+
+LONG_DELTA_RULE = jax.jit(functools.partial(delta_rule_attention, is_causal=True, return_state=True))
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0, 1.99])
@@ -313,13 +339,10 @@ def test_delta_rule_is_stable_with_unit_keys(strength):
     query, key, value = rows(length=8192, heads=1, dim=16)
     key = key / np.linalg.norm(key, axis=-1, keepdims=True)
     beta = np.full((1, 8192, 1), strength, np.float32)
-    attend = jax.jit(functools.partial(delta_rule_attention, is_causal=True, return_state=True))
-    out, state = attend(query, key, value, beta=beta)
-    assert float(jnp.abs(state.kv).max()) < 100
+    out, state = LONG_DELTA_RULE(query, key, value, beta=beta)
+    assert np.abs(state.kv).max() < 100
     with checks.x64():
-        wide = jax.jit(functools.partial(delta_rule_attention, is_causal=True))(
-            *(x.astype(np.float64) for x in (query, key, value)), beta=beta.astype(np.float64)
-        )
+        wide, _ = LONG_DELTA_RULE(*(x.astype(np.float64) for x in (query, key, value)), beta=beta.astype(np.float64))
         wide = np.asarray(wide)
     checks.assert_close(out, wide, 1e-4)
 
@@ -329,10 +352,10 @@ def test_delta_rule_that_overflows_leaves_the_past_alone():
     query, key, value = rows(length=70)
     beta = np.ones((1, 70, 2), np.float32) / 4
     attend = jax.jit(functools.partial(delta_rule_attention, is_causal=True))
-    clean = attend(query, key, value, beta=beta)
+    clean = np.asarray(attend(query, key, value, beta=beta))
     for size in (1e4, 1e15, 1e30):
         large = np.concatenate([key[:, :40], size * key[:, 40:]], axis=1)
-        checks.assert_identical(attend(query, large, value, beta=beta)[:, :40], clean[:, :40])
+        checks.assert_identical(np.asarray(attend(query, large, value, beta=beta))[:, :40], clean[:, :40])
 
 
 @pytest.mark.parametrize(

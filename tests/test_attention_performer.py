@@ -9,31 +9,43 @@ import pytest
 
 from effattn_jax.attention import dot_product_attention, performer_attention, random_features
 from effattn_jax.attention.random_features import KERNELS, best_temper, prepare
-from effattn_jax.nn import MIXERS
+from effattn_jax.nn import MIXERS, kernels
 from tests.laws import checks, references
+from tests.random_parameters import random_parameters
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def estimates_of(projections, q, k, kernel, damping):
+    def one(w):
+        weights = prepare(kernel, w, 1.0, damping, jnp.float64)
+        offset, half = weights.offset, weights.half
+        if kernel == "trigonometric":
+            (features, level), query = KERNELS[kernel].key(k, weights), KERNELS[kernel].query(q, weights)
+            return query @ features * jnp.exp(level + q @ q / 2) / w.shape[0]
+        exponents = weights.projection @ (q + k) + 2 * offset - half[0] * (q @ q + k @ k)
+        return jnp.mean(jnp.exp(exponents)) * (1 - 4 * damping) ** (w.shape[1] / 2)
+
+    return jax.lax.map(one, projections, batch_size=512)
 
 
 def estimates(projections, q, k, kernel="softmax", damping=0.0):
     """Estimates of exp(q.k) by each of the projections (draws, M, H), constant factors included."""
     with checks.x64():
-
-        def one(w):
-            weights = prepare(kernel, w, 1.0, damping, jnp.float64)
-            offset, half = weights.offset, weights.half
-            if kernel == "trigonometric":
-                (features, level), query = KERNELS[kernel].key(k, weights), KERNELS[kernel].query(q, weights)
-                return query @ features * jnp.exp(level + q @ q / 2) / w.shape[0]
-            exponents = weights.projection @ (q + k) + 2 * offset - half[0] * (q @ q + k @ k)
-            return jnp.mean(jnp.exp(exponents)) * (1 - 4 * damping) ** (w.shape[1] / 2)
-
-        return np.asarray(
-            jax.jit(lambda ws: jax.lax.map(one, ws, batch_size=512))(jnp.asarray(projections, jnp.float64))
-        )
+        return np.asarray(estimates_of(projections.astype(np.float64), q, k, kernel, damping))
 
 
-def draws(count, num_features, head_dim, seed=0, **options):
-    keys = jax.random.split(jax.random.key(seed), count)
+@functools.cache
+def draws(count, num_features, head_dim, **options):
+    keys = jax.random.split(jax.random.key(0), count)
     return np.asarray(jax.jit(jax.vmap(lambda key: random_features(key, num_features, head_dim, **options)))(keys))
+
+
+SETTINGS = ("num_features", "head_dim", "orthogonal", "antithetic", "norms")
+FEATURES = jax.jit(random_features, static_argnames=SETTINGS)
+
+
+def features(seed, num_features, head_dim, **options):
+    return np.asarray(FEATURES(jax.random.key(seed), num_features=num_features, head_dim=head_dim, **options))
 
 
 Q, K = np.array([0.6, -0.3, 0.4, 0.2]), np.array([0.3, 0.1, 0.7, -0.2])
@@ -72,7 +84,7 @@ def output_error(std, num_features, estimator="plain", trials=8, **options):
         exact = dot_product_attention(std * q, std * k, v)
         return jnp.mean((out - exact) ** 2) / jnp.mean(exact**2)
 
-    return float(jnp.sqrt(jnp.mean(jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), trials)))))
+    return float(np.sqrt(np.mean(jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), trials)))))
 
 
 def test_orthogonal_output_is_better_than_independent():
@@ -88,14 +100,14 @@ def test_tempered_is_twice_as_good(std):
 
 def test_orthogonal_rows():
     """Blocks are orthogonal, the last one cut; norms differ; another key is another draw, the same key the same."""
-    w = np.asarray(random_features(jax.random.key(0), 10, 4), np.float64)
+    w = features(0, 10, 4).astype(np.float64)
     unit = w / np.linalg.norm(w, axis=1, keepdims=True)
     for block in (unit[:4], unit[4:8], unit[8:]):
         np.testing.assert_allclose(block @ block.T, np.eye(len(block)), atol=1e-6)
     assert w.shape == (10, 4) and np.ptp(np.linalg.norm(w, axis=1)) > 0.1
-    np.testing.assert_array_equal(w.astype(np.float32), random_features(jax.random.key(0), 10, 4))
-    assert np.abs(w - np.asarray(random_features(jax.random.key(1), 10, 4))).max() > 0.1
-    pairs = np.asarray(random_features(jax.random.key(0), 7, 4, antithetic=True, norms="fixed"))
+    np.testing.assert_array_equal(w.astype(np.float32), features(0, 10, 4))
+    assert np.abs(w - features(1, 10, 4)).max() > 0.1
+    pairs = features(0, 7, 4, antithetic=True, norms="fixed")
     np.testing.assert_array_equal(pairs[4:], -pairs[:3])
     np.testing.assert_allclose(np.linalg.norm(pairs, axis=1), 2, rtol=1e-6)
 
@@ -120,14 +132,23 @@ def recipe(q, k, v, w, epsilon):
 def test_the_published_stabiliser_leaks_and_ours_does_not():
     """The last key times 2, 3, 4 changes the published recipe's earlier outputs by up to 100 %; ours are the same bits."""
     q, k, v = np.random.default_rng(0).normal(size=(3, 64, 64)).astype(np.float32)
-    w = random_features(jax.random.key(0), 256, 64)
+    w = features(0, 256, 64)
     call = jax.jit(lambda k: performer_attention(*(x[:, None] for x in (q, k, v)), projection=w, is_causal=True))
-    clean, published, leaks = np.asarray(call(k)), recipe(q, k, v, np.asarray(w), 1e-6), []
+    clean, published, leaks = np.asarray(call(k)), recipe(q, k, v, w, 1e-6), []
     for factor in (2, 3, 4, 100):
         later = np.concatenate([k[:-1], factor * k[-1:]])
-        leaks.append(np.abs(recipe(q, later, v, np.asarray(w), 1e-6) - published)[:-1].max() / np.abs(published).max())
-        checks.assert_identical(call(later)[:-1], clean[:-1])
+        leaks.append(np.abs(recipe(q, later, v, w, 1e-6) - published)[:-1].max() / np.abs(published).max())
+        checks.assert_identical(np.asarray(call(later))[:-1], clean[:-1])
     assert leaks[1] > 0.1 and max(leaks) > 0.5, leaks
+
+
+@functools.cache
+def of_norms(is_causal):
+    """(values and gradients, values of the reference), compiled once for keys of any norm."""
+    w = features(0, 32, 16)
+    call = functools.partial(performer_attention, projection=w, is_causal=is_causal, chunk_size=16)
+    reference = functools.partial(references.performer, projection=w.astype(np.float64), is_causal=is_causal)
+    return jax.jit(functools.partial(checks.value_and_grads, lambda x: call(**x))), jax.jit(reference)
 
 
 @pytest.mark.parametrize("order", ["random", "rising", "falling"])
@@ -141,11 +162,10 @@ def test_keys_of_any_norm(is_causal, order):
     ]
     key = (key / np.linalg.norm(key, axis=-1, keepdims=True) * 10 ** sizes[None, :, None, None]).astype(np.float32)
     inputs = {"query": query, "key": key, "value": value}
-    w = random_features(jax.random.key(0), 32, 16)
-    call = functools.partial(performer_attention, projection=w, is_causal=is_causal, chunk_size=16)
-    output, gradients = checks.value_and_grads(lambda x: call(**x), inputs)
-    reference = functools.partial(references.performer, projection=np.asarray(w, np.float64), is_causal=is_causal)
-    expected, _ = checks.oracle(reference, inputs)
+    kernel, reference = of_norms(is_causal)
+    output, gradients = kernel(inputs)
+    with checks.x64():
+        expected = np.asarray(reference(checks.widened(inputs)))
     # The first keys of a falling row are known to half a unit in the last place of |k|^2 / 2, a twentieth: weights among them too.
     checks.assert_close(output, expected, 2e-3 if order == "falling" and is_causal else 1e-5)
     assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
@@ -155,7 +175,7 @@ def test_any_factor_on_all_weights_cancels():
     """A shift that multiplies every key's features by one number, from e^-300 to e^300, changes nothing."""
     rng = np.random.default_rng(2)
     q, k, v = rng.normal(size=(3, 1, 20, 1, 8)).astype(np.float32)
-    w = np.asarray(random_features(jax.random.key(0), 16, 8))
+    w = features(0, 16, 8)
     call = jax.jit(functools.partial(performer_attention, is_causal=True))
     q, k, w = (
         np.concatenate([x, np.zeros_like(x[..., :1])], axis=-1) for x in (q, k, w)
@@ -170,12 +190,13 @@ def test_any_factor_on_all_weights_cancels():
 def test_rows_of_a_batch_do_not_meet():
     """A row alone, or among others, other others, the same bits of randomness: the projection is the caller's."""
     q, k, v = np.random.default_rng(3).normal(size=(3, 4, 30, 2, 8)).astype(np.float32)
-    w = random_features(jax.random.key(0), 16, 8)
-    call = jax.jit(functools.partial(performer_attention, is_causal=True))
+    jitted = jax.jit(functools.partial(performer_attention, is_causal=True))
+    call = lambda *arrays, projection: np.asarray(jitted(*arrays, projection=projection))  # noqa: E731
+    w = features(0, 16, 8)
     whole = call(q, k, v, projection=w)
-    for rows in ([2], [2, 0, 1], [2, 3]):
+    for rows in ([2], [2, 0, 1, 1], [2, 3, 3, 0]):
         checks.assert_close(call(q[rows], k[rows], v[rows], projection=w)[0], whole[2], 1e-6)
-    other = call(q, k, v, projection=random_features(jax.random.key(1), 16, 8))
+    other = call(q, k, v, projection=features(1, 16, 8))
     assert checks.rms(other - whole) > 1e-2
 
 
@@ -185,17 +206,16 @@ def test_other_kernels(kernel, is_causal):
     """Against their features written out in float64, gradients too, in chunks and as all pairs."""
     rng = np.random.default_rng(4)
     inputs = {name: 0.5 * rng.normal(size=(2, 13, 2, 4)).astype(np.float32) for name in ("query", "key", "value")}
-    w = random_features(jax.random.key(0), 32, 4)
+    w = features(0, 32, 4)
+    wide = w.T.astype(np.float64)
 
     def reference(x):
         y = [x[name] * (1.0 if kernel == "relu" else 4**-0.25) for name in ("query", "key")]
         if kernel == "relu":
-            q, k = (jnp.maximum(a @ np.asarray(w, np.float64).T, 0) + 1e-3 for a in y)
+            q, k = (jnp.maximum(a @ wide, 0) + 1e-3 for a in y)
         else:
             q, k = (
-                jnp.concatenate(
-                    [jnp.cos(a @ np.asarray(w, np.float64).T), jnp.sin(a @ np.asarray(w, np.float64).T)], -1
-                )
+                jnp.concatenate([jnp.cos(a @ wide), jnp.sin(a @ wide)], -1)
                 * jnp.exp(jnp.sum(a * a, -1, keepdims=True) / 2)
                 for a in y
             )
@@ -238,19 +258,29 @@ def test_mistakes(options, words):
 
 
 @pytest.mark.parametrize("name", ["performer", "performer_relu"])
-def test_the_module_draws_once_and_trains_nothing(name):
+def test_the_module_draws_once_and_trains_nothing(name, monkeypatch):
     """The projection is no parameter, the same under jit and with every init key, and another with another seed."""
-    x = jnp.asarray(np.random.default_rng(5).normal(size=(2, 9, 16)), jnp.float32)
-    mixer = MIXERS[name](16, heads=2, kv_heads=1)
-    params = jax.jit(mixer.init)(jax.random.key(0), x)
+    x = np.random.default_rng(5).normal(size=(2, 9, 16)).astype(np.float32)
+    draw, seen = kernels.drawn.__wrapped__, []  # without its cache, which would hand on the first draw
+
+    def noted(*sizes, **settings):
+        seen.append((draw(*sizes, **settings), sizes, settings))
+        return seen[-1][0]
+
+    monkeypatch.setattr(kernels, "drawn", noted)
+    mixer, other = MIXERS[name](16, heads=2, kv_heads=1), MIXERS[name](16, heads=2, kv_heads=1, seed=1)
+    params, _ = ({"params": random_parameters(mixer, x, seed=key)} for key in (0, 1))
     assert sorted(params["params"]) == ["key", "out", "query", "value"]
-    y = mixer.apply(params, x)
-    checks.assert_close(jax.jit(mixer.apply)(params, x), y, 1e-6)
-    assert checks.rms(jax.jit(MIXERS[name](16, heads=2, kv_heads=1, seed=1).apply)(params, x) - y) > 1e-4
 
     @jax.jit
-    def in_two_calls(params, x):
+    def run(params, x):
         head, state = mixer.apply(params, x[:, :4], return_state=True, state=mixer.init_state(2, 9))
-        return jnp.concatenate([head, mixer.apply(params, x[:, 4:], state=state)], axis=1)
+        in_two_calls = jnp.concatenate([head, mixer.apply(params, x[:, 4:], state=state)], axis=1)
+        return mixer.apply(params, x), other.apply(params, x), in_two_calls
 
-    checks.assert_close(in_two_calls(params, x), y, 2e-6)
+    y, another, in_two_calls = map(np.asarray, run(params, x))
+    assert len(seen) >= 5
+    for under_jit, sizes, settings in seen:
+        checks.assert_identical(under_jit, draw(*sizes, **settings), str(sizes))
+    assert checks.rms(another - y) > 1e-4
+    checks.assert_close(in_two_calls, y, 2e-6)

@@ -60,7 +60,7 @@ def test_packed_documents_cost_their_own_squares(factor, padding):
     document, and with ids that are all equal modulo 32."""
     lengths = [17, 40, 3, 28, 60, 13]
     ids = np.concatenate([np.repeat(factor * np.arange(1, 7), lengths), np.zeros(padding, int)]).astype(np.int32)
-    marks = Marks(jnp.int32(0), query_segments=jnp.asarray(ids)[None], key_segments=jnp.asarray(ids)[None])
+    marks = Marks(np.int32(0), query_segments=ids[None], key_segments=ids[None])
     starts, found = spans(marks, len(ids), len(ids))
     for row, (low, high) in zip(starts, found, strict=True):
         own = np.flatnonzero(np.isin(ids, ids[row : row + ROWS]))
@@ -72,12 +72,17 @@ def test_long_rows_of_short_blocks_are_bounded_by_longer_stretches():
     """What meets what stays a small array; no pair is lost, and no more than a stretch's length gained."""
     length, rows, columns = 5000, 3, 2
     ids = np.repeat(np.arange(25), 200).astype(np.int32)
-    marks = Marks(jnp.int32(0), query_segments=jnp.asarray(ids)[None], key_segments=jnp.asarray(ids)[None])
+    marks = Marks(np.int32(0), query_segments=ids[None], key_segments=ids[None])
     spec = Spec(None, None, None, 1.0, rows, columns, jnp.float32)
-    bounds = bounds_of(spec, marks, length, length)
-    assert bounds.low.size <= 256
     blocks = np.arange(-(-length // rows))
-    low, high = (np.asarray(x) for x in bounds.of(blocks * rows))
+
+    @jax.jit
+    def of_blocks(marks):
+        bounds = bounds_of(spec, marks, length, length)
+        return bounds.low, bounds.of(blocks * rows)
+
+    stretches, (low, high) = jax.tree.map(np.asarray, of_blocks(marks))
+    assert stretches.size <= 256
     starts = np.minimum(blocks * rows, length - rows)
     first, last = ids[starts] * 200, ids[starts + rows - 1] * 200 + 200
     assert (low <= first).all() and (high >= last).all()
@@ -103,7 +108,7 @@ def test_masked_keys_and_queries_cost_nothing():
     keys = np.zeros((2, 40), bool)
     keys[0, 9:14], keys[1, 18:22] = True, True
     queries = np.arange(40)[None] < 6
-    marks = Marks(jnp.int32(0), key_mask=jnp.asarray(keys), query_mask=jnp.asarray(queries))
+    marks = Marks(np.int32(0), key_mask=keys, query_mask=queries)
     _, found = spans(marks, 40, 40)
     assert found.tolist() == [[8, 24]] * 2 + [[0, 0]] * 8
 
@@ -114,10 +119,13 @@ def test_bounds_are_one_for_all_that_vmap_maps():
     spec = Spec(None, None, None, 1.0, ROWS, COLUMNS, jnp.float32)
 
     def of(ids):
-        return bounds_of(spec, Marks(jnp.int32(0), query_segments=ids, key_segments=ids), 40, 40)
+        return bounds_of(spec, Marks(np.int32(0), query_segments=ids, key_segments=ids), 40, 40)
 
-    mapped = jax.vmap(of, out_axes=None)(jnp.asarray(ids))  # refused if they differed
-    together = of(jnp.asarray(ids[:, 0]))
+    @jax.jit
+    def both(ids):
+        return jax.vmap(of, out_axes=None)(ids), of(ids[:, 0])  # refused if they differed
+
+    mapped, together = both(ids)
     np.testing.assert_array_equal(mapped.low, together.low)
     np.testing.assert_array_equal(mapped.high, together.high)
 
@@ -144,28 +152,33 @@ def test_memory_of_global_tokens_in_packed_rows_is_linear(is_causal):
 def test_gradients_over_packed_rows_of_a_batch(x64):
     """Rows of a batch with documents of their own, mapped or not, against all scores at once."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, 50, 2, 4)))
-    ids = jnp.asarray(np.sort(rng.integers(0, 6, (3, 50)), axis=1).astype(np.int32))
+    x = rng.normal(size=(3, 50, 2, 4))
+    ids = np.sort(rng.integers(0, 6, (3, 50)), axis=1).astype(np.int32)
 
     def loss(x, ids, form):
         return jnp.sum(
             jnp.sin(dot_product_attention(x, x, x, is_causal=False, segment_ids=ids, chunk_size=8, implementation=form))
         )
 
-    expected = jax.grad(loss)(x, ids, "dense")
-    np.testing.assert_allclose(jax.grad(loss)(x, ids, "chunked"), expected, rtol=1e-12, atol=1e-12)
-    each = jax.jit(jax.vmap(jax.grad(lambda x, ids: loss(x[None], ids[None], "chunked"))))
-    np.testing.assert_allclose(each(x, ids), expected, rtol=1e-12, atol=1e-12)
+    @jax.jit
+    def slopes(x, ids):
+        each = jax.vmap(jax.grad(lambda x, ids: loss(x[None], ids[None], "chunked")))
+        return jax.grad(loss)(x, ids, "dense"), jax.grad(loss)(x, ids, "chunked"), each(x, ids)
+
+    expected, together, each = slopes(x, ids)
+    np.testing.assert_allclose(together, expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(each, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("form, asked_by_nobody", [("dense", False), ("chunked", False), ("chunked", True)])
 def test_queries_that_count_for_nothing_may_hold_anything(form, asked_by_nobody):
     """NaN in a query that sees no key, or (by blocks) whose output enters no loss: no gradient, and none spoiled."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(1, 10, 2, 4)), jnp.float32)
-    here = (jnp.arange(10) == 3)[None]
-    ids = (jnp.where(here, 1 - asked_by_nobody, 0), jnp.zeros((1, 10), jnp.int32))
+    x = rng.normal(size=(1, 10, 2, 4)).astype(np.float32)
+    here = (np.arange(10) == 3)[None]
+    ids = (np.where(here, 1 - asked_by_nobody, 0).astype(np.int32), np.zeros((1, 10), np.int32))
 
+    @jax.jit
     def gradients(query):
         def loss(query, key, value):
             out = dot_product_attention(query, key, value, segment_ids=ids, implementation=form)
@@ -173,6 +186,6 @@ def test_queries_that_count_for_nothing_may_hold_anything(form, asked_by_nobody)
 
         return jax.grad(loss, (0, 1, 2))(query, x, x)
 
-    spoiled = gradients(jnp.where(here[..., None, None], jnp.nan, x))
+    spoiled = gradients(np.where(here[..., None, None], np.float32(np.nan), x))
     for actual, expected in zip(spoiled, gradients(x), strict=True):
         np.testing.assert_allclose(actual, expected, atol=1e-6)

@@ -1,5 +1,7 @@
 """Residual attention beyond the laws: scores that add up over layers, unmasked, through caches."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +35,18 @@ def side_by_side(stack):
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
 def test_scores_equal_those_of_concatenated_features(options):
     stack = layers()
-    out, scores = jax.jit(lambda s: stacked(s, **options))(stack)
+    scale = options.get("scale", H**-0.5)
+
+    @jax.jit
+    def run(stack, query, key):
+        return stacked(stack, **options), dot_product_attention(query, key, stack[-1][2], **{**options, "scale": scale})
+
+    (out, scores), expected_out = run(stack, *side_by_side(stack))
     for n in range(1, LAYERS + 1):
         query, key = side_by_side(stack[:n])
-        scale = options.get("scale", H**-0.5)
         expected = np.einsum("btnh,bsnh->bnts", query, np.repeat(key, N // K, axis=2)) * scale
         np.testing.assert_allclose(scores[n - 1], expected, rtol=1e-4, atol=1e-4)
-    expected = dot_product_attention(query, key, stack[-1][2], **{"scale": H**-0.5, **options})
-    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, expected_out, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_and_biases_act_after_the_addition_and_are_not_handed_on():
@@ -48,19 +54,24 @@ def test_masks_and_biases_act_after_the_addition_and_are_not_handed_on():
     mask = np.random.default_rng(0).random((B, N, T, T)) < 0.6
     bias = np.random.default_rng(1).normal(size=(N, T, T)).astype(np.float32)
     bias[:, 2] = -np.inf
-    plain, masked = stacked(stack), stacked(stack, mask=mask, bias=bias, is_causal=True)
+    options = {"mask": mask, "bias": bias, "is_causal": True}
+
+    @jax.jit
+    def run(stack, query, key):
+        expected = dot_product_attention(query, key, stack[-1][2], **options, scale=H**-0.5)
+        return stacked(stack), stacked(stack, **options), expected
+
+    plain, masked, expected = run(stack, *side_by_side(stack))
     for a, b in zip(plain[1], masked[1], strict=True):
         np.testing.assert_array_equal(a, b)
-    query, key = side_by_side(stack)
-    expected = dot_product_attention(query, key, stack[-1][2], mask=mask, bias=bias, is_causal=True, scale=H**-0.5)
     np.testing.assert_allclose(masked[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_prefill_and_steps_with_a_cache_a_layer():
     """previous_scores are those of the new rows over all slots."""
     stack = layers(2)
-    whole = stacked(stack, is_causal=True)[0]
-    states = [cache(B, 8, K, H, 3) for _ in stack]
+    whole = jax.jit(lambda s: stacked(s, is_causal=True)[0])(stack)
+    states = jax.jit(lambda: [cache(B, 8, K, H, 3) for _ in stack])()
 
     @jax.jit
     def step(now, states):
@@ -77,7 +88,7 @@ def test_prefill_and_steps_with_a_cache_a_layer():
         out, states, scores = step([[x[:, start:stop] for x in layer] for layer in stack], states)
         outputs.append(out)
     assert scores.shape == (B, N, 1, 8)
-    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_go_through_the_scores():
@@ -85,16 +96,19 @@ def test_gradients_go_through_the_scores():
     stack = layers(3)
     mask = np.ones((B, 1, 1, T), bool)
     mask[..., 1] = False
-    clean = jax.jit(jax.grad(lambda s: jnp.sum(stacked(s, mask=mask)[0] ** 2)))(stack)
-    together = jax.grad(
-        lambda q, k: jnp.sum(dot_product_attention(q, k, stack[-1][2], mask=mask, scale=H**-0.5) ** 2), argnums=(0, 1)
-    )
+    slopes = jax.jit(jax.grad(lambda s: jnp.sum(stacked(s, mask=mask)[0] ** 2)))
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def together(q, k):
+        return jnp.sum(dot_product_attention(q, k, stack[-1][2], mask=mask, scale=H**-0.5) ** 2)
+
+    clean = slopes(stack)
     for index, expected in enumerate(together(*side_by_side(stack))):
-        actual = jnp.concatenate([layer[index] for layer in clean], axis=-1)
+        actual = np.concatenate([layer[index] for layer in clean], axis=-1)
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-5)
     stack[0][1][:, 1] = np.nan
-    poisoned = jax.jit(jax.grad(lambda s: jnp.sum(stacked(s, mask=mask)[0] ** 2)))(stack)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), poisoned, clean)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), slopes(stack), clean)
 
 
 def test_mistakes():

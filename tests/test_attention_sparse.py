@@ -62,7 +62,16 @@ def pairs(name, queries, keys, is_causal):
 
 
 def random(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def on_explicit_mesh(run, arrays, specs):
+    """run(*arrays) of arrays (or None) that are sharded in the types, over 4 x 2 devices, and the shardings of what it gives."""
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+        actual = run(*placed)
+        return jax.tree.map(np.asarray, actual), jax.tree.map(lambda x: jax.typeof(x).sharding, actual)
 
 
 @BOTH
@@ -75,7 +84,8 @@ def test_influence_is_the_pattern_and_each_pair_counts_once(name, is_causal):
 
     @jax.jit
     def influence(key, value):
-        return jax.jacrev(lambda k, v: call(query, k, v)[:, 0, 0], argnums=(0, 1))(key, value)
+        _, pull = jax.vjp(lambda k, v: call(query, k, v)[:, 0, 0], key, value)
+        return jax.lax.map(pull, jnp.eye(length))  # `jacrev`, a row after the other: less to trace and lower
 
     by_key, by_value = (np.asarray(x) for x in influence(key, value))
     seen, weights = pairs(name, length, length, is_causal), by_value[:, :, 0, 0]
@@ -92,11 +102,17 @@ def test_influence_is_the_pattern_and_each_pair_counts_once(name, is_causal):
 def test_equals_the_dense_mask(name, is_causal, queries, keys):
     query, key, value = random(0, 2, queries, 4, 8), random(1, 2, keys, 4, 8), random(2, 2, keys, 4, 8)
     seen = pairs(name, queries, keys, is_causal)
-    expected = jax.nn.dot_product_attention(query, key, value, mask=jnp.asarray(seen)[None, None])
-    expected = jnp.where(seen.any(1)[:, None, None], expected, 0)
+    scores = np.where(seen, np.einsum("btnh,bsnh->bnts", query, key, dtype=np.float64) / 8**0.5, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True, where=seen, initial=-1e30))
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-30)  # 0 where nothing is seen
+    expected = np.einsum("bnts,bsnh->btnh", weights, value)
     call = functools.partial(PATTERNS[name][0], is_causal=is_causal)
-    for form in ({"implementation": "dense"}, {"implementation": "chunked"}):
-        output = jax.jit(functools.partial(call, **form))(query, key, value)
+
+    @jax.jit
+    def run(*arrays):
+        return [call(*arrays, implementation=form) for form in ("dense", "chunked")]
+
+    for output in run(query, key, value):
         np.testing.assert_allclose(output, expected, atol=2e-6)
 
 
@@ -113,7 +129,7 @@ def test_global_tokens_where_a_mask_says_which_keys_come_first(is_causal, querie
         random(2, 5, keys, 2, 8),
         random(3, 4, queries, keys),
     )
-    arrays = tuple(jnp.asarray(x, jnp.float64) for x in arrays)
+    arrays = tuple(x.astype(np.float64) for x in arrays)
 
     def run(form):
         options = {"window": (2, 1), "dilation": 5, "num_global": count, "implementation": form, "chunk_size": 4}
@@ -130,8 +146,8 @@ def test_global_tokens_of_documents_in_any_order(is_causal, masked, x64):
     rng = np.random.default_rng(0)
     ids = np.repeat(rng.integers(0, 3, (2, 13)), rng.integers(1, 7, 13), axis=1).astype(np.int32)
     length = ids.shape[1]
-    arrays = tuple(jnp.asarray(random(seed, 2, length, heads, 4), jnp.float64) for seed, heads in enumerate((4, 2, 2)))
-    mask = jnp.asarray(rng.random((2, 1, 1, length)) < 0.6) if masked else None
+    arrays = tuple(random(seed, 2, length, heads, 4).astype(np.float64) for seed, heads in enumerate((4, 2, 2)))
+    mask = rng.random((2, 1, 1, length)) < 0.6 if masked else None
 
     def run(form):
         options = {"window": (2, 1), "dilation": 5, "num_global": 2, "implementation": form, "chunk_size": 8}
@@ -141,44 +157,37 @@ def test_global_tokens_of_documents_in_any_order(is_causal, masked, x64):
     checks.assert_close(run("chunked"), run("dense"), 1e-12)
 
 
-@pytest.mark.parametrize("mask_spec", [P("data"), P()], ids=["sharded mask", "replicated mask"])
-def test_global_tokens_of_padded_rows_on_an_explicit_mesh(mask_spec):
+def test_global_tokens_of_padded_rows_on_an_explicit_mesh():
     """Rows and heads sharded in the types, as batches of `train.py` are, a bias of keys over heads: gradients as on one device."""
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
-    mask = (jnp.arange(16)[None] >= jnp.array([0, 3, 5, 2])[:, None])[:, None, None]
-    options = {"window": 2, "dilation": 5, "num_global": 3, "implementation": "chunked", "chunk_size": 4}
+    mask = (np.arange(16)[None] >= np.array([0, 3, 5, 2])[:, None])[:, None, None]
     inputs = (*(random(seed, 4, 16, 2, 4) for seed in range(3)), random(3, 1, 2, 1, 16))
 
-    def run(inputs, mask):
-        return checks.value_and_grads(lambda x: attention.sparse_attention(*x, mask, **options), inputs)
+    def run(*inputs, **form):
+        *inputs, mask = inputs
+        call = functools.partial(attention.sparse_attention, mask=mask, window=2, dilation=5, num_global=3, **form)
+        return checks.value_and_grads(lambda x: call(*x), inputs)
 
-    expected = run(inputs, mask)
-    with jax.set_mesh(mesh):
-        specs = [P("data", None, "heads")] * 3 + [P(None, "heads")]
-        placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs))
-        actual = run(placed, jax.device_put(mask, NamedSharding(mesh, mask_spec)))
-        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
-        actual = jax.tree.map(np.asarray, actual)
-    checks.assert_close(actual, expected, 1e-5)
+    expected = run(*inputs, mask, implementation="dense")  # which compiles in less time than the same by chunks
+    chunked = functools.partial(run, implementation="chunked", chunk_size=4)
+    for mask_spec in (P("data"), P()):
+        specs = [P("data", None, "heads")] * 3 + [P(None, "heads"), mask_spec]
+        actual, shardings = on_explicit_mesh(chunked, [*inputs, mask], specs)
+        assert shardings[0].spec[0] == "data"
+        checks.assert_close(actual, expected, 1e-5, f"mask {mask_spec}")
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 8, 8), (4, 1, 8, 8), (4, 2, 1, 8)])
 def test_a_replicated_bias_beside_sharded_arrays(shape):
     """Rows and heads sharded in the types, and a bias that is not: its gradient comes back as the bias lies."""
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
     options = {"is_causal": True, "implementation": "chunked", "chunk_size": 4}
     inputs = (*(random(seed, 4, 8, 2, 4) for seed in range(3)), random(3, *shape))
 
-    def run(inputs):
+    def run(*inputs):
         return checks.value_and_grads(lambda x: attention.dot_product_attention(*x, **options), inputs)
 
-    expected = run(inputs)
-    with jax.set_mesh(mesh):
-        specs = [P("data", None, "heads")] * 3 + [P()]
-        actual = run(tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs)))
-        assert not any(jax.typeof(actual[1][3]).sharding.spec)
-        actual = jax.tree.map(np.asarray, actual)
-    checks.assert_close(actual, expected, 1e-5)
+    actual, shardings = on_explicit_mesh(run, inputs, [P("data", None, "heads")] * 3 + [P()])
+    assert not any(shardings[1][3].spec)
+    checks.assert_close(actual, run(*inputs), 1e-5)
 
 
 @BOTH
@@ -199,9 +208,10 @@ def test_global_tokens_of_padded_rows_are_few_pairs(is_causal, monkeypatch):
 
 
 def test_global_tokens_of_an_empty_batch_with_a_mask():
-    x = jnp.ones((0, 9, 2, 4))
+    x = np.ones((0, 9, 2, 4), np.float32)
     options = {"window": 2, "dilation": 3, "num_global": 2, "implementation": "chunked", "chunk_size": 4}
-    assert attention.sparse_attention(x, x, x, mask=jnp.ones((0, 1, 1, 9), bool), **options).shape == x.shape
+    run = jax.jit(functools.partial(attention.sparse_attention, mask=np.ones((0, 1, 1, 9), bool), **options))
+    assert run(x, x, x).shape == x.shape
 
 
 @EVERY
@@ -209,14 +219,25 @@ def test_steps_against_a_cache_keep_to_the_pattern(name):
     """A prefill and steps of one token, in a cache of fixed size, by the parts and by the mask."""
     query, key, value = (random(seed, 2, 17, 2, 4) for seed in range(3))
     call = functools.partial(PATTERNS[name][0], is_causal=True)
-    whole = jax.jit(call)(query, key, value)
-    for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 4}):
-        step = jax.jit(functools.partial(call, return_state=True, **form))
-        state, outputs = attention.cache(2, 20, 2, 4), []
-        for start, stop in [(0, 11), *((t, t + 1) for t in range(11, 17))]:
-            output, state = step(*(x[:, start:stop] for x in (query, key, value)), initial_state=state)
-            outputs.append(output)
-        np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), whole, atol=2e-6)
+
+    def stepwise(query, key, value, form):
+        def step(state, now):
+            output, state = call(*now, initial_state=state, return_state=True, **form)
+            return state, output
+
+        state, first = step(attention.cache(2, 20, 2, 4), [x[:, :11] for x in (query, key, value)])
+        later = [jnp.moveaxis(x[:, 11:, None], 1, 0) for x in (query, key, value)]
+        rest = jax.lax.scan(step, state, later)[1][:, :, 0]
+        return jnp.concatenate([first, jnp.moveaxis(rest, 0, 1)], axis=1)
+
+    @jax.jit
+    def run(*arrays):
+        forms = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 4})
+        return call(*arrays), [stepwise(*arrays, form) for form in forms]
+
+    whole, outputs = run(query, key, value)
+    for output in outputs:
+        np.testing.assert_allclose(output, whole, atol=2e-6)
 
 
 LONG = {
@@ -272,46 +293,50 @@ def test_summary_columns_are_brought_together_once(masked):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_summary_columns_on_an_explicit_mesh(padded, batch):
     """Rows and heads sharded in the types, beside a bias and a mask that are not: values and gradients as on one device."""
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
-    mask = (jnp.arange(17)[None] >= jnp.array([0, 3, 5, 2])[:, None])[:, None, None] if padded else None
-    options = {"block": 5, "summary": 2, "implementation": "chunked", "chunk_size": 4}
+    mask = (np.arange(17)[None] >= np.array([0, 3, 5, 2])[:, None])[:, None, None] if padded else None
     inputs = (*(random(seed, 4, 17, 2, 4) for seed in range(3)), random(3, batch, 2, 1, 17))
 
-    def run(inputs, mask):
-        return checks.value_and_grads(lambda x: attention.fixed_attention(*x, mask, **options), inputs)
+    def run(*inputs, **form):
+        *inputs, mask = inputs
+        call = functools.partial(attention.fixed_attention, mask=mask, block=5, summary=2, **form)
+        return checks.value_and_grads(lambda x: call(*x), inputs)
 
-    expected = run(inputs, mask)
-    with jax.set_mesh(mesh):
-        specs = [P("data", None, "heads")] * 3 + [P()]
-        placed = tuple(jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(inputs, specs))
-        actual = run(placed, mask if mask is None else jax.device_put(mask, NamedSharding(mesh, P())))
-        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
-        actual = jax.tree.map(np.asarray, actual)
-    checks.assert_close(actual, expected, 1e-5)
+    chunked = functools.partial(run, implementation="chunked", chunk_size=4)
+    actual, shardings = on_explicit_mesh(chunked, [*inputs, mask], [P("data", None, "heads")] * 3 + [P(), P()])
+    assert shardings[0].spec[0] == "data"
+    checks.assert_close(actual, run(*inputs, mask, implementation="dense"), 1e-5)
 
 
 def test_top_k_keeps_the_largest_and_all_that_tie():
-    scores = jnp.array([[3.0, 1.0, 2.0, 2.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]])
-    key, value = jnp.eye(5)[:, None], jnp.eye(5)[:, None]
+    scores = np.array([[3, 1, 2, 2, 0], [5, 4, 3, 2, 1]], np.float32)
+    key = value = np.eye(5, dtype=np.float32)[:, None]
     expected = np.array([[True, False, True, True, False], [True, True, False, False, False]])
+    shares = np.where(expected, np.exp(scores), 0)
+    shares /= shares.sum(1, keepdims=True)
     for form in ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 1}):
         call = jax.jit(functools.partial(attention.topk_attention, scale=1, k=2, **form))
-        weights = call(scores[:, None], key, value)[:, 0]
+        weights = np.asarray(call(scores[:, None], key, value))[:, 0]
         np.testing.assert_array_equal(weights > 0, expected)
-        np.testing.assert_allclose(weights, jax.nn.softmax(jnp.where(expected, scores, -jnp.inf)), rtol=1e-6)
+        np.testing.assert_allclose(weights, shares, rtol=1e-6)
 
 
 def test_top_k_of_all_keys_is_softmax():
     query, key, value = (random(seed, 2, 9, 2, 4) for seed in range(3))
-    expected = jax.jit(functools.partial(attention.dot_product_attention, is_causal=True))(query, key, value)
-    for k in (9, 50):
-        output = jax.jit(functools.partial(attention.topk_attention, k=k, is_causal=True))(query, key, value)
+
+    @jax.jit
+    def run(*arrays):
+        several = [attention.topk_attention(*arrays, k=k, is_causal=True) for k in (9, 50)]
+        return attention.dot_product_attention(*arrays, is_causal=True), several
+
+    expected, several = run(query, key, value)
+    for output in several:
         np.testing.assert_allclose(output, expected, atol=1e-6)
 
 
 def test_top_k_shows_a_nan_where_it_enters():
     query, key, value = (random(seed, 6, 1, 4) for seed in range(3))
-    bad = jax.jit(functools.partial(attention.topk_attention, k=2))(query.at[2].set(jnp.nan), key, value)
+    query[2] = np.nan
+    bad = np.asarray(jax.jit(functools.partial(attention.topk_attention, k=2))(query, key, value))
     assert np.isnan(bad[2]).all() and np.isfinite(np.delete(bad, 2, axis=0)).all()
 
 

@@ -37,20 +37,25 @@ def test_attention_by_given_scores():
 
 def test_scores_are_those_of_the_paper():
     x, w1, b1, w2, b2 = normal(0, B, T, D), normal(1, D, N, H), normal(2, N, H), normal(3, N, H, L), normal(4, N, L)
-    dense = a.dense_scores(x, w1, b1, w2, b2)
+    table, left, right = normal(5, N, L, L), normal(6, N, L, 3), normal(7, N, L, 3)
+
+    @jax.jit
+    def run():
+        low_rank = a.factorized_random_scores(left, right, T, 7)
+        return a.dense_scores(x, w1, b1, w2, b2), a.random_scores(table, T, 3), low_rank
+
+    dense, fixed, low_rank = map(np.asarray, run())
     for n in range(N):
         expected = np.maximum(x @ w1[:, n] + b1[n], 0) @ w2[n] + b2[n]
         np.testing.assert_allclose(dense[:, n], expected[..., :T], rtol=1e-4, atol=1e-5)
-    table, left, right = normal(5, N, L, L), normal(6, N, L, 3), normal(7, N, L, 3)
-    np.testing.assert_array_equal(a.random_scores(table, T, 3), table[:, :T, :3])
-    low_rank = a.factorized_random_scores(left, right, T, 7)
+    np.testing.assert_array_equal(fixed, table[:, :T, :3])
     np.testing.assert_allclose(low_rank, (left @ np.swapaxes(right, 1, 2))[:, :T, :7], rtol=1e-4, atol=1e-5)
 
 
 def test_factorised_products_are_all_distinct():
     """Also where a and b share a factor, which collide when both sides are tiled."""
     left, right = normal(0, B, N, T, 4), normal(1, B, N, T, 6)
-    scores = np.asarray(a.factorized_dense_scores(left, right, 24))
+    scores = np.asarray(jax.jit(lambda: a.factorized_dense_scores(left, right, 24))())
     for column in range(24):
         u, v = divmod(column, 6)
         np.testing.assert_allclose(scores[..., column], left[..., u] * right[..., v], rtol=1e-6)
@@ -62,10 +67,15 @@ def test_mixtures_have_one_softmax_and_weights_that_add_up():
     logits = normal(3, N, 2)
     alpha = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = alpha[:, 0, None, None] * one + alpha[:, 1, None, None] * two
-    mixed = a.mix_scores(logits, one, two)
+
+    @jax.jit
+    def run():
+        mixed = a.mix_scores(logits, one, two)
+        return mixed, a.mix_scores(np.zeros(2, np.float32), one, two), a.synthesizer_attention(mixed, value)
+
+    mixed, halves, out = run()
     np.testing.assert_allclose(mixed, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(a.mix_scores(np.zeros(2, np.float32), one, two), (one + two) / 2, rtol=1e-5, atol=1e-6)
-    out = a.synthesizer_attention(mixed, value)
+    np.testing.assert_allclose(halves, (one + two) / 2, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(out, naive(expected, value, True), atol=1e-6)
 
 
@@ -74,40 +84,43 @@ def test_members_equal_the_functions():
     x, w1, b1, w2, b2 = normal(0, B, T, D), normal(1, D, N, H), normal(2, N, H), normal(3, N, H, L), normal(4, N, L)
     value, query, key = normal(5, B, T, N, 3), np.einsum("btd,dnh->btnh", x, w1), normal(6, B, T, N, H)
     causal = {"is_causal": True}
-    member = a.synthesizer_dense(
-        query, key, value, hidden_bias=b1, columns=np.transpose(w2, (2, 0, 1)), column_bias=b2.T, **causal
-    )  # fmt: skip
-    written = a.synthesizer_attention(a.dense_scores(x, w1, b1, w2, b2), value, **causal)
-    np.testing.assert_allclose(member, written, atol=1e-5)
-    left, right = normal(7, 2, N, H), normal(8, 4, N, H)
-    member = a.synthesizer_factorized_dense(query, key, value, hidden_bias=b1, left=left, right=right, **causal)
-    hidden = np.maximum(query + b1, 0)
-    factors = [np.einsum("btnh,anh->bnta", hidden, factor) for factor in (left, right)]
-    written = a.synthesizer_attention(a.factorized_dense_scores(*factors), value, **causal)
-    np.testing.assert_allclose(member, written, atol=1e-5)
+    few, many, logits = normal(7, 2, N, H), normal(8, 4, N, H), normal(11, N, 2)
     left, right = normal(9, N, L, 3), normal(10, N, L, 3)
     tables = {"left": np.swapaxes(left, 0, 1), "right": np.swapaxes(right, 0, 1)}
-    fixed = a.factorized_random_scores(left, right, T)
-    written = a.synthesizer_attention(fixed, value, **causal)
-    np.testing.assert_allclose(
-        a.synthesizer_factorized_random(query, key, value, **tables, **causal), written, atol=1e-5
-    )
-    logits = normal(11, N, 2)
+    hidden = np.maximum(query + b1, 0)
+    factors = [np.einsum("btnh,anh->bnta", hidden, factor) for factor in (few, many)]
     products = np.einsum("btnh,bsnh->bnts", query, key) / H**0.5
-    written = a.synthesizer_attention(a.mix_scores(logits, products, fixed), value, **causal)
-    np.testing.assert_allclose(
-        a.synthesizer_mixed(query, key, value, mixture=logits, **tables, **causal), written, atol=1e-5
-    )
+
+    @jax.jit
+    def run():
+        columns = {"hidden_bias": b1, "columns": np.transpose(w2, (2, 0, 1)), "column_bias": b2.T}
+        members = (
+            a.synthesizer_dense(query, key, value, **columns, **causal),
+            a.synthesizer_factorized_dense(query, key, value, hidden_bias=b1, left=few, right=many, **causal),
+            a.synthesizer_factorized_random(query, key, value, **tables, **causal),
+            a.synthesizer_mixed(query, key, value, mixture=logits, **tables, **causal),
+        )
+        fixed = a.factorized_random_scores(left, right, T)
+        scores = (
+            a.dense_scores(x, w1, b1, w2, b2),
+            a.factorized_dense_scores(*factors),
+            fixed,
+            a.mix_scores(logits, products, fixed),
+        )
+        return members, [a.synthesizer_attention(each, value, **causal) for each in scores]
+
+    for member, written in zip(*run(), strict=True):
+        np.testing.assert_allclose(member, written, atol=1e-5)
 
 
 def test_parameters_by_the_papers_accounting():
     """A head of width H and L places: dense H L (beside the projection), random L^2, factorised random 2 L k, factorised dense (a + b) H."""
-    counts = {
-        name: sum(
-            x.size for x in a.MIXERS[f"synthesizer_{name}"].weights(jax.random.key(0), 1, 1, 16, length=64).values()
-        )
-        for name in ("dense", "random", "factorized_dense", "factorized_random")
-    }
+
+    def count(name):
+        make = functools.partial(a.MIXERS[f"synthesizer_{name}"].weights, length=64)
+        return sum(x.size for x in jax.eval_shape(lambda key: make(key, 1, 1, 16), jax.random.key(0)).values())
+
+    counts = {name: count(name) for name in ("dense", "random", "factorized_dense", "factorized_random")}
     assert counts == {
         "dense": 16 * 64 + 16 + 64,
         "random": 64**2,
@@ -117,9 +130,14 @@ def test_parameters_by_the_papers_accounting():
 
 
 def test_a_shorter_table_has_the_first_rows_of_a_longer_one():
-    for name in ("dense", "factorized_dense", "factorized_random", "mixed"):
-        make = a.MIXERS[f"synthesizer_{name}"].weights
-        short, long = (make(jax.random.key(0), N, N, H, length=length) for length in (64, 96))
+    names = ("dense", "factorized_dense", "factorized_random", "mixed")
+
+    @jax.jit
+    def draw(key):
+        makes = [a.MIXERS[f"synthesizer_{name}"].weights for name in names]
+        return [[make(key, N, N, H, length=length) for length in (64, 96)] for make in makes]
+
+    for short, long in jax.tree.map(np.asarray, draw(jax.random.key(0))):
         for key, table in short.items():
             np.testing.assert_array_equal(table, long[key][: table.shape[0]])
 
@@ -134,10 +152,10 @@ def test_beyond_the_last_place():
     for run in (call, jax.jit(call)):
         with pytest.raises(ValueError, match=f"at most {L} tokens.*got a sequence of {L + 2}"):
             run(x, x, x)
-    _, state = call(x[:, :6], x[:, :6], x[:, :6], return_state=True)
+    _, state = jax.jit(functools.partial(call, return_state=True))(x[:, :6], x[:, :6], x[:, :6])
     with pytest.raises(ValueError, match=f"at most {L} tokens.*got a sequence of {L + 1}"):
         call(x[:, :3], x[:, :3], x[:, :3], initial_state=state)
-    hidden = jax.jit(call)(x[:, :3], x[:, :3], x[:, :3], initial_state=state)
+    hidden = np.asarray(jax.jit(call)(x[:, :3], x[:, :3], x[:, :3], initial_state=state))
     assert np.all(np.isfinite(hidden[:, :2])) and np.all(np.isnan(hidden[:, 2]))
     packed = call(x, x, x, segment_ids=np.array([[0] * 5 + [1] * 5], np.int32))
     assert np.all(np.isfinite(packed))

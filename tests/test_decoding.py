@@ -1,5 +1,7 @@
 """Sampling rules on small distributions, and generation against calls made one by one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,72 +11,82 @@ from effattn_jax.decoding import filter_logits, generate, sample_logits
 from effattn_jax.models import LanguageModel, ModelConfig
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
-LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))
+LOGITS = np.log(PROBABILITIES).astype(np.float32)
 
 
-def kept(logits, **limits):
-    return np.flatnonzero(np.isfinite(filter_logits(jnp.asarray(logits), **limits))).tolist()
+def kept(*calls):
+    """The ids that are left of each call's logits by its limits."""
+    every = jax.jit(lambda rows: [filter_logits(row, **limits) for row, (_, limits) in zip(rows, calls)])
+    return [np.flatnonzero(np.isfinite(row)).tolist() for row in every([logits for logits, _ in calls])]
 
 
-@pytest.mark.parametrize(
-    ("limits", "expected"),
-    [
-        ({}, [0, 1, 2, 3, 4]),
-        ({"top_k": 1}, [1]),
-        ({"top_k": 2}, [1, 3]),
-        ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.0}, [1]),
-        ({"top_p": 0.39}, [1]),
-        ({"top_p": 0.41}, [1, 3]),
-        ({"top_p": 0.84}, [1, 3, 4]),
-        ({"top_p": 0.86}, [0, 1, 3, 4]),
-        ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
-        ({"top_k": 3, "top_p": 0.75}, [1, 3]),  # of the three kept, 0.4 + 0.25 are 0.76 of 0.85
-        ({"top_k": 2, "top_p": 1.0}, [1, 3]),
-    ],
+LIMITS = (
+    ({}, [0, 1, 2, 3, 4]),
+    ({"top_k": 1}, [1]),
+    ({"top_k": 2}, [1, 3]),
+    ({"top_k": 99}, [0, 1, 2, 3, 4]),
+    ({"top_p": 0.0}, [1]),
+    ({"top_p": 0.39}, [1]),
+    ({"top_p": 0.41}, [1, 3]),
+    ({"top_p": 0.84}, [1, 3, 4]),
+    ({"top_p": 0.86}, [0, 1, 3, 4]),
+    ({"top_p": 1.0}, [0, 1, 2, 3, 4]),
+    ({"top_k": 3, "top_p": 0.75}, [1, 3]),  # of the three kept, 0.4 + 0.25 are 0.76 of 0.85
+    ({"top_k": 2, "top_p": 1.0}, [1, 3]),
 )
-def test_filter_keeps_the_right_set(limits, expected):
-    assert kept(LOGITS, **limits) == expected
+
+
+def test_filter_keeps_the_right_set():
+    for found, (limits, expected) in zip(kept(*((LOGITS, limits) for limits, _ in LIMITS)), LIMITS, strict=True):
+        assert found == expected, limits
 
 
 def test_filter_ties_keep_exactly_k_and_the_lowest_ids():
-    assert kept(np.zeros(6, np.float32), top_k=2) == [0, 1]
-    assert kept(np.zeros(4, np.float32), top_p=0.5) == [0, 1]
-    assert kept(np.array([0.0, 1.0, 1.0, 1.0], np.float32), top_k=2) == [1, 2]
+    ties, uneven = np.zeros(6, np.float32), np.float32([0, 1, 1, 1])
+    found = kept((ties, {"top_k": 2}), (ties[:4], {"top_p": 0.5}), (uneven, {"top_k": 2}))
+    assert found == [[0, 1], [0, 1], [1, 2]]
 
 
 def test_filter_leaves_what_it_keeps_and_rows_apart():
-    logits = jax.random.normal(jax.random.key(0), (3, 4, 9))
-    out = filter_logits(logits, top_k=5, top_p=0.8)
-    rows = [filter_logits(row, top_k=5, top_p=0.8) for row in logits.reshape(-1, 9)]
-    np.testing.assert_array_equal(out, jnp.stack(rows).reshape(out.shape))
-    assert jnp.all((out == logits) | (out == -jnp.inf))
+    logits = np.random.default_rng(0).normal(size=(3, 4, 9)).astype(np.float32)
+    limit = jax.jit(functools.partial(filter_logits, top_k=5, top_p=0.8))
+    out = np.asarray(limit(logits))
+    rows = [limit(row) for row in logits.reshape(-1, 9)]
+    np.testing.assert_array_equal(out, np.stack(rows).reshape(out.shape))
+    assert np.all((out == logits) | (out == -np.inf))
 
 
 def test_top_p_of_one_keeps_all_of_a_large_vocabulary():
-    logits = jax.random.normal(jax.random.key(0), (50_000,))
-    assert jnp.all(filter_logits(logits, top_p=1.0) == logits)
+    logits = np.random.default_rng(0).normal(size=50_000).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(functools.partial(filter_logits, top_p=1.0))(logits), logits)
 
 
 def test_samples_follow_the_distribution():
-    rows = jnp.tile(LOGITS, (40_000, 1))
-    tempered = PROBABILITIES ** (1 / 0.7)
-    for options, expected in [
+    rows, tempered = np.tile(LOGITS, (40_000, 1)), PROBABILITIES ** (1 / 0.7)
+    cases = [
         ({}, PROBABILITIES),
         ({"temperature": 0.7}, tempered / tempered.sum()),
         ({"top_k": 2}, np.array([0, 0.4, 0, 0.25, 0]) / 0.65),
         ({"top_p": 0.7}, np.array([0, 0.4, 0, 0.25, 0.2]) / 0.85),
-    ]:
-        ids = sample_logits(rows, jax.random.key(3), **options)
+    ]
+    every = jax.jit(lambda rows: [sample_logits(rows, jax.random.key(3), **options) for options, _ in cases])
+    for ids, (_, expected) in zip(every(rows), cases):
         np.testing.assert_allclose(np.bincount(ids, minlength=5) / len(ids), expected, atol=0.01)
 
 
 def test_extreme_temperatures_and_excluded_tokens():
-    assert int(sample_logits(LOGITS, temperature=0.0)) == 1
-    assert int(sample_logits(LOGITS * 1e3, jax.random.key(0), temperature=1e-30)) == 1
-    alone = jnp.full((64, 5), -jnp.inf).at[:, 2].set(0.0)
-    assert jnp.all(sample_logits(alone, jax.random.key(1), temperature=100.0, top_p=0.9) == 2)
-    assert int(sample_logits(jnp.zeros(4), temperature=0.0)) == 0
+    alone = np.full((64, 5), -np.inf, np.float32)
+    alone[:, 2] = 0
+
+    @jax.jit
+    def run():
+        greedy = [sample_logits(logits, temperature=0.0) for logits in (LOGITS, np.zeros(4, np.float32))]
+        cold = sample_logits(LOGITS * 1e3, jax.random.key(0), temperature=1e-30)
+        return *greedy, cold, sample_logits(alone, jax.random.key(1), temperature=100.0, top_p=0.9)
+
+    first, of_ties, cold, hot = run()
+    assert (int(first), int(cold), int(of_ties)) == (1, 1, 0)
+    assert np.all(np.asarray(hot) == 2)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,7 @@ def test_sampling_errors(options, message):
     with pytest.raises(ValueError, match=message):
         sample_logits(LOGITS, **options)
     with pytest.raises(ValueError, match=message):
-        generate(counting, 1, jnp.zeros((1,)), jnp.ones((1, 2), jnp.int32), 3, **options)
+        generate(counting, 1, np.zeros(1, np.float32), np.ones((1, 2), np.int32), 3, **options)
 
 
 TRACES = []
@@ -159,15 +171,15 @@ def test_generate_errors():
 def test_generate_with_a_model_is_the_argmax_of_full_passes_and_left_padding_changes_nothing():
     config = ModelConfig(layers=2, width=16, heads=2, mixers="softmax,gated_linear", conv_width=3)
     model = LanguageModel(config, 13)
-    prompt = jax.random.randint(jax.random.key(1), (2, 6), 0, 13)
-    params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(0), prompt)["params"])
+    prompt = np.random.default_rng(1).integers(0, 13, (2, 6)).astype(np.int32)
+    params = jax.tree.map(lambda x: 3 * np.asarray(x), jax.jit(model.init)(jax.random.key(0), prompt)["params"])
     out = generate(model.step, params, model.init_state(2, 11), prompt, 6, temperature=0.0)
-    full = jnp.concatenate([prompt, out], axis=1)
-    logits = jax.jit(model.apply)({"params": params}, full[:, :-1])
-    np.testing.assert_array_equal(out, jnp.argmax(logits[:, 5:], -1))
+    full = np.concatenate([prompt, out], axis=1)
+    logits = np.asarray(jax.jit(model.apply)({"params": params}, full[:, :-1]))
+    np.testing.assert_array_equal(out, np.argmax(logits[:, 5:], -1))
 
-    padded = jnp.concatenate([jnp.full((2, 3), 99), prompt], axis=1)
-    mask = jnp.arange(9)[None] >= jnp.array([[3], [3]])
+    padded = np.concatenate([np.full((2, 3), 99, np.int32), prompt], axis=1)
+    mask = np.arange(9)[None] >= np.array([[3], [3]])
     state = model.init_state(2, 14)
     np.testing.assert_array_equal(
         generate(model.step, params, state, padded, 6, temperature=0.0, prompt_mask=mask), out

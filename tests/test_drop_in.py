@@ -1,5 +1,6 @@
 """Our kernels inside the attention layers of other people's models: the same weights give what the kernel gives by hand."""
 
+import functools
 import inspect
 
 import equinox as eqx
@@ -26,12 +27,13 @@ KERNELS = {
 
 def options_of(name: str, **options) -> dict:
     """The kernel's options, its weights and its inputs beside query, key and value."""
-    line, query = MIXERS[name], jnp.zeros((B, T, N, H))
+    line, rng = MIXERS[name], np.random.default_rng(4)
     if line.weights is not None:
         with_length = {"length": 16} if "synthesizer" in name else {}
-        options |= line.weights(jax.random.key(3), N, N, H, **with_length)
+        shapes = jax.eval_shape(lambda: line.weights(jax.random.key(3), N, N, H, **with_length))
+        options |= {key: rng.normal(size=leaf.shape).astype(leaf.dtype) for key, leaf in shapes.items()}
     if line.extras is not None:
-        options |= line.extras(np.random.default_rng(4), query)
+        options |= line.extras(rng, np.zeros((B, T, N, H), np.float32))
     return options
 
 
@@ -40,10 +42,11 @@ def small(seed: int = 0):
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+        return rng.normal(size=shape).astype(np.float32)
 
     return normal(B, T, D), {
-        name: (normal(D, D) / D**0.5, 0.1 * normal(D)) for name in ("query", "key", "value", "out")
+        name: (normal(D, D) / np.float32(D**0.5), np.float32(0.1) * normal(D))
+        for name in ("query", "key", "value", "out")
     }
 
 
@@ -79,7 +82,8 @@ def in_linen(name, x, weights, mask=None, options=None, **settings):
 
 def in_nnx(name, x, weights, mask=None, options=None, call=None, **settings):
     layer = nnx.MultiHeadAttention(
-        num_heads=N, in_features=D, decode=False, attention_fn=as_attention_fn(name, **(options or {})), rngs=nnx.Rngs(0), **settings
+        num_heads=N, in_features=D, decode=False, attention_fn=as_attention_fn(name, **(options or {})), rngs=nnx.Rngs(0),
+        kernel_init=nnx.initializers.zeros_init(), **settings
     )  # fmt: skip
     for part, arrays in flax_parameters(weights).items():
         for leaf, array in arrays.items():
@@ -158,10 +162,18 @@ def test_nnx(name):
     """NNX's MultiHeadAttention; its own is_causal counts too."""
     x, weights = small(1)
     options = options_of(name, **KERNELS[name])
-    expected = by_hand(MIXERS[name].function, x, weights, is_causal=True, **options)
-    close(in_nnx(name, x, weights, options=options | {"is_causal": True}), expected)
-    if "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters:  # Colab's Flax does not know it
-        close(in_nnx(name, x, weights, options=options, call={"is_causal": True}), expected)
+    own = "is_causal" in inspect.signature(nnx.MultiHeadAttention.__call__).parameters  # Colab's Flax does not know it
+
+    @jax.jit
+    def run(x, weights):
+        expected = by_hand(MIXERS[name].function, x, weights, is_causal=True, **options)
+        by_option = in_nnx(name, x, weights, options=options | {"is_causal": True})
+        by_call = [in_nnx(name, x, weights, options=options, call={"is_causal": True})] if own else []
+        return expected, [by_option, *by_call]
+
+    expected, found = run(x, weights)
+    for out in found:
+        close(out, expected)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -195,11 +207,17 @@ def test_raw_jax(name):
 def test_softmax_equals_the_layers_own():
     """With the softmax kernel the layers give what they give without us."""
     x, weights = small(4)
-    causal = linen.make_causal_mask(jnp.ones((B, T)))
-    own = linen.MultiHeadDotProductAttention(num_heads=N).apply({"params": flax_parameters(weights)}, x, mask=causal)
-    close(in_linen("softmax", x, weights, mask=causal), own)
-    close(in_nnx("softmax", x, weights, mask=causal), own)
-    close(in_equinox("softmax", x, weights, is_causal=True), own)
+
+    @jax.jit
+    def run(x, weights):
+        causal, parameters = linen.make_causal_mask(jnp.ones((B, T))), {"params": flax_parameters(weights)}
+        own = linen.MultiHeadDotProductAttention(num_heads=N).apply(parameters, x, mask=causal)
+        with_mask = [layer("softmax", x, weights, mask=causal) for layer in (in_linen, in_nnx)]
+        return own, [*with_mask, in_equinox("softmax", x, weights, is_causal=True)]
+
+    own, found = run(x, weights)
+    for out in found:
+        close(out, own)
 
 
 @pytest.mark.parametrize(
@@ -209,19 +227,19 @@ def test_softmax_equals_the_layers_own():
         ({"module": object()}, "sow_weights=True"),
         ({"einsum_dot_general": jnp.dot}, "einsum_dot_general=.* cannot be honoured"),
         ({"promote_dtype": lambda *x, **_: x}, "promote_dtype=.* cannot be honoured"),
-        ({"mask": jnp.ones((B, 1, T, T), bool)}, "cannot honour a mask over"),
-        ({"bias": jnp.ones((B, 1, T, T))}, "no pairwise scores to add a bias to"),
+        ({"mask": np.ones((B, 1, T, T), bool)}, "cannot honour a mask over"),
+        ({"bias": np.ones((B, 1, T, T), np.float32)}, "no pairwise scores to add a bias to"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_honoured_is_refused(arguments, reason):
-    x = jnp.ones((B, T, N, H))
+    x = np.ones((B, T, N, H), np.float32)
     with pytest.raises(ValueError, match=reason):
         as_attention_fn("linear")(x, x, x, **arguments)
 
 
 def test_what_changes_nothing_is_accepted():
-    x = jax.random.normal(jax.random.key(0), (B, T, N, H))
+    x = small()[0].reshape(B, T, N, H)
     attend = as_attention_fn("softmax", is_causal=True)
     settings = {
         "dropout_rate": 0.5,
@@ -229,8 +247,15 @@ def test_what_changes_nothing_is_accepted():
         "promote_dtype": nnx.nn.dtypes.promote_dtype,
         "precision": "highest",
     }
-    close(attend(x, x, x, **settings), MIXERS["softmax"].function(x, x, x, is_causal=True))
-    assert attend(x, x, x, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+    @jax.jit
+    def run(x):
+        expected = MIXERS["softmax"].function(x, x, x, is_causal=True)
+        return attend(x, x, x, **settings), expected, attend(x, x, x, dtype=jnp.bfloat16)
+
+    out, expected, narrow = run(x)
+    close(out, expected)
+    assert narrow.dtype == jnp.bfloat16
     with pytest.raises(ValueError, match="is_causal=True of Flax aligns the first query"):
         as_attention_fn("softmax")(x[:, :3], x, x, is_causal=True)
 
@@ -244,45 +269,55 @@ def test_decoding_from_flax_cache(name):
     slots, mask = 9, None
     options = options_of(name, is_causal=True, **MIXERS[name].options)
     if name == "softmax":
-        options["bias"] = Alibi(jnp.array([0.5, 0.25]))
+        options["bias"] = Alibi(np.float32([0.5, 0.25]))
     if name == "local":
-        mask = jnp.ones((B, N, 1, slots), bool)  # a mask of the caller's, with an axis of heads
+        mask = np.ones((B, N, 1, slots), bool)  # a mask of the caller's, with an axis of heads
     x, weights = small()
-    whole = in_linen(name, x, weights, options=options)
+    whole = jax.jit(functools.partial(in_linen, name, options=options))(x, weights)
     for timed in ("log_decay", "beta"):
         if timed in options:
-            options[timed] = jnp.pad(options[timed], [(0, 0), (0, slots - T), (0, 0)])
+            options[timed] = np.pad(options[timed], [(0, 0), (0, slots - T), (0, 0)])
     layer = linen.MultiHeadDotProductAttention(num_heads=N, attention_fn=as_attention_fn(name, **options), decode=True)
-    variables = layer.init(jax.random.key(0), jnp.zeros((B, slots, D)))
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.zeros((B, slots, D))))
     parameters = flax_parameters(weights)
     step = jax.jit(lambda cache, x: layer.apply({"params": parameters, "cache": cache}, x, mask=mask, mutable="cache"))
-    cache, rows = variables["cache"], []
+    cache, rows = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes["cache"]), []
     for i in range(T):
         row, mutated = step(cache, x[:, i : i + 1])
         cache = mutated["cache"]
         rows.append(row)
-    np.testing.assert_allclose(jnp.concatenate(rows, axis=1), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(rows, axis=1), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_keys_in_front_and_padding_behind():
     """Ends are aligned whatever a mask hides; only of a single query, as Flax decodes, the last key shown is its own."""
-    query, key = (jax.random.normal(jax.random.key(i), (1, n, N, H)) for i, n in enumerate((3, 5)))
-    mask = jnp.array([True] * 4 + [False])
-    expected = MIXERS["local"].function(query, key, key, mask=mask, is_causal=True, window=1)
-    close(as_attention_fn("local", window=1, is_causal=True)(query, key, key, mask=mask[None, None, None]), expected)
-    ids = jnp.zeros((1, 1), int), jnp.array([[1, 0, 0, 0, 0]])
-    expected = MIXERS["local"].function(query[:, :1], key[:, 1:4], key[:, 1:4], is_causal=True, window=3)
-    attend = as_attention_fn("local", window=3, is_causal=True, segment_ids=ids)
-    close(attend(query[:, :1], key, key, mask=mask[None, None, None]), expected)
+    rng, mask = np.random.default_rng(0), np.array([True] * 4 + [False])
+    query, key = (rng.normal(size=(1, n, N, H)).astype(np.float32) for n in (3, 5))
+    ids = np.zeros((1, 1), int), np.array([[1, 0, 0, 0, 0]])
+
+    @jax.jit
+    def run(query, key, mask):
+        options = {"mask": mask, "is_causal": True, "window": 1}
+        expected = MIXERS["local"].function(query, key, key, **options)
+        found = as_attention_fn("local", window=1, is_causal=True)(query, key, key, mask=mask[None, None, None])
+        alone, shown = query[:, :1], key[:, 1:4]
+        last = MIXERS["local"].function(alone, shown, shown, is_causal=True, window=3)
+        attend = as_attention_fn("local", window=3, is_causal=True, segment_ids=ids)
+        return (found, attend(alone, key, key, mask=mask[None, None, None])), (expected, last)
+
+    for found, expected in zip(*run(query, key, mask)):
+        close(found, expected)
 
 
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: as_attention_fn("softmax", mask=jnp.ones((T, T), bool)), "mask is no option"),
+        (lambda: as_attention_fn("softmax", mask=np.ones((T, T), bool)), "mask is no option"),
         (lambda: as_attention_fn(residual_attention), "pass 'residual'"),
         (
-            lambda: as_attention_fn("softmax")(*[jnp.ones((1, 2, 1, 4))] * 3, precision=("highest", "default")),
+            lambda: as_attention_fn("softmax")(
+                *[np.ones((1, 2, 1, 4), np.float32)] * 3, precision=("highest", "default")
+            ),
             "one for both",
         ),
     ],
@@ -293,6 +328,8 @@ def test_options_that_no_layer_can_have(make, message):
 
 
 def test_precision_by_preset():
-    x = jnp.ones((1, 2, 1, 4))
-    for precision in (jax.lax.DotAlgorithmPreset.F32_F32_F32, jax.lax.Precision.HIGH, ("highest", "highest")):
-        np.testing.assert_array_equal(as_attention_fn("softmax")(x, x, x, precision=precision), x)
+    x, presets = np.ones((1, 2, 1, 4), np.float32), jax.lax.DotAlgorithmPreset
+    precisions = (presets.F32_F32_F32, jax.lax.Precision.HIGH, ("highest", "highest"))
+    run = jax.jit(lambda x: [as_attention_fn("softmax")(x, x, x, precision=precision) for precision in precisions])
+    for out in run(x):
+        np.testing.assert_array_equal(out, x)

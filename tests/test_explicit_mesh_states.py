@@ -28,7 +28,7 @@ def in_two(function, x, *, axis=1, **rest):
 
 
 def mixer(name):
-    weights = mixing.MIXERS[name].weights(jax.random.key(0), D, T, 2)
+    weights = jax.jit(lambda key: mixing.MIXERS[name].weights(key, D, T, 2))(jax.random.key(0))
     return functools.partial(in_two, mixing.MIXERS[name].function, is_causal=True, **jax.tree.map(np.asarray, weights))
 
 

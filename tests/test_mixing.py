@@ -47,9 +47,15 @@ def test_merged_rep_mlp_equals_its_branches(x64, groups, length, is_causal):
 
 def test_a_convolution_is_what_it_makes_of_the_identity(x64):
     kernel = random(1, 5)
-    merged, bias = mixing.merge_rep_mlp(np.zeros((8, 8)), [kernel])
+
+    @jax.jit
+    def run(kernel):
+        expected = jnp.einsum("w,wnd->nd", kernel[0], references.lags(jnp.eye(8), 5, False))
+        return mixing.merge_rep_mlp(np.zeros((8, 8)), [kernel]), expected
+
+    (merged, bias), expected = jax.tree.map(np.asarray, run(kernel))
     assert not np.any(bias)
-    np.testing.assert_allclose(merged[0], np.einsum("w,wnd->nd", kernel[0], references.lags(jnp.eye(8), 5, False)))
+    np.testing.assert_allclose(merged[0], expected)
 
 
 @pytest.mark.parametrize("mistake, words", [
@@ -68,11 +74,17 @@ def test_fnet_is_a_two_dimensional_transform(x64, orthonormal):
     """The order of both transforms does not matter; orthonormal keeps lengths up to what the real part drops."""
     x = random(2, 10, 6)
     expected = np.fft.fft2(x, axes=(1, 2), norm="ortho" if orthonormal else "backward").real
-    np.testing.assert_allclose(mixing.fnet(x, orthonormal=orthonormal), expected, atol=1e-12)
-    mask, ids = np.arange(13) < 10, np.zeros((2, 13), int)
+    mask, ids = np.stack([np.arange(13) < 10] * 2), np.zeros((2, 13), int)
     padded = np.concatenate([x, np.full((2, 3, 6), np.nan)], axis=1)
-    for options in ({}, {"segment_ids": ids}):
-        out = mixing.fnet(padded, mask=np.stack([mask] * 2), orthonormal=orthonormal, **options)
+
+    @jax.jit
+    def run(x, padded):
+        fnet = functools.partial(mixing.fnet, orthonormal=orthonormal)
+        return fnet(x), [fnet(padded, mask=mask, **options) for options in ({}, {"segment_ids": ids})]
+
+    whole, others = jax.tree.map(np.asarray, run(x, padded))
+    np.testing.assert_allclose(whole, expected, atol=1e-12)
+    for out in others:
         np.testing.assert_allclose(out[:, :10], expected, atol=1e-12)
         assert not np.any(out[:, 10:])
 
@@ -80,7 +92,7 @@ def test_fnet_is_a_two_dimensional_transform(x64, orthonormal):
 @pytest.mark.parametrize("length", [0, 1, 2, 65])
 def test_fnet_of_any_length(length):
     expected = np.fft.fft2(random(length, 4)).real if length else np.zeros((0, 4))
-    np.testing.assert_allclose(mixing.fnet(random(length, 4).astype(np.float32)), expected, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(mixing.fnet)(random(length, 4).astype(np.float32)), expected, atol=1e-4)
 
 
 def test_fnet_has_no_causal_form():
@@ -90,28 +102,37 @@ def test_fnet_has_no_causal_form():
 
 def test_gmlp_starts_as_a_feed_forward_layer(x64):
     """With the table's initial weights the gate is open: z_1 passes nearly as it is."""
-    weights = widened(mixing.MIXERS["gmlp"].weights(jax.random.key(0), 8, 16, 1))
-    x = random(2, 9, 8)
-    z1 = jnp.split(references.gelu(x @ weights["in_kernel"]), 2, axis=-1)[0]
-    np.testing.assert_allclose(mixing.gmlp(x, **weights), z1 @ weights["out_kernel"], rtol=1e-2, atol=1e-2)
+    weights = widened(jax.jit(lambda: mixing.MIXERS["gmlp"].weights(jax.random.key(0), 8, 16, 1))())
+
+    @jax.jit
+    def run(x, weights):
+        z1 = jnp.split(references.gelu(x @ weights["in_kernel"]), 2, axis=-1)[0]
+        return mixing.gmlp(x, **weights), z1 @ weights["out_kernel"]
+
+    out, expected = run(random(2, 9, 8), weights)
+    np.testing.assert_allclose(out, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_lightweight_kernels_are_averages_shared_by_heads(x64):
     """Inside a row a constant stays what it is, and the channels of a head have one kernel."""
     kernel = random(2, 3)
-    out = mixing.lightweight_convolution(np.ones((9, 4)), kernel)
-    np.testing.assert_allclose(out[1:-1], 1.0, rtol=1e-12)
     impulse = np.zeros((9, 4))
     impulse[4] = 1
-    out = mixing.lightweight_convolution(impulse, kernel, is_causal=True)
-    np.testing.assert_allclose(out[4:7], np.repeat(np.asarray(jax.nn.softmax(kernel)).T, 2, axis=1), rtol=1e-12)
+    convolve = jax.jit(mixing.lightweight_convolution, static_argnames="is_causal")
+    constant, answer = (
+        np.asarray(convolve(np.ones((9, 4)), kernel)),
+        np.asarray(convolve(impulse, kernel, is_causal=True)),
+    )
+    np.testing.assert_allclose(constant[1:-1], 1.0, rtol=1e-12)
+    weights = np.exp(kernel) / np.exp(kernel).sum(1, keepdims=True)
+    np.testing.assert_allclose(answer[4:7], np.repeat(weights.T, 2, axis=1), rtol=1e-12)
     with pytest.raises(ValueError, match="the heads N of kernel must divide D = 4; got N = 3"):
         mixing.lightweight_convolution(impulse, random(3, 3))
 
 
 def test_mixer_needs_hidden_units_for_each_step_when_causal():
     weights = (np.ones((6, 4)), np.ones(6), np.ones((4, 6)), np.ones(4))
-    assert mixing.mlp_mixer(np.ones((3, 2)), *weights).shape == (3, 2)
+    assert jax.jit(mixing.mlp_mixer)(np.ones((3, 2)), *weights).shape == (3, 2)
     with pytest.raises(ValueError, match=r"a multiple of T_max rows where is_causal.*\(6, 4\)"):
         mixing.mlp_mixer(np.ones((3, 2)), *weights, is_causal=True)
     with pytest.raises(ValueError, match="segment_ids need is_causal=True"):
@@ -120,17 +141,24 @@ def test_mixer_needs_hidden_units_for_each_step_when_causal():
 
 def test_an_id_that_comes_again_is_another_document_for_all_of_amlp():
     """Gate and attention agree, in one call and from a state."""
-    weights = mixing.MIXERS["amlp"].weights(jax.random.key(1), 8, 12, 2)
-    weights = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(2), a.shape), weights)
-    x, ids = jax.random.normal(jax.random.key(0), (1, 9, 8)), jnp.array([[0, 0, 0, 1, 1, 1, 1, 0, 0]])
-    options = {**weights, "is_causal": True}
-    call = jax.jit(functools.partial(mixing.amlp, **options), static_argnames="return_state")
-    whole = call(x, segment_ids=ids)
-    np.testing.assert_allclose(whole[:, 7:], call(x[:, 7:]), atol=1e-5)
-    for cut in (2, 3, 5, 8):
-        first, state = call(x[:, :cut], segment_ids=ids[:, :cut], return_state=True)
-        rest = call(x[:, cut:], segment_ids=ids[:, cut:], initial_state=state)
-        np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
+    drawn = jax.jit(lambda: mixing.MIXERS["amlp"].weights(jax.random.key(1), 8, 12, 2))()
+    rng = np.random.default_rng(2)
+    weights = jax.tree.map(lambda a: (np.asarray(a) + 0.1 * rng.normal(size=a.shape)).astype(a.dtype), drawn)
+    x, ids = random(1, 9, 8).astype(np.float32), np.array([[0, 0, 0, 1, 1, 1, 1, 0, 0]])
+
+    @jax.jit
+    def run(x, weights):
+        call, splits = functools.partial(mixing.amlp, **weights, is_causal=True), []
+        for cut in (2, 3, 5, 8):
+            first, state = call(x[:, :cut], segment_ids=ids[:, :cut], return_state=True)
+            rest = call(x[:, cut:], segment_ids=ids[:, cut:], initial_state=state)
+            splits.append(jnp.concatenate([first, rest], axis=1))
+        return call(x, segment_ids=ids), call(x[:, 7:]), splits
+
+    whole, last, splits = jax.tree.map(np.asarray, run(x, weights))
+    np.testing.assert_allclose(whole[:, 7:], last, atol=1e-5)
+    for split in splits:
+        np.testing.assert_allclose(split, whole, atol=1e-5)
 
 
 def test_a_new_document_takes_the_places_of_the_last_one(x64):
@@ -145,4 +173,4 @@ def test_a_new_document_takes_the_places_of_the_last_one(x64):
         outputs.append(out)
     alone = [call(x[:, a:b]) for a, b in ((0, 6), (6, 11), (11, 15))]
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), np.concatenate(alone, axis=1), rtol=1e-12, atol=1e-12)
-    assert state.count.tolist() == [4] and not np.any(state.values[0][0, 4:])
+    assert state.count.tolist() == [4] and not np.any(np.asarray(state.values[0])[0, 4:])

@@ -1,6 +1,7 @@
 """Configuration, classifier, counting of operations, and the layers on their own."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, S
 from effattn_jax.nn.products import dense_product, float32_product, table_product
 from effattn_jax.parallel import make_mesh, shard_tree
 from tests.random_parameters import random_parameters
-from tests.wirings import REPRESENTATIVES
+from tests.wirings import REPRESENTATIVES, conv_width
 
 
 @pytest.mark.parametrize(
@@ -100,19 +101,27 @@ def test_options_behind_a_name_are_those_of_the_mixer(text):
     fields = {"width": 16, "heads": 2, "kv_heads": 2, "causal": causal, "max_length": 12}
     mixer, plain = nn.make_mixer(text, **fields), nn.make_mixer(name, **fields)
     x = np.random.default_rng(0).normal(size=(2, 11, 16)).astype(np.float32)
-    params, usual = ({"params": random_parameters(m, x)} for m in (mixer, plain))
-    out = jax.jit(mixer.apply)(params, x)
-    if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, usual):
-        assert not np.allclose(out, jax.jit(plain.apply)(params, x), atol=1e-4)
+    params, usual = ({"params": random_parameters(m, x[:, :0])} for m in (mixer, plain))
+    alike = jax.tree.map(np.shape, params) == jax.tree.map(np.shape, usual)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            out = mixer.apply(params, x)
+            return jnp.sum(out**2), out
+
+        slopes, out = jax.grad(loss, has_aux=True)(params)
+        state, parts = mixer.init_state(2, 11) if causal else None, []
+        for start, stop in ((0, 9), (9, 10), (10, 11)) if causal else ():
+            part, state = mixer.apply(params, x[:, start:stop], state=state, return_state=True)
+            parts.append(part)
+        return out, plain.apply(params, x) if alike else None, slopes, parts
+
+    out, other, slopes, parts = jax.tree.map(np.asarray, run(params))
+    assert not alike or not np.allclose(out, other, atol=1e-4)
     assert mixer.flops_per_token(64) > 0
-    slopes = jax.jit(jax.grad(lambda p: jnp.sum(mixer.apply(p, x) ** 2)))(params)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(slopes))
     if causal:
-        step = jax.jit(lambda x, state: mixer.apply(params, x, state=state, return_state=True))
-        state, parts = mixer.init_state(2, 11), []
-        for start, stop in ((0, 9), (9, 10), (10, 11)):
-            part, state = step(x[:, start:stop], state)
-            parts.append(part)
         np.testing.assert_allclose(np.concatenate(parts, axis=1), out, atol=2e-4, rtol=2e-4)
 
 
@@ -150,44 +159,45 @@ def test_positions_count_real_tokens_and_restart_at_boundaries():
 @pytest.mark.parametrize("mixer", [*REPRESENTATIVES, *({"atrous"} - {*REPRESENTATIVES})])
 def test_classifier_reads_both_ways_and_no_padding(mixer):
     positions = "none" if mixer in position.MIXERS else "sinusoidal"
-    config = ModelConfig(layers=1, width=16, heads=2, kv_heads=1, mixer=mixer, conv_width=3, positions=positions)
-    model = SequenceClassifier(config, num_classes=3, vocab_size=10)
-    tokens = jax.random.randint(jax.random.key(1), (2, 7), 0, 10)
+    shape = {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1}
+    config = ModelConfig(**shape, mixer=mixer, positions=positions, conv_width=conv_width(mixer))
+    model, rng = SequenceClassifier(config, num_classes=3, vocab_size=10), np.random.default_rng(1)
+    tokens, x = rng.integers(0, 10, (2, 7), np.int32), rng.normal(size=(1, 7, 16)).astype(np.float32)
     if mixer == "xpos":
         with pytest.raises(ValueError, match="is_causal must be True: XPOS's factors grow towards the future"):
-            model.init(jax.random.key(0), tokens)
+            jax.eval_shape(model.init, jax.random.key(0), tokens)
         return
-    params = random_parameters(model, tokens, seed=3)  # with which every token has features above 0
+    params = random_parameters(model, tokens[:, :0], seed=3)  # with which every token has features above 0
     mixing = config.make_mixer(0, causal=False)
     weights = {"params": params["stack"]["layers_0"].get("mixer", {})}
 
-    @jax.jit
-    def run(params):
-        plain = model.apply({"params": params}, tokens)
-        left = jnp.concatenate([jnp.full((2, 2), 77), tokens], axis=1)
-        real = jnp.broadcast_to(jnp.arange(9)[None] >= 2, (2, 9))
-        rows = jnp.concatenate([left, jnp.roll(left, -2, axis=1), left])
-        masks = jnp.concatenate([real, jnp.roll(real, -2, axis=1), jnp.zeros_like(real)])
-        left, right, empty = model.apply({"params": params}, rows, mask=masks).reshape(3, 2, 3)
-        x = jax.random.normal(jax.random.key(3), (1, 7, 16))
-        influence = jax.grad(lambda x: mixing.apply(weights, x)[0, 3].sum())(x)[0]
-        return plain, left, right, empty, jnp.abs(influence).max(-1)
+    left = np.concatenate([np.full((2, 2), 77, np.int32), tokens], axis=1)
+    real = np.broadcast_to(np.arange(9) >= 2, (2, 9))
+    rows = np.concatenate([left, np.roll(left, -2, axis=1), left])
+    masks = np.concatenate([real, np.roll(real, -2, axis=1), np.zeros_like(real)])
+    step = np.eye(7, dtype=np.float32)[:, :, None]  # of one token a row: small for softmax, large for what forgets fast
+    changed = np.concatenate([x, x + step, x + 1000 * step])
 
-    plain, left, right, empty, influence = run(params)
-    assert plain.shape == (2, 3) and plain.dtype == jnp.float32
+    @jax.jit
+    def run(params, weights):
+        padded = model.apply({"params": params}, rows, mask=masks).reshape(3, 2, 3)
+        return model.apply({"params": params}, tokens), padded, mixing.apply(weights, changed)[:, 3]
+
+    plain, (left, right, empty), seen = jax.tree.map(np.asarray, run(params, weights))
+    assert plain.shape == (2, 3) and plain.dtype == np.float32
     np.testing.assert_allclose(left, plain, atol=1e-5)
     np.testing.assert_allclose(right, plain, atol=1e-5)
-    np.testing.assert_allclose(empty, jnp.broadcast_to(params["head"]["bias"], (2, 3)), atol=1e-6)
-    reached = jnp.arange(7) % 4 == 3 if mixer == "atrous" else jnp.full(7, True)
-    assert jnp.all((influence > 0) == reached)
+    np.testing.assert_allclose(empty, np.broadcast_to(params["head"]["bias"], (2, 3)), atol=1e-6)
+    reached = np.arange(7) % 4 == 3 if mixer == "atrous" else np.full(7, True)
+    assert np.all((np.abs(seen[1:] - seen[0]) > 0).reshape(2, 7, 16).any((0, 2)) == reached)
 
 
 def test_classifier_of_features_and_its_errors():
     model = SequenceClassifier(ModelConfig(layers=1, width=8, heads=2), num_classes=4)
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 5, 2)))
-    assert jax.eval_shape(model.apply, params, jnp.ones((3, 5, 2))).shape == (3, 4)
+    params = jax.eval_shape(model.init, jax.random.key(0), np.ones((1, 5, 2), np.float32))
+    assert jax.eval_shape(model.apply, params, np.ones((3, 5, 2), np.float32)).shape == (3, 4)
     with pytest.raises(ValueError, match=r"inputs must be floats of shape \(B, T, F\)"):
-        model.apply(params, jnp.ones((3, 5), jnp.int32))
+        model.apply(params, np.ones((3, 5), np.int32))
     with pytest.raises(ValueError, match=r"inputs must be integers of shape \(B, T\)"):
         SequenceClassifier(model.config, 4, vocab_size=5).init(jax.random.key(0), jnp.ones((1, 5, 2)))
 
@@ -198,8 +208,8 @@ def test_regressor_streams_packs_and_keeps_amplitudes():
         layers=1, width=8, heads=2, mixer="s4d", state_size=4, conv_width=2, norm="none", use_bias=True
     )
     model = SequenceRegressor(dataclasses.replace(config, positions="none"), num_outputs=3)
-    inputs = jax.random.normal(jax.random.key(1), (1, 7, 2))
-    params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+    inputs = np.random.default_rng(1).normal(size=(1, 7, 2)).astype(np.float32)
+    params = random_parameters(model, inputs)
 
     @jax.jit
     def run(params):
@@ -213,11 +223,11 @@ def test_regressor_streams_packs_and_keeps_amplitudes():
         second, state = model.step(params, inputs[:, 5:], state)
         return full, packed, alone, jnp.concatenate([first, second], 1), twice, state.position
 
-    full, packed, alone, parts, twice, position = run(params)
-    assert full.shape == (1, 7, 3) and full.dtype == jnp.float32 and position.tolist() == [7]
+    full, packed, alone, parts, twice, position = map(np.asarray, run(params))
+    assert full.shape == (1, 7, 3) and full.dtype == np.float32 and position.tolist() == [7]
     np.testing.assert_allclose(parts, full, atol=1e-5)
     np.testing.assert_allclose(packed, alone, atol=1e-5)
-    assert float(jnp.abs(twice - full).max()) > 0.1
+    assert np.abs(twice - full).max() > 0.1
     with pytest.raises(ValueError, match=r"inputs must be floats of shape \(B, T, F\)"):
         model.apply({"params": params}, jnp.ones((3, 5)))
 
@@ -228,7 +238,7 @@ def test_a_mixer_without_causal_form_is_refused_in_a_language_model(mixer):
     with pytest.raises(
         ValueError, match=f"mixer must have a causal form in a causal model; '{mixer}' reads all tokens"
     ):
-        model.init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+        jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 3), np.int32))
     with pytest.raises(ValueError, match=f"'{mixer}' reads all tokens"):
         model.init_state(1, 3)
 
@@ -237,22 +247,22 @@ def test_weights_for_each_place_limit_the_length():
     model = LanguageModel(ModelConfig(layers=1, width=8, heads=2, mixer="res_mlp", max_length=6), 5)
     rule = "at most max_length=6 long with the mixer res_mlp; got 7"
     with pytest.raises(ValueError, match=rule):
-        model.init(jax.random.key(0), jnp.zeros((1, 7), jnp.int32))
+        jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 7), np.int32))
     with pytest.raises(ValueError, match=rule):
         model.init_state(1, 7)
     with pytest.raises(ValueError, match="max_length must be given: the weights of 'gmlp' have a place for each step"):
-        nn.MIXERS["gmlp"](8).init(jax.random.key(0), jnp.ones((1, 3, 8)))
+        jax.eval_shape(nn.MIXERS["gmlp"](8).init, jax.random.key(0), np.ones((1, 3, 8)))
     with pytest.raises(ValueError, match="capacity must be at most max_length=6; got 7"):
         nn.MIXERS["gmlp"](8, max_length=6).init_state(1, 7)
     with pytest.raises(ValueError, match="kernel must be among"):
-        nn.AttentionFree(8, kernel="gmpl").init(jax.random.key(0), jnp.ones((1, 3, 8)))
+        jax.eval_shape(nn.AttentionFree(8, kernel="gmpl").init, jax.random.key(0), np.ones((1, 3, 8)))
 
 
 @pytest.mark.parametrize("mixer", nn.MIXERS)
 def test_bidirectional_mixers_have_no_state(mixer):
     module = ModelConfig(layers=1, width=8, heads=2, mixer=mixer).make_mixer(0, causal=False)
     with pytest.raises(ValueError, match="need causal=True"):
-        module.init(jax.random.key(0), jnp.ones((1, 3, 8)), return_state=True)
+        jax.eval_shape(partial(module.init, return_state=True), jax.random.key(0), np.ones((1, 3, 8)))
 
 
 @pytest.mark.parametrize(
@@ -315,30 +325,36 @@ def test_weights_of_functions_are_sharded_as_layers_are(mixer):
 
 
 def test_a_window_for_a_kernel_without_one_and_missing_positions_are_errors():
-    x = jnp.ones((1, 3, 8))
+    def init(module, **options):
+        return jax.eval_shape(partial(module.init, **options), jax.random.key(0), np.ones((1, 3, 8)))
+
     with pytest.raises(ValueError, match="the kernel 'linear' has no window; got 2"):
-        nn.MIXERS["linear"](8, heads=2, kv_heads=2, window=2).init(jax.random.key(0), x)
+        init(nn.MIXERS["linear"](8, heads=2, kv_heads=2, window=2))
     turned = nn.MIXERS["softmax"](8, heads=2, kv_heads=2, rotary_base=1e4)
     with pytest.raises(ValueError, match="positions must be given"):
-        turned.init(jax.random.key(0), x, state=turned.init_state(1, 4), return_state=True)
+        init(turned, state=jax.eval_shape(lambda: turned.init_state(1, 4)), return_state=True)
     with pytest.raises(ValueError, match="heads must divide width"):
-        nn.MIXERS["softmax"](8, heads=3, kv_heads=3).init(jax.random.key(0), x)
+        init(nn.MIXERS["softmax"](8, heads=3, kv_heads=3))
     with pytest.raises(ValueError, match=r"options must give \['stride'\] to the kernel 'strided'"):
-        nn.MultiHeadAttention(8, kernel="strided").init(jax.random.key(0), x)
+        init(nn.MultiHeadAttention(8, kernel="strided"))
     with pytest.raises(ValueError, match="kernel must be among"):
-        nn.MultiHeadAttention(8, kernel="sofmax").init(jax.random.key(0), x)
+        init(nn.MultiHeadAttention(8, kernel="sofmax"))
 
 
 @pytest.mark.parametrize("product", [dense_product, float32_product, lambda x, kernel: table_product(x, kernel.T)])
 def test_dense_product_has_the_derivatives_of_a_product(product):
-    x, kernel, t = (
-        jax.random.normal(key, shape)
-        for key, shape in zip(jax.random.split(jax.random.key(0), 3), [(2, 3, 4), (4, 5), (4, 5)])
-    )
-    expected, pullback = jax.vjp(jnp.matmul, x, kernel)
-    out, ours = jax.vjp(product, x, kernel)
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours(out), pullback(out))
-    tangent = jax.jvp(lambda k: product(x, k), (kernel,), (t,))[1]
-    np.testing.assert_allclose(tangent, jnp.matmul(x, t), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(product, (0, None))(x, kernel), expected, rtol=1e-5, atol=1e-5)
+    rng = np.random.default_rng(0)
+    x, kernel, t = (rng.normal(size=shape).astype(np.float32) for shape in [(2, 3, 4), (4, 5), (4, 5)])
+
+    @jax.jit
+    def run(x, kernel, t):
+        out, pull = jax.vjp(product, x, kernel)
+        tangent = jax.jvp(lambda k: product(x, k), (kernel,), (t,))[1]
+        return out, pull(out), tangent, jax.vmap(product, (0, None))(x, kernel)
+
+    out, (of_x, of_kernel), tangent, mapped = jax.tree.map(np.asarray, run(x, kernel, t))
+    np.testing.assert_allclose(out, x @ kernel, rtol=1e-5)
+    np.testing.assert_allclose(of_x, out @ kernel.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_kernel, np.einsum("bti,btj->ij", x, out), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(tangent, x @ t, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(mapped, x @ kernel, rtol=1e-5, atol=1e-5)

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +10,7 @@ from effattn_jax.models import LanguageModel, ModelConfig
 from effattn_jax.objectives import cross_entropy
 from effattn_jax.parallel import batch_spec, local_shard, make_mesh, place_batch, shard_tree, spec_for
 from effattn_jax.parallel.sharding import LARGE
+from tests.random_parameters import random_parameters
 
 
 def test_mesh_takes_what_is_left():
@@ -79,8 +79,7 @@ def one_device():
     """Parameters, a batch, and the gradients."""
     tokens = np.random.default_rng(1).integers(0, 64, (8, 17)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    init = jax.jit(LanguageModel(PLAIN, 64).init)
-    params = init(jax.random.key(0), batch["tokens"])["params"]
+    params = random_parameters(LanguageModel(PLAIN, 64), batch["tokens"])
     return params, batch, jax.jit(jax.grad(loss_fn))(params, batch)
 
 
@@ -93,7 +92,7 @@ def test_gradients_are_those_of_one_device(axes):
         step = jax.jit(jax.grad(loss_fn), out_shardings=shardings)
         gradients = step(jax.device_put(params, shardings), place_batch(mesh, batch, 8))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), gradients, expected)
-    assert jax.tree.all(jax.tree.map(lambda g: bool(jnp.all(jnp.isfinite(g))), gradients))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize("mixer", ["synthesizer_random", "mlp_mixer", "tupe"])
@@ -104,7 +103,7 @@ def test_tables_of_places_are_shared_out(mixer):
     )
     tokens = np.random.default_rng(1).integers(0, 64, (8, 17)).astype(np.int32)
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
-    params = jax.jit(LanguageModel(config, 64).init)(jax.random.key(0), batch["tokens"])["params"]
+    params = random_parameters(LanguageModel(config, 64), batch["tokens"])
     slope = functools.partial(jax.grad(loss_fn), config=config)
     expected = jax.jit(slope)(params, batch)
     mesh = make_mesh(data=1, fsdp=8)

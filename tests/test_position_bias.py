@@ -1,6 +1,7 @@
 """Biases by position: their published values, and every softmax kernel with one against the same call with the array that it stands for."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -22,15 +23,20 @@ def qkv(length=T, batch=2, seed=0):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+@functools.cache
+def drawn():
+    return jax.tree.map(np.asarray, jax.jit(lambda: KerpleLog.initial(N, jax.random.key(0)))())
+
+
 def objects(both_ways=False):
-    keys = jax.random.split(jax.random.key(0), 3)
-    right = jnp.array([0.3, 0.2, 0.1, 0.05]) if both_ways else None
+    right = np.float32([0.3, 0.2, 0.1, 0.05]) if both_ways else None
+    table = np.random.default_rng(0).normal(size=(8, N)).astype(np.float32)
     return {
         "alibi": Alibi(alibi_slopes(N), right),
-        "kerple_log": KerpleLog.initial(N, keys[0]),
-        "kerple_power": KerplePower(jnp.array([0.5, 0.4, 0.3, 0.005]), jnp.array([0.5, 1.0, 1.7, 3.0])),
-        "sandwich": Sandwich(1 / jnp.arange(1.0, N + 1), dim=16),
-        "t5": T5Bias(jax.random.normal(keys[2], (8, N)), both_ways, max_distance=16),
+        "kerple_log": drawn(),
+        "kerple_power": KerplePower(np.float32([0.5, 0.4, 0.3, 0.005]), np.float32([0.5, 1.0, 1.7, 3.0])),
+        "sandwich": Sandwich(1 / np.arange(1, N + 1, dtype=np.float32), dim=16),
+        "t5": T5Bias(table, both_ways, max_distance=16),
     }
 
 
@@ -70,16 +76,15 @@ def test_published_values():
     np.testing.assert_allclose(alibi_slopes(8), 0.5 ** np.arange(1, 9))
     np.testing.assert_allclose(alibi_slopes(12)[8:], [0.70711, 0.35355, 0.17678, 0.08839], atol=1e-5)
     first = {0: 0, 1: 1, 7: 7, 8: 8, 12: 9, 16: 10, 23: 11, 32: 12, 46: 13, 64: 14, 91: 15, 10_000: 15}
-    near = t5_bucket(-jnp.array(list(first)), bidirectional=True)
-    assert near.tolist() == list(first.values())
-    assert t5_bucket(jnp.array(list(first)[1:]), bidirectional=True).tolist() == [
-        16 + b for b in list(first.values())[1:]
-    ]
+    bucket = jax.jit(t5_bucket, static_argnames="bidirectional")
+    places, buckets = np.array(list(first)), list(first.values())
+    assert bucket(-places, bidirectional=True).tolist() == buckets
+    assert bucket(places, bidirectional=True).tolist()[1:] == [16 + b for b in buckets[1:]]
     begins = [16, 19, 21, 24, 27, 31, 35, 40, 46, 52, 59, 67, 77, 87, 99, 113]
     d = np.arange(0, 400)
     expected = [t if t < 16 else 15 + sum(t >= b for b in begins) for t in d]
-    assert t5_bucket(-jnp.asarray(d), bidirectional=False).tolist() == expected
-    assert t5_bucket(jnp.array([1, 50]), bidirectional=False).tolist() == [0, 0]
+    assert bucket(-d, bidirectional=False).tolist() == expected
+    assert bucket(np.where(d % 2, 1, 50), bidirectional=False).tolist() == [0] * 400
 
 
 @jax.jit
@@ -87,24 +92,33 @@ def by_position_and_distance(biases, rows, columns, d):
     return {name: (bias(rows, columns), bias.at_distance(d)) for name, bias in biases.items()}
 
 
+@functools.cache
+def by_formula():
+    """At the distances of rows 0 ... 6 to columns 3 ... 13."""
+    d = np.arange(3, 14)[None] - np.arange(7)[:, None]
+    run = jax.jit(lambda biases: {name: formula(bias, d) for name, bias in biases.items()})
+    return d, run(objects(both_ways=True))
+
+
 @pytest.mark.parametrize("start", [0, 1_000, 1_000_000])
 def test_values_by_position_and_by_distance(start):
     """(N, T, S) from positions is the formula at the distances, wherever the row stands."""
     rows, columns = start + np.arange(7), start + np.arange(3, 14)
-    d = columns[None] - rows[:, None]
-    biases = objects(both_ways=True)
-    for name, found in by_position_and_distance(biases, rows, columns, d).items():
+    d, expected = by_formula()
+    for name, found in by_position_and_distance(objects(both_ways=True), rows, columns, d).items():
         for values in found:
-            np.testing.assert_allclose(values, formula(biases[name], d), atol=2e-5, err_msg=name)
+            np.testing.assert_allclose(values, expected[name], atol=2e-5, err_msg=name)
 
 
 @pytest.mark.usefixtures("x64")
 def test_sandwich_in_float64():
-    bias, d = Sandwich(1 / jnp.arange(1.0, N + 1), dim=16), np.arange(3, 14)[None] - np.arange(7)[:, None]
+    bias, d = Sandwich(1 / np.arange(1.0, N + 1), dim=16), np.arange(3, 14)[None] - np.arange(7)[:, None]
     waves = np.cos(d[..., None] * bias.base ** (-np.arange(0, 16, 2) / 16)).sum(-1)
     expected = np.array(1 / np.arange(1.0, N + 1))[:, None, None] * waves
-    np.testing.assert_allclose(bias.at_distance(d), expected, atol=1e-13)
-    np.testing.assert_allclose(bias(1_000 + np.arange(7), 1_000 + np.arange(3, 14)), expected, atol=1e-11)
+    found = by_position_and_distance({"sandwich": bias}, 1_000 + np.arange(7), 1_000 + np.arange(3, 14), d)
+    by_position, by_distance = found["sandwich"]
+    np.testing.assert_allclose(by_distance, expected, atol=1e-13)
+    np.testing.assert_allclose(by_position, expected, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint32"])
@@ -112,10 +126,12 @@ def test_narrow_and_unsigned_positions(dtype):
     """Differences and sizes do not wrap."""
     places = np.array([0, 100, 127]).astype(dtype)
     d = np.array([-128, 0, 127]) if dtype == "int8" else np.array([0, 127, 127])
-    for name, bias in objects(both_ways=True).items():
-        wide = bias(places.astype(np.int32), places.astype(np.int32))
-        np.testing.assert_array_equal(bias(places, places), wide, err_msg=name)
-        np.testing.assert_array_equal(bias.at_distance(d.astype(dtype)), bias.at_distance(d), err_msg=name)
+    biases, whole = objects(both_ways=True), places.astype(np.int32)
+    narrow = by_position_and_distance(biases, places, places, d.astype(dtype))
+    wide = by_position_and_distance(biases, whole, whole, d)
+    for name in biases:
+        for found, expected in zip(narrow[name], wide[name]):
+            np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def positions_of(mask, keys=T):
@@ -260,11 +276,12 @@ def test_any_callable_pytree_is_a_bias():
         def __call__(self, rows, columns):
             return self.weight[:, None, None] * jnp.sin(rows[None, :, None] + 2.0 * columns[None, None, :])
 
-    arrays, weight = qkv(), jnp.arange(1.0, N + 1)
+    arrays, weight = qkv(), np.arange(1, N + 1, dtype=np.float32)
     place = np.arange(T)
     array = weight[:, None, None] * np.sin(place[:, None] + 2.0 * place[None])[None].astype(np.float32)
-    out = dot_product_attention(*arrays, bias=Absolute(weight), is_causal=True, chunk_size=5)
-    assert_close(out, dot_product_attention(*arrays, bias=array, is_causal=True), 2e-6)
+    calls = (Absolute(weight), {"chunk_size": 5}), (array, {})
+    run = jax.jit(lambda: [dot_product_attention(*arrays, bias=bias, is_causal=True, **more) for bias, more in calls])
+    assert_close(*run(), 2e-6)
 
 
 @pytest.mark.parametrize("name", ["alibi", "kerple_log", "kerple_power", "t5", "sandwich"])
@@ -289,10 +306,14 @@ def test_refusals():
     alibi = Alibi.initial(N)
     for kernel in ("linear", "efficient", "performer", "delta_rule", "gated_linear"):
         line = attention.MIXERS[kernel]
-        more = line.extras(np.random.default_rng(0), q) if line.extras else {}
-        more |= line.weights(jax.random.key(0), N, K, H) if line.weights else {}
+
+        def call(line=line):
+            more = line.extras(np.random.default_rng(0), q) if line.extras else {}
+            more |= line.weights(jax.random.key(0), N, K, H) if line.weights else {}
+            return line.function(q, k, v, alibi, is_causal=True, **more)
+
         with pytest.raises(ValueError, match=r"no pairwise scores to add a bias to; got bias by position \(Alibi\)"):
-            line.function(q, k, v, alibi, is_causal=True, **more)
+            jax.eval_shape(call)
     with pytest.raises(ValueError, match=r"with N=4; Alibi gives \(3, 1, 1\)"):
         dot_product_attention(q, k, v, Alibi.initial(3))
     with pytest.raises(ValueError, match=r"\(N, T, S\); Alibi cannot be called so"):
@@ -302,12 +323,12 @@ def test_refusals():
     with pytest.raises(ValueError, match="bias"):
         dot_product_attention(q, k, v, alibi, implementation="cudnn")
     with pytest.raises(ValueError, match="relative must be integers"):
-        t5_bucket(jnp.ones(3), bidirectional=True)
+        t5_bucket(np.ones(3), bidirectional=True)
     for options in ({"num_buckets": 0}, {"num_buckets": 1}, {"num_buckets": 7, "bidirectional": True}):
         with pytest.raises(ValueError, match="num_buckets must"):
             T5Bias.initial(N, jax.random.key(0), **options)
     with pytest.raises(ValueError, match="max_distance"):
-        t5_bucket(jnp.array([1]), bidirectional=True, max_distance=8)
+        t5_bucket(np.array([1]), bidirectional=True, max_distance=8)
     with pytest.raises(NotImplementedError):
-        PositionBias()(jnp.arange(2), jnp.arange(2))
-    assert sparse_attention(q, k, v, alibi, window=2, dilation=3).shape == q.shape
+        PositionBias()(np.arange(2), np.arange(2))
+    assert jax.jit(functools.partial(sparse_attention, window=2, dilation=3))(q, k, v, alibi).shape == q.shape

@@ -1,7 +1,5 @@
 """Encodings and extrapolation as options of the language model: steps equal the whole, padding and packing change nothing, settings at inference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from effattn_jax.nn import MIXERS, MultiHeadAttention, Placing
 from effattn_jax.position import alibi_slopes, rotary, rotary_frequencies, rotary_linear_attention, xpos_decay
 from effattn_jax.training.errors import UserError
 from tests.laws.checks import assert_close
+from tests.random_parameters import random_parameters
 
 SMALL = {"layers": 1, "width": 16, "heads": 2, "mlp_ratio": 1.0}
 TRAINED = {  # settings that decide parameters or how a model is trained
@@ -64,20 +63,20 @@ def test_steps_equal_the_whole_and_padding_nothing(name):
     linear = {"mixer": "linear"} if name == "ntk in linear time" else {}
     config = ModelConfig(**{**SMALL, **linear, **TRAINED.get(name, {})})
     model = LanguageModel(config, 20)
+    used = LanguageModel(config.at_inference(**AT_INFERENCE[name]), 20) if name in AT_INFERENCE else model
 
     @jax.jit
-    def run(tokens, mask):
-        params = model.init(jax.random.key(0), tokens)["params"]
-        used = LanguageModel(config.at_inference(**AT_INFERENCE[name]), 20) if name in AT_INFERENCE else model
+    def run(params, tokens, mask):
         whole = used.apply({"params": params}, tokens, mask=mask)
         alone = used.apply({"params": params}, tokens[:1, 3:])
-        return whole, stepwise(used, params, tokens, mask), alone, model.apply({"params": params}, tokens, mask=mask)
+        plain = whole if used is model else model.apply({"params": params}, tokens, mask=mask)
+        return whole, stepwise(used, params, tokens, mask), alone, plain
 
-    whole, steps, alone, plain = run(jnp.asarray(TOKENS), jnp.asarray(MASK))
-    assert_close(jnp.where(MASK[..., None], steps, 0), jnp.where(MASK[..., None], whole, 0), 5e-6)
+    whole, steps, alone, plain = map(np.asarray, run(random_parameters(model, TOKENS[:, :0]), TOKENS, MASK))
+    assert_close(np.where(MASK[..., None], steps, 0), np.where(MASK[..., None], whole, 0), 5e-6)
     assert_close(alone[0], whole[0, 3:], 5e-6)
     if name in AT_INFERENCE:
-        assert float(jnp.abs(whole - plain).max()) > 1e-5  # the setting does something
+        assert np.abs(whole - plain).max() > 1e-5  # the setting does something
 
 
 def test_models_at_shifted_positions():
@@ -89,17 +88,16 @@ def test_models_at_shifted_positions():
         "delta rule": {"mixers": "gated_linear,gated_delta_rule,retention", "layers": 3},
     }
     models = {name: LanguageModel(ModelConfig(**{**SMALL, **options}), 20) for name, options in relative.items()}
-    tokens = jnp.asarray(TOKENS)
+    params = {name: random_parameters(model, TOKENS[:, :0]) for name, model in models.items()}
 
     @jax.jit
-    def run(start):
+    def run(params, start):
         at = start + jnp.broadcast_to(jnp.arange(12), (2, 12))
-        key = jax.random.key(0)
-        return {n: m.apply(m.init(key, tokens), tokens, positions=at) for n, m in models.items()}
+        return {n: m.apply({"params": params[n]}, TOKENS, positions=at) for n, m in models.items()}
 
-    here = run(0)
+    here = run(params, 0)
     for start in (1_000, 1_000_000):
-        for name, out in run(start).items():
+        for name, out in run(params, start).items():
             assert_close(out, here[name], 1e-5, f"{name} from {start}")
 
 
@@ -110,7 +108,7 @@ def test_models_at_shifted_positions():
 def test_positions_that_no_kernel_would_read_are_refused(options):
     with pytest.raises(ValueError, match=r"positions must be None where kernels count .*; got \(2, 12\)"):
         model = LanguageModel(ModelConfig(**{**SMALL, **options}), 20)
-        model.init(jax.random.key(0), jnp.asarray(TOKENS), positions=jnp.zeros((2, 12), jnp.int32))
+        jax.eval_shape(lambda at: model.init(jax.random.key(0), TOKENS, positions=at), np.zeros((2, 12), np.int32))
 
 
 IDS = np.array([[0] * 5 + [1] * 7, [3] * 12])
@@ -155,38 +153,34 @@ def test_log_n_in_a_model_both_ways():
     one, other = (MultiHeadAttention(8, causal=causal, placing=placing) for causal in (False, True))
 
     @jax.jit
-    def run(x):
-        params = one.init(jax.random.key(0), x)
+    def run(params, x):
         packed = [m.apply(params, x, segment_ids=jnp.asarray(IDS[:1])) for m in (one, other)]
         return one.apply(params, x), one.apply(params, x[:, ::-1]), packed, [m.apply(params, x[:, 5:]) for m in (one, other)]  # fmt: skip
 
-    whole, back, packed, alone = run(x)
+    params = {"params": random_parameters(one, x)}
+    whole, back, packed, alone = jax.tree.map(np.asarray, run(params, x))
     assert_close(back[:, ::-1], whole, 1e-6)
     assert_close([y[:, 5:] for y in packed], alone, 1e-6)
 
 
 def test_random_and_stretched_positions():
     """Training draws positions, evaluation counts them; a stretched table begins as it was and goes on."""
-    config = ModelConfig(**SMALL, random_positions=64)
-    model, tokens = LanguageModel(config, 20), jnp.asarray(TOKENS)
+    learned = ModelConfig(**SMALL, positions="learned", max_length=8)
+    model, short = LanguageModel(ModelConfig(**SMALL, random_positions=64), 20), LanguageModel(learned, 20)
+    stretched = LanguageModel(learned.at_inference(hierarchical_alpha=0.4), 20)
 
     @jax.jit
-    def counted_and_drawn(tokens):
-        params = model.init(jax.random.key(0), tokens)
+    def run(params, table):
         rngs = [{"dropout": jax.random.key(i)} for i in (1, 2)]
-        drawn = [model.apply(params, tokens, deterministic=False, rngs=rng) for rng in rngs]
-        return model.apply(params, tokens), drawn
+        drawn = [model.apply(params, TOKENS, deterministic=False, rngs=rng) for rng in rngs]
+        return model.apply(params, TOKENS), *drawn, stretched.apply(table, TOKENS), short.apply(table, TOKENS[:, :8])
 
-    counted, drawn = counted_and_drawn(tokens)
-    assert float(jnp.abs(drawn[0] - drawn[1]).max()) > 1e-4 and float(jnp.abs(drawn[0] - counted).max()) > 1e-4
-    learned = ModelConfig(**SMALL, positions="learned", max_length=8)
-    stretched = LanguageModel(learned.at_inference(hierarchical_alpha=0.4), 20)
-    params = jax.jit(LanguageModel(learned, 20).init)(jax.random.key(0), tokens[:, :8])["params"]
-    longer = jax.jit(stretched.apply)({"params": params}, tokens)
-    short = jax.jit(LanguageModel(learned, 20).apply)({"params": params}, tokens[:, :8])
-    assert_close(longer[:, :8], short, 1e-5)
+    params, table = ({"params": random_parameters(m, TOKENS[:, :0])} for m in (model, short))
+    counted, *drawn, longer, whole = map(np.asarray, run(params, table))
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-4 and np.abs(drawn[0] - counted).max() > 1e-4
+    assert_close(longer[:, :8], whole, 1e-5)
     with pytest.raises(ValueError, match="at most 64 long with learned positions; got 65"):
-        stretched.apply({"params": params}, jnp.ones((1, 65), jnp.int32))
+        stretched.apply(table, np.ones((1, 65), np.int32))
 
 
 def test_xpos_in_linear_time_is_the_sum_written_out():
@@ -194,12 +188,17 @@ def test_xpos_in_linear_time_is_the_sum_written_out():
     from effattn_jax.attention import gated_linear_attention
 
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 1, 8)).astype(np.float32)
-    decay = jnp.broadcast_to(jnp.tile(jnp.asarray(xpos_decay(8), jnp.float32), 2), q.shape)
-    turned, later = ([rotary(x, start + jnp.arange(7)) for x in (q, k)] for start in (0, 1_000_000))
-    out = jax.jit(functools.partial(gated_linear_attention, is_causal=True))(*later, v, log_decay=decay)
+    decay = np.broadcast_to(np.tile(np.asarray(xpos_decay(8), np.float32), 2), q.shape)
+
+    @jax.jit
+    def run(q, k, v):
+        turned, later = ([rotary(x, start + jnp.arange(7)) for x in (q, k)] for start in (0, 1_000_000))
+        return turned, gated_linear_attention(*later, v, log_decay=decay, is_causal=True)
+
+    turned, out = jax.tree.map(np.asarray, run(q, k, v))
     r = np.arange(7)[:, None] - np.arange(7)[None]
     fading = np.exp(np.tile(xpos_decay(8), 2) * np.maximum(r, 0)[..., None])
-    scores = np.einsum("tnh,snh,tsh->ts", *(np.asarray(x[0]) for x in turned), fading) * (r >= 0)
+    scores = np.einsum("tnh,snh,tsh->ts", *(x[0] for x in turned), fading) * (r >= 0)
     np.testing.assert_allclose(out[0, :, 0], scores @ v[0, :, 0], atol=2e-5)
 
 
@@ -207,10 +206,6 @@ def test_rotary_positions_in_linear_attention():
     """The quotient written out, for a whole row and a token a call."""
     q, k, v = np.random.default_rng(0).normal(size=(3, 1, 7, 2, 4)).astype(np.float32)
     phi = [np.where(x > 0, x + 1, np.exp(np.minimum(x, 0))) for x in (q, k)]
-    turned = [np.asarray(rotary(x, jnp.arange(7))) for x in phi]
-    causal = np.tril(np.ones((7, 7)))
-    above = np.einsum("btnh,bsnh,ts,bsnv->btnv", *turned, causal, v)
-    below = np.einsum("btnh,bsnh,ts->btn", *phi, causal)[..., None]
     options = {"is_causal": True, "return_state": True}
 
     @jax.jit
@@ -218,11 +213,15 @@ def test_rotary_positions_in_linear_attention():
         whole = rotary_linear_attention(q, k, v, query_positions=jnp.arange(7), **options)[0]
         first, state = rotary_linear_attention(q[:, :4], k[:, :4], v[:, :4], query_positions=jnp.arange(4), **options)
         later = {"query_positions": 4 + jnp.arange(3), "initial_state": state, **options}
-        return whole, first, rotary_linear_attention(q[:, 4:], k[:, 4:], v[:, 4:], **later)[0]
+        turned = [rotary(x, jnp.arange(7)) for x in phi]
+        return whole, first, rotary_linear_attention(q[:, 4:], k[:, 4:], v[:, 4:], **later)[0], turned
 
-    whole, first, rest = run(q, k, v)
+    whole, first, rest, turned = jax.tree.map(np.asarray, run(q, k, v))
+    causal = np.tril(np.ones((7, 7)))
+    above = np.einsum("btnh,bsnh,ts,bsnv->btnv", *turned, causal, v)
+    below = np.einsum("btnh,bsnh,ts->btn", *phi, causal)[..., None]
     np.testing.assert_allclose(whole, above / below, atol=1e-5)
-    np.testing.assert_allclose(jnp.concatenate([first, rest], axis=1), whole, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate([first, rest], axis=1), whole, atol=1e-5)
 
 
 MAPS = {
@@ -287,12 +286,12 @@ def test_hidden_keys_and_packed_rows_with_turned_features():
         tail = call([x[:, 5:] for x in arrays], jnp.arange(4))
         return jax.grad(loss)(arrays), call(arrays, jnp.arange(9), mask=keep, segment_ids=ids), tail
 
-    (of_query, of_key, of_value), packed, tail = run([q, k, v])
-    assert all(bool(jnp.isfinite(g).all()) for g in (of_query, of_key, of_value, packed))
-    assert float(jnp.abs(of_key[0, 2]).max()) == float(jnp.abs(of_value[0, 2]).max()) == 0
+    (of_query, of_key, of_value), packed, tail = jax.tree.map(np.asarray, run([q, k, v]))
+    assert all(np.isfinite(g).all() for g in (of_query, of_key, of_value, packed))
+    assert np.abs(of_key[0, 2]).max() == np.abs(of_value[0, 2]).max() == 0
     assert_close(tail, packed[:, 5:], 5e-6)
     with pytest.raises(ValueError, match="rotary_linear_attention has no pairwise scores to add a bias to"):
-        call([q, k, v], jnp.arange(9), bias=np.zeros((9, 9), np.float32))
+        call([q, k, v], np.arange(9), bias=np.zeros((9, 9), np.float32))
 
 
 def test_mixers_with_positions_of_their_own():
@@ -301,7 +300,7 @@ def test_mixers_with_positions_of_their_own():
     names = ("shaw", "xl", "tupe", "disentangled")
     modules = {name: MIXERS[name](64, heads=2, kv_heads=1, max_length=64, rotary_base=1e4) for name in names}
     plain = MIXERS["softmax"](64, heads=2, kv_heads=1, rotary_base=1e4)
-    params, shared = initial(modules, x), initial({"plain": plain}, x)["plain"]
+    params, shared = initial(modules, x), random_parameters(plain, x)
     pairs = {
         "rerope": ({"placing": Placing(rerope_window=3, rerope_leak=0.5)},) * 2,
         "xpos": ({}, {"placing": Placing("xpos")}),
@@ -318,10 +317,10 @@ def test_mixers_with_positions_of_their_own():
 
     grads, equal = run(params, shared)
     for leaf in jax.tree.leaves(grads):
-        assert float(jnp.abs(leaf).max()) > 0
+        assert np.abs(leaf).max() > 0
     for name, (ours, softmax) in equal.items():
         assert_close(ours, softmax, 5e-6, name)
-    spread = {name: {k: float(jnp.std(w)) for k, w in p.items() if hasattr(w, "shape")} for name, p in params.items()}
+    spread = {name: {k: np.std(w) for k, w in p.items() if hasattr(w, "shape")} for name, p in params.items()}
     expected = {
         "shaw": dict.fromkeys(("key_table", "value_table"), (2 / (33 + 32)) ** 0.5),
         "xl": {"relative_key": 0.02 * 2**0.5, "content_bias": 0.02, "position_bias": 0.02},
@@ -335,8 +334,8 @@ def test_mixers_with_positions_of_their_own():
 
 def test_published_parts():
     """The module's slopes are ALiBi's and not trained; its frequencies are those of `rotary_frequencies`."""
-    x = jnp.ones((1, 4, 16))
-    params = MultiHeadAttention(16, heads=2, kv_heads=2, placing=Placing("alibi")).init(jax.random.key(0), x)["params"]
+    module = MultiHeadAttention(16, heads=2, kv_heads=2, placing=Placing("alibi"))
+    params = jax.eval_shape(module.init, jax.random.key(0), np.ones((1, 4, 16), np.float32))["params"]
     assert not any("bias" in name for name in params)
     np.testing.assert_array_equal(Placing("alibi").bias(4, True, None).slopes, alibi_slopes(4))
     scaled = Placing(scaling="ntk", factor=4.0).frequencies(8, 10000.0)

@@ -112,18 +112,8 @@ def faded(q, k, v, p, w):
 MEMBERS = {
     "shaw": (shaw_attention, shaw, {"key_table": draw(4, 7, N, H), "value_table": draw(5, 7, N, V)}, {}),
     "disentangled": (disentangled_attention, disentangled, {"key_table": draw(4, 8, N, H), "query_table": draw(5, 8, N, H)}, {}),
-    "xl": (
-        xl_attention,
-        xl,
-        {"relative_key": draw(4, 6, N, H), "content_bias": draw(5, N, H), "position_bias": draw(6, N, H)},
-        {},
-    ),
-    "tupe": (
-        tupe_attention,
-        tupe,
-        {"position_query": draw(4, T, N, 4), "position_key": draw(5, T, N, 4), "first_token": draw(6, N, 2)},
-        {},
-    ),
+    "xl": (xl_attention, xl, {"relative_key": draw(4, 6, N, H), "content_bias": draw(5, N, H), "position_bias": draw(6, N, H)}, {}),
+    "tupe": (tupe_attention, tupe, {"position_query": draw(4, T, N, 4), "position_key": draw(5, T, N, 4), "first_token": draw(6, N, 2)}, {}),
     "rerope": (rerope_attention, leaky(4, 0.0), {}, {"window": 4}),
     "leaky": (rerope_attention, leaky(3, 0.25), {}, {"window": 3, "leak": 0.25}),
     "sinks": (rerope_attention, leaky(4, 0.0), {}, {"window": 4, "sinks": 2}),
@@ -185,33 +175,43 @@ def test_moved_diagonals_are_what_is_gathered(name, length, keys, rows, reach, i
     def call(mask, inputs):
         return position.MIXERS[name].function(**inputs, mask=mask, **options)
 
-    moved, gathered = (
-        value_and_grads(functools.partial(call, mask), rows_of | tables)
-        for mask in (None, np.ones((1, 1, 1, keys), bool))
-    )
-    assert_close(moved[0], gathered[0], 2e-6)
-    assert_close(moved[1], gathered[1], 1e-5, "gradient")
+    @jax.jit
+    def both(arrays):
+        masks = None, np.ones((1, 1, 1, keys), bool)
+        return [value_and_grads(functools.partial(call, mask), arrays) for mask in masks]
+
+    (moved, slopes), (gathered, expected) = both(rows_of | tables)
+    assert_close(moved, gathered, 2e-6)
+    assert_close(slopes, expected, 1e-5, "gradient")
+
+
+def every_member(call, is_causal):
+    """Outputs and gradients of call(name, arrays, weights), all members that have the form in one program."""
+    names = [name for name in MEMBERS if is_causal or name != "xpos"]
+
+    trees = {name: (inputs(), MEMBERS[name][2]) for name in names}
+    return jax.jit(lambda trees: {n: value_and_grads(lambda x, n=n: call(n, *x), trees[n]) for n in names})(trees)
+
+
+@functools.cache
+def written_out(is_causal, packed):
+    seen = {"segment_ids": IDS, "mask": PADDED} if packed else {}
+    return every_member(functools.partial(reference, is_causal=is_causal, **seen), is_causal)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_scores_written_out(case):
     """Outputs and the gradients of everything, all members in one program."""
     seen, form = CASES[case]
+    is_causal = seen["is_causal"]
 
-    @jax.jit
-    def both(arrays, weights):
-        pairs = {}
-        for name, (function, _, _, options) in MEMBERS.items():
-            if name == "xpos" and not seen["is_causal"]:
-                continue
-            ours = lambda tree, f=function, o=options: f(*tree[0], **tree[1], **o, **seen, **form)  # noqa: E731
-            whole = lambda tree, n=name: reference(n, *tree, **seen)  # noqa: E731
-            pairs[name] = [value_and_grads(call, (arrays, weights[name])) for call in (ours, whole)]
-        return pairs
+    def ours(name, arrays, weights):
+        function, _, _, options = MEMBERS[name]
+        return function(*arrays, **weights, **options, **seen, **form)
 
-    pairs = both(inputs(), {name: member[2] for name, member in MEMBERS.items()})
-    for name, (ours, whole) in pairs.items():
-        assert_close(ours, whole, 2e-5, name)
+    whole = written_out(is_causal, "mask" in seen)
+    for name, found in every_member(ours, is_causal).items():
+        assert_close(found, whole[name], 2e-5, name)
 
 
 def test_steps_with_a_cache_and_a_nan_ahead():
@@ -242,7 +242,8 @@ def test_steps_with_a_cache_and_a_nan_ahead():
     for x in spoiled[1:]:
         x[:, -1] = np.nan
     weights = {name: member[2] for name, member in MEMBERS.items()}
-    for name, (whole, steps, after) in run([jnp.asarray(x) for x in arrays], spoiled, weights).items():
+    for name, found in run(arrays, spoiled, weights).items():
+        whole, steps, after = map(np.asarray, found)
         assert_close(steps, whole, 5e-6, name)
         np.testing.assert_array_equal(after[:, :-1], whole[:, :-1], err_msg=name)
 
@@ -271,7 +272,7 @@ def test_published_distances_of_rerope():
     for leak, expected in ((0.0, [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]), (0.5, [0, 1, 2, 3, 4, 4.5, 5, 5.5, 6, 6.5])):
         options = {"window": 4, "leak": leak, "frequencies": np.array([0.1]), "scale": 1.0, "is_causal": True}
         values = np.eye(10)[None, :, None].astype(np.float32)
-        weights = rerope_attention(keys, keys, values, **options)[0, -1, 0]
+        weights = np.asarray(jax.jit(lambda x, v, o=options: rerope_attention(x, x, v, **o))(keys, values))[0, -1, 0]
         scores = np.cos(0.1 * np.array(expected))[::-1]
         np.testing.assert_allclose(weights, np.exp(scores) / np.exp(scores).sum(), atol=1e-6)
 
@@ -294,25 +295,32 @@ def test_frequencies():
     fast = rotary_frequencies(8, base=2.0, scaling="yarn", factor=8, train_length=10**6)  # every pair makes above 32
     np.testing.assert_allclose(fast, rotary_frequencies(8, base=2.0))
     assert yarn_temperature(1) == 1 and np.isclose(yarn_temperature(np.e**10), 2)
-    scale = log_length_scale(jnp.array([16, 64, 512, 1024, 4096]), 512)
-    np.testing.assert_allclose(scale, [0.4444, 0.6667, 1, 1.1111, 1.3333], atol=1e-4)
-    np.testing.assert_allclose(log_length_scale(jnp.array([16, 4096]), 512, at_least_one=True), [1, 4 / 3], rtol=1e-6)
+    scale = jax.jit(lambda n: (log_length_scale(n, 512), log_length_scale(n, 512, at_least_one=True)))
+    free, at_least_one = scale(np.array([16, 64, 512, 1024, 4096]))
+    np.testing.assert_allclose(free, [0.4444, 0.6667, 1, 1.1111, 1.3333], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(at_least_one)[[0, -1]], [1, 4 / 3], rtol=1e-6)
+
+
+@jax.jit
+def scores_from(start):
+    """Of rotary positions with every scaling, and of XPOS's pair."""
+    q, k, at = draw(0, 1, 6, 2, 16), draw(1, 1, 6, 2, 16), start + jnp.arange(6)
+    results = {}
+    for scaling in ("none", "linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn"):
+        w = rotary_frequencies(16, scaling=scaling, factor=8, train_length=64)
+        results[scaling] = product(*(rotary(x, at, frequencies=w) for x in (q, k)))
+    centered, plain = xpos(q, k, at, at, center=start + 2), xpos(q, k, at - start, at - start)
+    return results, product(*centered), product(*plain)
 
 
 @pytest.mark.parametrize("start", [0, 1_000, 1_000_000])
 def test_shifts_change_nothing(start):
     """Rotary positions with every scaling, and XPOS's pair: scores at a start are those at 0."""
-    q, k = draw(0, 1, 6, 2, 16), draw(1, 1, 6, 2, 16)
-
-    def scores(begin, frequencies):
-        at = begin + jnp.arange(6)
-        return product(*(rotary(x, at, frequencies=frequencies) for x in (q, k)))
-
-    for scaling in ("none", "linear", "ntk", "ntk_fixed", "ntk_mixed", "yarn"):
-        w = rotary_frequencies(16, scaling=scaling, factor=8, train_length=64)
-        np.testing.assert_allclose(scores(start, w), scores(0, w), atol=1e-5, err_msg=scaling)
-    shifted = product(*xpos(q, k, start + jnp.arange(6), start + jnp.arange(6), center=start + 2))
-    np.testing.assert_allclose(shifted, product(*xpos(q, k, jnp.arange(6), jnp.arange(6))), atol=1e-5)
+    found, shifted, _ = scores_from(start)
+    expected, _, plain = scores_from(0)
+    for scaling in found:
+        np.testing.assert_allclose(found[scaling], expected[scaling], atol=1e-5, err_msg=scaling)
+    np.testing.assert_allclose(shifted, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [T, 11])
@@ -321,9 +329,14 @@ def test_places_of_tupe_at_hidden_keys(length):
     arrays, weights = [x[:, :length] for x in inputs()], {**MEMBERS["tupe"][2]}
     keep = np.broadcast_to(~np.isin(np.arange(T), [4, 11, 12]), (B, 1, 1, T))
     weights |= {name: weights[name][:10] for name in ("position_query", "position_key")}
-    out = tupe_attention(*arrays, mask=keep[..., :length], is_causal=True, **weights)
     padded = {n: np.concatenate([x, x[-1:]]) if n != "first_token" else x for n, x in weights.items()}
-    expected = reference("tupe", inputs(), padded, is_causal=True, mask=keep)[:, :length]
+
+    @jax.jit
+    def both(arrays, weights, padded):
+        expected = reference("tupe", inputs(), padded, is_causal=True, mask=keep)[:, :length]
+        return tupe_attention(*arrays, mask=keep[..., :length], is_causal=True, **weights), expected
+
+    out, expected = both(arrays, weights, padded)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -331,9 +344,10 @@ def test_xpos_at_the_end_of_a_long_row():
     """Finite, and the last rows those of a row that begins near them, where the absolute form has left the range of float32."""
     length = 80_000
     x = draw(0, 1, length, 1, 2)
-    tail = xpos_attention(x[:, -1:], x, x, is_causal=True, scale_base=64.0)
-    near = xpos_attention(x[:, -1:], x[:, -9_000:], x[:, -9_000:], is_causal=True, scale_base=64.0)
-    assert bool(jnp.isfinite(tail).all())
+    call = jax.jit(functools.partial(xpos_attention, is_causal=True, scale_base=64.0))
+    tail = np.asarray(call(x[:, -1:], x, x))
+    near = call(x[:, -1:], x[:, -9_000:], x[:, -9_000:])
+    assert np.isfinite(tail).all()
     np.testing.assert_allclose(near.shape, tail.shape)
     decayed = np.exp(np.log(0.4 / 1.4) / 64 * 9_000)
     assert decayed == 0 or decayed < 1e-30  # scores of farther keys are 0 in both
@@ -353,34 +367,36 @@ def _xpos_scores(x):
 
 def test_absolute_embeddings():
     table = draw(0, 6, 4)
-    whole = hierarchical_embedding(table, jnp.arange(36))
+
+    embed = jax.jit(hierarchical_embedding)
+    whole = np.asarray(embed(table, np.arange(36)))
     np.testing.assert_allclose(whole[:6], table, atol=1e-6)
     np.testing.assert_allclose(whole[6], 2 / 3 * table[1] + 1 / 3 * table[0], atol=1e-6)
     assert len(np.unique(np.round(whole, 5), axis=0)) == 36
-    assert bool(jnp.isnan(jax.jit(lambda t: hierarchical_embedding(table, t))(jnp.array([36]))).all())
+    assert np.isnan(embed(table, np.array([36]))).all()
     for wrong in ({"alpha": 0.5}, {"alpha": 1.2}):
         with pytest.raises(ValueError, match="alpha must lie between 0 and 1 and not be 1/2"):
-            hierarchical_embedding(table, jnp.array([1]), **wrong)
+            hierarchical_embedding(table, np.array([1]), **wrong)
     with pytest.raises(ValueError, match=r"positions must lie in \[0, n\^2\) = \[0, 36\)"):
-        hierarchical_embedding(table, jnp.array([36]))
+        hierarchical_embedding(table, np.array([36]))
     with pytest.raises(ValueError, match="got from -3 to 2"):
-        hierarchical_embedding(table, jnp.array([2, -3]))
-    narrow = jnp.array([3, 35], jnp.int8)
-    wide = draw(0, 20, 4)  # n^2 is beyond int8
-    np.testing.assert_array_equal(
-        hierarchical_embedding(wide, narrow), hierarchical_embedding(wide, jnp.array([3, 35]))
-    )
-    factors = draw(7, 5, 4)
-    np.testing.assert_allclose(
-        position.multiplicative_embedding(factors[None], factors[None]), (factors * (1 + factors))[None]
-    )
-    turn = floater_embedding(jnp.array([1.0, 0.0]), lambda t, p: jnp.stack([-p[1], p[0]]), 7, step=0.5, substeps=4)
+        hierarchical_embedding(table, np.array([2, -3]))
+    narrow, wide = np.array([3, 35], np.int8), draw(0, 20, 4)  # n^2 is beyond int8
+    found, expected = (hierarchical_embedding(wide, positions) for positions in (narrow, narrow.astype(int)))
+    np.testing.assert_array_equal(found, expected)
+    factors, (r, w, theta) = draw(7, 5, 4), (draw(seed, 3, 5, 4) for seed in (1, 2, 3))
+
+    @jax.jit
+    def others():
+        scaled = position.multiplicative_embedding(factors[None], factors[None])
+        turn = floater_embedding(jnp.array([1.0, 0.0]), lambda t, p: jnp.stack([-p[1], p[0]]), 7, step=0.5, substeps=4)
+        waves = complex_order_embedding(r, w, theta, jnp.arange(5))
+        return scaled, turn, waves, random_positions(jax.random.key(0), 8, 64, batch=3)
+
+    scaled, turn, waves, drawn = map(np.asarray, others())
+    np.testing.assert_allclose(scaled, (factors * (1 + factors))[None])
     np.testing.assert_allclose(turn, np.stack([np.cos(np.arange(7) / 2), np.sin(np.arange(7) / 2)], -1), atol=1e-5)
-    r, w, theta = draw(1, 3, 5, 4), draw(2, 3, 5, 4), draw(3, 3, 5, 4)
-    np.testing.assert_allclose(
-        complex_order_embedding(r, w, theta, jnp.arange(5)), r * np.exp(1j * (w * np.arange(5)[:, None] + theta)), atol=1e-5
-    )  # fmt: skip
-    drawn = np.asarray(random_positions(jax.random.key(0), 8, 64, batch=3))
+    np.testing.assert_allclose(waves, r * np.exp(1j * (w * np.arange(5)[:, None] + theta)), atol=1e-5)
     assert drawn.shape == (3, 8) and (np.diff(drawn) > 0).all() and drawn.min() >= 0 and drawn.max() < 64
 
 
@@ -404,16 +420,13 @@ def test_a_query_that_sees_nothing_may_hold_nan(name, unseen, implementation):
     q, k, v = (draw(seed, 2, 6, N, H) for seed in range(3))
     q[:, 4] = np.nan
     mask, ids = UNSEEN[unseen]
-    line = position.MIXERS[name]
-    weights = (
-        line.weights(jax.random.key(0), N, N, H, **({"length": 6} if name == "tupe" else {})) if line.weights else {}
-    )
-    call = functools.partial(
-        line.function, mask=mask, segment_ids=ids, is_causal=True, implementation=implementation, **line.options
-    )
+    line, more = position.MIXERS[name], {"length": 6} if name == "tupe" else {}
+    shapes = jax.eval_shape(lambda: line.weights(jax.random.key(0), N, N, H, **more)) if line.weights else {}
+    weights = {key: draw(3, *leaf.shape) for key, leaf in shapes.items()}
+    options = {"mask": mask, "segment_ids": ids, "is_causal": True, "implementation": implementation, **line.options}
 
     def loss(q, k, v, weights):
-        out = call(q, k, v, **weights)
+        out = line.function(q, k, v, **weights, **options)
         return jnp.sum(jnp.sin(out)), out
 
     (_, out), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, weights)
@@ -443,20 +456,20 @@ def test_mistakes():
         "with 0 < slow < fast; got slow=32, fast=1": lambda: rotary_frequencies(8, scaling="yarn", train_length=8, fast=1, slow=32),
         "exponent must be at least 0 and finite": lambda: rotary_frequencies(8, scaling="ntk_mixed", factor=2.0, exponent=-1.0),
         "with scaling='ntk_mixed'; got nan": lambda: rotary_frequencies(8, scaling="ntk_mixed", factor=2.0, exponent=math.nan),
-        "query and key must be": lambda: xpos(q, k[..., :4], jnp.arange(T), jnp.arange(T)),
-        "embedding must broadcast to x, (1, 2)": lambda: position.multiplicative_embedding(jnp.ones((1, 2)), jnp.ones((5, 3, 2))),
-        "embedding must broadcast to x, (2, 1)": lambda: position.multiplicative_embedding(jnp.ones((2, 1)), jnp.ones((2, 3))),
-        "must all be (*B, T, D), of one shape": lambda: complex_order_embedding(v[0], v[0], v[0, :, :, :2], jnp.arange(T)),
-        "positions must broadcast to (*B, T) = (13, 2)": lambda: complex_order_embedding(v[0], v[0], v[0], jnp.ones((3, 13, 2))),
-        "(*B, T) = (13, 2); got (3,)": lambda: complex_order_embedding(v[0], v[0], v[0], jnp.arange(3)),
+        "query and key must be": lambda: xpos(q, k[..., :4], np.arange(T), np.arange(T)),
+        "embedding must broadcast to x, (1, 2)": lambda: position.multiplicative_embedding(np.ones((1, 2)), np.ones((5, 3, 2))),
+        "embedding must broadcast to x, (2, 1)": lambda: position.multiplicative_embedding(np.ones((2, 1)), np.ones((2, 3))),
+        "must all be (*B, T, D), of one shape": lambda: complex_order_embedding(v[0], v[0], v[0, :, :, :2], np.arange(T)),
+        "positions must broadcast to (*B, T) = (13, 2)": lambda: complex_order_embedding(v[0], v[0], v[0], np.ones((3, 13, 2))),
+        "(*B, T) = (13, 2); got (3,)": lambda: complex_order_embedding(v[0], v[0], v[0], np.arange(3)),
         "frequencies must have shape (H/2,) = (4,); got (2,)": lambda: rerope_attention(q, k, v, window=2, frequencies=[1.0, 0.1]),
-        "frequencies must have shape": lambda: position.rotary(q, jnp.arange(T), frequencies=np.ones(3)),
+        "frequencies must have shape": lambda: position.rotary(q, np.arange(T), frequencies=np.ones(3)),
         "train_length must be above 1": lambda: log_length_scale(3, 1),
         "length must be at most max_length": lambda: random_positions(jax.random.key(0), 5, 4),
     }  # fmt: skip
     for words, call in calls.items():
         with pytest.raises(ValueError) as error:
-            call()
+            jax.eval_shape(call)
         assert words in str(error.value), (words, str(error.value))
 
 

@@ -1,5 +1,7 @@
 """The outer-product recurrence with a decay for each feature, whose pairs are products of matrices over halves of a chunk."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,37 +21,47 @@ def sample(dtype):
     decay[rng.random(decay.shape) < 0.1] = 0
     decay[rng.random(decay.shape) < 0.02] = -np.inf
     ids = np.cumsum(rng.random((2, STEPS)) < 0.06, axis=1)
-    return [jnp.asarray(x, dtype) for x in (query, key, value, decay)], ids
+    return [x.astype(dtype) for x in (query, key, value, decay)], ids
 
 
 def results(arrays, ids, **options):
-    """Outputs, the last state, and the gradients of a weighted sum of both."""
+    """Outputs, the last state, and the gradients of a weighted sum of both, in one program."""
 
     def call(query, key, value, decay):
         return outer_product_recurrence(
             query, key, value, log_decay=decay, segment_ids=ids, return_state=True, **options
         )
 
-    out, pull = jax.vjp(call, *arrays)
-    return out, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out))
+    @jax.jit
+    def run(arrays):
+        out, pull = jax.vjp(call, *arrays)
+        return out, pull(jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), out))
+
+    return run(arrays)
+
+
+@functools.cache
+def by_scan(segmented):
+    """The sample's results by the recurrence, in float64."""
+    arrays, ids = sample(np.float64)
+    return results(arrays, ids if segmented else None, implementation="scan")
 
 
 @pytest.mark.parametrize("segmented", [False, True], ids=["one row", "segments"])
 @pytest.mark.parametrize("size", [None, 16, 37, 48])
 def test_decays_for_each_feature_equal_the_recurrence(size, segmented, x64):
     """Chunks that are powers of two and such that are not, several of them, the last one not full."""
-    arrays, ids = sample(jnp.float64)
-    ids = ids if segmented else None
-    expected = results(arrays, ids, implementation="scan")
-    actual = results(arrays, ids, implementation="chunked", chunk_size=size)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
+    arrays, ids = sample(np.float64)
+    actual = results(arrays, ids if segmented else None, implementation="chunked", chunk_size=size)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, by_scan(segmented))
 
 
 def test_small_decays_beside_large_ones_stay_exact(x64):
     """A difference of cumulative sums would lose what comes after a step that forgets nearly all."""
-    arrays, _ = sample(jnp.float32)
-    decay = jnp.full_like(arrays[3], -1e-3).at[:, 3].set(-1e4)
-    expected = results([x.astype(jnp.float64) for x in (*arrays[:3], decay)], None, implementation="scan")
+    arrays, _ = sample(np.float32)
+    decay = np.full_like(arrays[3], -1e-3)
+    decay[:, 3] = -1e4
+    expected = results([x.astype(np.float64) for x in (*arrays[:3], decay)], None, implementation="scan")
     actual = results([*arrays[:3], decay], None, implementation="chunked")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), actual, expected)
 
@@ -62,18 +74,20 @@ def test_small_decays_beside_large_ones_stay_exact(x64):
 def test_states_wait_in_cotangents(features, width, heads, size, x64):
     """Where the states at the chunk starts lie in the rows of cotangents not yet written, in one or in several, and where they do not fit."""
     rng = np.random.default_rng(1)
-    query, key = (jnp.asarray(rng.normal(size=(2, 23, n, features))) for n in (heads, 2))
-    value = jnp.asarray(rng.normal(size=(2, 23, 2, width)))
+    query, key = (rng.normal(size=(2, 23, n, features)) for n in (heads, 2))
+    value = rng.normal(size=(2, 23, 2, width))
     ids = np.cumsum(rng.random((2, 23)) < 0.1, axis=1)
 
-    def gradients(**options):
-        def loss(*arrays):
+    @jax.jit
+    def gradients(*arrays):
+        def loss(options, *arrays):
             out = outer_product_recurrence(*arrays, segment_ids=ids, **options)
             return jnp.sum(out * jnp.cos(jnp.arange(out.size)).reshape(out.shape))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(query, key, value)
+        forms = {"implementation": "scan"}, {"implementation": "chunked", "chunk_size": size}
+        return [jax.grad(functools.partial(loss, options), argnums=(0, 1, 2))(*arrays) for options in forms]
 
-    expected, actual = gradients(implementation="scan"), gradients(implementation="chunked", chunk_size=size)
+    expected, actual = gradients(query, key, value)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
 
 
@@ -95,8 +109,8 @@ def test_gradients_keep_no_states_apart(width, size):
 @pytest.mark.parametrize("decays", ["none", "a head", "a feature"])
 def test_rows_side_by_side_go_in_sections(decays, monkeypatch, x64):
     """Chunks are side by side within a section; sections follow each other, the last one not full."""
-    (*arrays, decay), ids = sample(jnp.float64)
-    state = jnp.asarray(np.random.default_rng(1).normal(size=(2, 2, 5, 3)))
+    (*arrays, decay), ids = sample(np.float64)
+    state = np.random.default_rng(1).normal(size=(2, 2, 5, 3))
     decay = {"none": None, "a head": decay[..., 0], "a feature": decay}[decays]
 
     def run(**options):
@@ -105,13 +119,17 @@ def test_rows_side_by_side_go_in_sections(decays, monkeypatch, x64):
                 *arrays, log_decay=decay, initial_state=state, segment_ids=ids, return_state=True, **options
             )
 
-        out, pull = jax.vjp(call, arrays, decay, state)
-        return out, pull(jax.tree.map(jnp.cos, out))
+        @jax.jit
+        def both(arrays, decay, state):
+            out, pull = jax.vjp(call, arrays, decay, state)
+            return out, pull(jax.tree.map(jnp.cos, out))
+
+        return both(arrays, decay, state)
 
     expected = run(implementation="scan")
     monkeypatch.setattr(_outer_kernel, "_SECTION", 25)
     assert _outer_kernel.section_of(STEPS, 8) == 24
-    actual = jax.jit(lambda: run(implementation="parallel", chunk_size=8))()
+    actual = run(implementation="parallel", chunk_size=8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12), actual, expected)
 
 

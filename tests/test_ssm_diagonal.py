@@ -99,17 +99,22 @@ def test_angles_are_right_at_a_million_steps():
 @pytest.mark.parametrize("real", [False, True])
 def test_kernels_equal_powers(real, method):
     _, Lambda, B, C, _, step, _ = system(1, real=real)
-    kernel_of = jax.jit(ssm.diagonal_kernel, static_argnums=(4, 5))
-    for length in (0, 1, 2, 17, 1000, 1023):
-        kernel = kernel_of(Lambda, B, C, step, length, method)
+    lengths = (0, 1, 2, 17, 1000, 1023)
+
+    @jax.jit
+    def run(*arrays):
+        kernels = [ssm.diagonal_kernel(*arrays, length, method) for length in lengths]
+        return kernels, ssm.diagonal_kernel(*(x[0] for x in arrays), 17, method)
+
+    kernels, one = run(Lambda, B, C, step)
+    np.testing.assert_allclose(one, np.asarray(kernels[3])[0], rtol=1e-6)
+    for length, kernel in zip(lengths, map(np.asarray, kernels)):
         assert kernel.shape == (WIDTH, length)
         if length:
             impulse = np.zeros((1, length, WIDTH))
             impulse[:, 0] = 1
             expected, _ = by_hand(impulse, Lambda, B, C, np.zeros(WIDTH), step, np.zeros((1, WIDTH, PAIRS)), method)
             assert checks.rms(kernel.T - expected[0]) <= 1e-6 * checks.rms(expected[0])
-    one = kernel_of(Lambda[0], B[0], C[0], step[0], 5, method)
-    np.testing.assert_allclose(one, kernel_of(Lambda, B, C, step, 5, method)[0], rtol=1e-6)
 
 
 def test_the_hold_does_not_cancel():
@@ -118,8 +123,8 @@ def test_the_hold_does_not_cancel():
     wide = np.where(z == 0, 1, z).astype(np.clongdouble)
     exact = np.where(z == 0, 1, 2 * np.sinh(wide / 2) * np.exp(wide / 2) / wide)
     slope = np.where(np.abs(z) < 1e-4, 0.5 + z / 3, (np.exp(wide) - exact) / wide)
-    values = _poles.phi(jnp.asarray(z, jnp.complex64))
-    slopes = jax.vmap(jax.grad(_poles.phi, holomorphic=True))(jnp.asarray(z, jnp.complex64))
+    both = jax.jit(lambda z: (_poles.phi(z), jax.vmap(jax.grad(_poles.phi, holomorphic=True))(z)))
+    values, slopes = both(z.astype(np.complex64))
     assert np.abs(np.asarray(values) - exact).max() < 1e-7 and np.abs(np.asarray(slopes) - slope).max() < 1e-6
 
 
@@ -130,7 +135,7 @@ def test_modes_agree(length):
     expected = by_hand(*arrays)
     for form, actual in zip(MODES, everywhere(arrays)):
         for ours, theirs in zip(actual, expected):
-            assert checks.rms(ours - theirs) <= 1e-5 * checks.rms(theirs), form
+            assert checks.rms(np.asarray(ours) - theirs) <= 1e-5 * checks.rms(theirs), form
 
 
 @pytest.mark.parametrize("length, dtype", [(2, np.float64), (1025, np.float64), (1025, np.float32)])
@@ -147,7 +152,7 @@ def test_gradients_of_modes_agree(length, dtype):
 def test_modes_agree_at_a_million_steps():
     """2^20 steps: chunks and convolution against the scan, float32."""
     arrays = [a[:1] if a.shape[0] == 2 and a.ndim == 3 else a for a in system(1 << 20, batch=1)]
-    (chunked, _), (scanned, _), _, (convolved, _) = everywhere(arrays)
+    chunked, scanned, _, convolved = (np.asarray(out) for out, _ in everywhere(arrays))
     for other in (chunked, convolved):
         assert checks.rms(other - scanned) <= 1e-5 * checks.rms(scanned)
 
@@ -156,22 +161,22 @@ def test_modes_agree_at_a_million_steps():
 def test_irregular_steps(mode):
     """Holding an input for two steps is one step twice as long; a step of 0 changes nothing; the rest is regular."""
     u, Lambda, B, C, D, step, state = system(8)
-    twice, call = np.repeat(u, 2, axis=1), jax.jit(functools.partial(run, mode=mode))
-    fine, last = call((twice, Lambda, B, C, D, step, state))
-    coarse, same = call((u, Lambda, B, C, D, 2 * step, state))
-    checks.assert_close((coarse, same), (fine[:, 1::2], last), 1e-5)
+    twice, weights = np.repeat(u, 2, axis=1), (Lambda, B, C, D)
     steps = np.broadcast_to(step, twice.shape) * np.tile([2, 0], 8)[:, None].astype(np.float32)
-    uneven, same = call((twice, Lambda, B, C, D, steps, state))
-    checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
+    calls = [(twice, *weights, step, state), (u, *weights, 2 * step, state), (twice, *weights, steps, state)]
+    every = jax.jit(lambda calls: [run(arrays, mode=mode) for arrays in calls])(calls)
+    (fine, last), (coarse, same), (uneven, after) = jax.tree.map(np.asarray, every)
+    checks.assert_close((coarse, same), (fine[:, 1::2], last), 1e-5)
+    checks.assert_close((uneven[:, ::2], after), (coarse, last), 1e-5)
     assert not np.any(np.diff((uneven - D * twice).reshape(2, 8, 2, WIDTH), axis=2))
 
 
 def test_reverse_runs_from_the_end():
-    arrays = system(37)
+    arrays = system(1025)  # a program of other tests too
     backwards = jax.jit(lambda arrays: [run(arrays, reverse=True, **form) for form in MODES])(arrays)
     forwards = everywhere((np.flip(arrays[0], 1), *arrays[1:]))
     for (back, first), (out, state) in zip(backwards, forwards):
-        checks.assert_close((np.flip(back, 1), first), (out, state), 1e-6)
+        checks.assert_close((np.flip(np.asarray(back), 1), first), (out, state), 1e-6)
 
 
 def test_a_convolution_refuses_what_it_cannot_do():
@@ -199,7 +204,8 @@ def test_the_softmax_form():
     _, Lambda, W, _, _, step, _ = system(1)
     z = (step[:, None] * Lambda)[..., None] * np.arange(11)
     expected = 2 * np.sum((W / Lambda)[..., None] * np.exp(z) / np.exp(z).sum(-1, keepdims=True), 1).real
-    np.testing.assert_allclose(ssm.dss_kernel(Lambda, W, step, 11), expected, rtol=1e-4, atol=1e-5)
+    kernel = jax.jit(ssm.dss_kernel, static_argnums=3)(Lambda, W, step, 11)
+    np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pole", [-1.0, -1.0 + 0j], ids=["real", "complex"])
@@ -207,16 +213,21 @@ def test_bilinear_poles_that_forget_at_once(pole, x64):
     """At step lambda = -2 a pole's a is 0: first and second derivatives by the convolution and by chunks are those of the recurrence."""
     u, pole, one = np.random.default_rng(0).normal(size=(1, 5, 1)), np.array([[pole]]), np.ones((1, 1))
 
-    def derivatives(mode):
+    def derivatives(mode, pole, step):
         def loss(pole, step):
             return jnp.sum(jnp.sin(ssm.diagonal_ssm(u, pole, one, one, None, step, mode=mode, method="bilinear")))
 
-        step = jnp.array([2.0])
-        by_step = jax.grad(lambda s: jax.grad(loss, 1)(jnp.asarray(pole), s).sum())
-        return jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.asarray(pole), step), jax.jit(by_step)(step)
+        def slopes(step):
+            value, (by_pole, by_step) = jax.value_and_grad(loss, (0, 1))(pole, step)
+            return by_step, (value, by_pole)
 
-    for mode in ("chunked", "convolution"):
-        checks.assert_close(derivatives(mode), derivatives("recurrence"), 1e-11)
+        return jax.jvp(slopes, (step,), (jnp.ones_like(step),), has_aux=True)
+
+    modes = ("recurrence", "chunked", "convolution")
+    every = jax.jit(lambda *arrays: [derivatives(mode, *arrays) for mode in modes])
+    expected, *others = every(pole, np.array([2.0]))
+    for other in others:
+        checks.assert_close(other, expected, 1e-11)
 
 
 @pytest.mark.parametrize("name", ["s5_ssm", "lru", "rg_lru"])
@@ -226,24 +237,36 @@ def test_other_sampling_rates(name):
     weights = line.weights(np.random.default_rng(0))
     inputs = line.sample(np.random.default_rng(1), 2, 5, np.float32)
     step = weights.pop("step", 1.0)
-    held = {key: jnp.repeat(x, 2, axis=1) for key, x in inputs.items()}
-    function = jax.jit(functools.partial(line.function, return_state=True, **weights))
-    coarse, last = function(**inputs, step=2 * step)
+    held = {key: np.repeat(x, 2, axis=1) for key, x in inputs.items()}
+    pauses = np.tile(np.float32([2, 0]), 5)[None, :, None] * np.ones((2, 1, 1)) * np.reshape(step, (1, 1, -1))
+    calls = {"coarse": {**inputs, "step": 2 * step}, "uneven": {**held, "step": pauses.astype(np.float32)}}
     if name != "rg_lru":  # which scales its inputs by the length of the step, not by holding them
-        fine, same = function(**held, step=step)
-        checks.assert_close((fine[:, 1::2], same), (coarse, last), 1e-5)
-    pauses = jnp.tile(jnp.array([2.0, 0.0]), 5)[None, :, None] * jnp.ones((2, 1, 1)) * jnp.reshape(step, (1, 1, -1))
-    uneven, same = function(**held, step=pauses)
-    checks.assert_close((uneven[:, ::2], same), (coarse, last), 1e-5)
+        calls["fine"] = {**held, "step": step}
+    function = functools.partial(line.function, return_state=True, **weights)
+    every = jax.jit(lambda calls: {key: function(**arrays) for key, arrays in calls.items()})(calls)
+    found = jax.tree.map(np.asarray, every)
+    if "fine" in found:
+        fine, last = found["fine"]
+        checks.assert_close((fine[:, 1::2], last), found["coarse"], 1e-5)
+    uneven, last = found["uneven"]
+    checks.assert_close((uneven[:, ::2], last), found["coarse"], 1e-5)
+
+
+@functools.cache
+def bilinear_by_mode():
+    """Of one pole, by every mode, in one program."""
+    u, one = np.random.default_rng(0).normal(size=(2, 6, 1)), np.ones((1, 1))
+    call = functools.partial(ssm.diagonal_ssm, D=None, step=1.0, method="bilinear")
+    modes = ("recurrence", "chunked", "convolution")
+    return jax.jit(lambda pole: {mode: call(u, pole[None, None], one, one, mode=mode) for mode in modes})
 
 
 @pytest.mark.parametrize("mode", ["chunked", "convolution"])
 @pytest.mark.parametrize("pole", [-1.0, -3.0, 1.0, 3.0, 5.0])
 def test_bilinear_poles_on_either_side(pole, mode, x64):
     """The sign of a one-step factor is that of (2 + z) / (2 - z), on both sides of 2."""
-    u, one = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 1))), jnp.ones((1, 1))
-    run = functools.partial(ssm.diagonal_ssm, u, pole * one, one, one, None, 1.0, method="bilinear")
-    np.testing.assert_allclose(run(mode=mode), run(mode="recurrence"), rtol=1e-10)
+    found = bilinear_by_mode()(np.float64(pole))
+    np.testing.assert_allclose(found[mode], found["recurrence"], rtol=1e-10)
 
 
 def test_one_step_for_all_channels():
@@ -252,11 +275,13 @@ def test_one_step_for_all_channels():
         functools.partial(ssm.diagonal_kernel, poles, poles, poles),
         functools.partial(ssm.dss_kernel, poles, poles),
     ):
-        np.testing.assert_array_equal(kernel(0.1, 5), kernel(np.full(2, 0.1, np.float32), 5))
+        both = jax.jit(lambda kernel=kernel: (kernel(0.1, 5), kernel(np.full(2, 0.1, np.float32), 5)))()
+        np.testing.assert_array_equal(*both)
 
 
 @pytest.mark.parametrize("mode", ["recurrence", "chunked", "convolution"])
 def test_no_channels(mode):
     none = np.zeros((0, 2), np.complex64)
-    out = ssm.diagonal_ssm(np.zeros((2, 5, 0), np.float32), none, none, none, None, np.zeros(0, np.float32), mode=mode)
+    run = jax.jit(functools.partial(ssm.diagonal_ssm, D=None, mode=mode))
+    out = run(np.zeros((2, 5, 0), np.float32), none, none, none, step=np.zeros(0, np.float32))
     assert out.shape == (2, 5, 0)

@@ -20,11 +20,15 @@ def test_gradients_by_weights(name):
     ids = np.repeat([[3, 1], [2, 2]], [4, 7], axis=1).astype(np.int32)
     with checks.x64():
         weights = checks.widened(line.weights(np.random.default_rng(0)))
-        inputs = jax.tree.map(jnp.asarray, checks.widened(line.sample(np.random.default_rng(1), 2, 11, np.float32)))
-        ours = functools.partial(line.function, **inputs, segment_ids=ids, **line.forms[-1])
-        actual = checks.value_and_grads(lambda w: ours(**w), weights)
-        expected = checks.value_and_grads(lambda w: reference(inputs, segment_ids=ids, **w), weights)
-        checks.assert_close(actual, expected, 1e-11)
+        inputs = checks.widened(line.sample(np.random.default_rng(1), 2, 11, np.float32))
+
+        @jax.jit
+        def both(weights, inputs):
+            ours = functools.partial(line.function, **inputs, segment_ids=ids, **line.forms[-1])
+            theirs = functools.partial(reference, inputs, segment_ids=ids)
+            return [checks.value_and_grads(lambda w, f=f: f(**w), weights) for f in (ours, theirs)]
+
+        checks.assert_close(*both(weights, inputs), 1e-11)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -33,11 +37,16 @@ def test_griffin_s_gate_at_small_steps(dtype, x64):
     ones = np.ones((1, 1, 1), dtype)
     rate = 8 * np.log1p(np.exp(-6.0))
     call = functools.partial(ssm.rg_lru, ones, ones, ones)
+
+    @jax.jit
+    def derivatives(step):
+        value = lambda step: call(np.full(1, -6, dtype), step=step).sum()  # noqa: E731
+        return value(step), jax.grad(value)(step), jax.hessian(value)(step)
+
     for step in (1.0, 1e-3, 1e-6, 1e-12, 0.0):
         exact = np.sqrt(-np.expm1(-2 * rate * step))
-        np.testing.assert_allclose(call(np.full(1, -6, dtype), step=dtype(step)), exact, rtol=10 * np.finfo(dtype).eps)
-        value = lambda step: call(np.full(1, -6, dtype), step=step).sum()  # noqa: E731
-        slope, bend = jax.grad(value)(dtype(step)), jax.hessian(value)(dtype(step))
+        gate, slope, bend = derivatives(dtype(step))
+        np.testing.assert_allclose(gate, exact, rtol=10 * np.finfo(dtype).eps)
         assert np.isfinite(slope) and np.isfinite(bend)
         if exact**2 > np.finfo(dtype).eps:
             np.testing.assert_allclose(slope, rate * np.exp(-2 * rate * step) / exact, rtol=1e-5)
@@ -57,14 +66,16 @@ def test_complex_poles_of_a_selective_scan():
     }
     weights = {"A": -np.exp(rng.normal(size=(3, 4))) + 1j * rng.normal(size=(3, 4)), "D": rng.normal(size=3)}
     with checks.x64():
-        everything = inputs | weights
+
+        def ours(x):
+            return ssm.selective_scan(**x, reverse=True, chunk_size=4)
 
         def reference(x):
             given = {name: x[name] for name in inputs}
             return state_space_references.selective_scan(given, A=x["A"], D=x["D"], reverse=True)
 
-        actual = checks.value_and_grads(lambda x: ssm.selective_scan(**x, reverse=True, chunk_size=4), everything)
-        checks.assert_close(actual, checks.value_and_grads(reference, everything), 1e-12)
+        both = jax.jit(lambda x: [checks.value_and_grads(function, x) for function in (ours, reference)])
+        checks.assert_close(*both(inputs | weights), 1e-12)
 
 
 def test_memory_of_a_selective_scan():
@@ -86,7 +97,7 @@ def test_groups_and_head_mistakes():
     with pytest.raises(ValueError, match="initial_state must be the TrapezoidState"):
         ssm.mamba3_trapezoid(*(ones, ones[..., 0], -np.ones(4), ones, ones, ones[..., 0]), initial_state=ones)
     with pytest.raises(ValueError, match="D must have shape"):
-        ssm.state_space_duality(ones, ones[..., 0], -np.ones(4), ones, ones, np.ones(3))
+        jax.eval_shape(lambda: ssm.state_space_duality(ones, ones[..., 0], -np.ones(4), ones, ones, np.ones(3)))
 
 
 def dense(params, name, linear):

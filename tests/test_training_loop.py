@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_runs import assert_same, final_state, losses, rows, tiny
 
 from effattn_jax.data import load
 from effattn_jax.models import LanguageModel, ModelConfig
@@ -23,6 +22,8 @@ from effattn_jax.training.metrics import COLUMNS, Metrics
 from effattn_jax.training.reports import Reporter
 from effattn_jax.training.sampling import continue_tokens
 from effattn_jax.training.setup import Setup, prepare
+from tests.random_parameters import random_parameters
+from tests.training_runs import assert_same, final_state, losses, rows, shared_programs, tiny  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -81,16 +82,16 @@ def test_finished_run_says_so(reference, capsys):
 
 
 def test_best_and_the_two_newest_are_kept(tmp_path, monkeypatch):
-    planned = {2: 5.0, 4: 1.0, 6: 3.0, 8: 4.0, 10: 2.0}
+    planned = {1: 5.0, 2: 6.0, 3: 1.0, 4: 3.0, 5: 7.0, 6: 9.0, 7: 4.0, 8: 2.0}
     evaluate = Reporter.evaluate
     monkeypatch.setattr(
         Reporter, "evaluate", lambda self, step, params: evaluate(self, step, params) | {"val/loss": planned[step]}
     )
-    config = tiny(tmp_path / "run", steps=10, checkpoint_every=2, eval_every=2)
+    config = tiny(tmp_path / "run", checkpoint_every=1, eval_every=1)
     train(config)
     with Checkpoints(RunFolder(config.train.run_dir, writes=False)) as checkpoints:
-        assert checkpoints.steps() == [4, 8, 10]
-        assert checkpoints.best() == 4
+        assert checkpoints.steps() == [3, 7, 8]
+        assert checkpoints.best() == 3
 
 
 def test_classification_and_answers(tmp_path):
@@ -162,34 +163,42 @@ def test_step_time_where_steps_are_computed_as_they_are_handed_over(tmp_path, mo
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock[0], monotonic=time.monotonic))
     monkeypatch.setattr(Setup, "batch", taking(1.0, batch))
     monkeypatch.setattr(Setup, "evaluate", taking(100.0, evaluate))
-    train(tiny(tmp_path / "run", steps=16, eval_every=7, checkpoint_every=4))  # pauses after 4, 7, 8, 12, 14, 16
-    assert [row["ms_per_step"] for row in rows(tmp_path / "run")] == ["", *["1000"] * 15]
-    train(tiny(tmp_path / "short", steps=6, eval_every=2, checkpoint_every=6))
-    assert [row["ms_per_step"] for row in rows(tmp_path / "short")] == ["", "", "", *["1000"] * 3]
+    train(tiny(tmp_path / "run", eval_every=7, checkpoint_every=4))  # pauses after 4, 7, 8
+    assert [row["ms_per_step"] for row in rows(tmp_path / "run")] == ["", *["1000"] * 7]
+    train(tiny(tmp_path / "other", eval_every=2, checkpoint_every=6))  # after 2, 4, 6, 8
+    assert [row["ms_per_step"] for row in rows(tmp_path / "other")] == ["", "", "", *["1000"] * 5]
 
 
 def test_text_of_a_model_that_reads_one_token():
     model = LanguageModel(ModelConfig(layers=1, width=4, heads=1, positions="learned", max_length=1), 8)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = random_parameters(model, np.zeros((1, 1), np.int32))
     assert continue_tokens(model, params, np.array([3]), 4, 1, jax.random.key(1)).shape == (4,)
 
 
 def test_profile_window(tmp_path):
-    train(tiny(tmp_path / "run", steps=4, profile_steps="1,3"))
+    train(tiny(tmp_path / "run", profile_steps="1,3"))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
 # ---------------------------------------------------------------- the same numbers in other ways
 
 
-def test_accumulation_remat_and_scan_change_nothing_but_rounding(tmp_path, reference):
-    options = {"dropout": 0.0}
-    train(tiny(tmp_path / "plain", model=options, steps=4))
-    train(tiny(tmp_path / "parts", model=options, steps=4, microbatches=4))
-    train(tiny(tmp_path / "remat", model=options | {"remat": True}, steps=4))
-    plain = [float(row["train/loss"]) for row in rows(tmp_path / "plain")]
-    for other in ("parts", "remat"):
-        np.testing.assert_allclose([float(row["train/loss"]) for row in rows(tmp_path / other)], plain, rtol=1e-5)
+def test_accumulation_remat_and_scan_change_nothing_but_rounding(tmp_path):
+
+    def four_losses(model=None, **options):
+        config = tiny(tmp_path, model={"dropout": 0.0, **(model or {})}, steps=4, **options)
+        setup = prepare(config, load(config.data))
+        found = []
+        with jax.set_mesh(setup.mesh):
+            state = setup.init(np.uint32(config.train.seed))
+            for step in range(4):
+                state, numbers = setup.train_step(state, setup.batch(step), np.int32(step))
+                found.append(float(numbers["loss"]))
+        return found
+
+    plain = four_losses()
+    for other in (four_losses(microbatches=4), four_losses(model={"remat": True})):
+        np.testing.assert_allclose(other, plain, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])

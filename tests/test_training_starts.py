@@ -9,7 +9,7 @@ import pytest
 from effattn_jax.training import UserError, train
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.interrupt import StopSignals
-from tests.training_runs import tiny
+from tests.training_runs import shared_programs, tiny  # noqa: F401
 
 
 def test_a_refused_start_gives_the_lock_back(tmp_path):

@@ -6,13 +6,37 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from effattn_jax.data import DataConfig
 from effattn_jax.models import ModelConfig
-from effattn_jax.training import Config, MeshConfig, OptimConfig, TrainConfig
+from effattn_jax.training import Config, MeshConfig, OptimConfig, TrainConfig, loop
 from effattn_jax.training.checkpoints import Checkpoints
 from effattn_jax.training.folder import RunFolder
 from effattn_jax.training.setup import prepare
+from effattn_jax.training.tasks import LanguageTask
+
+SETUPS = {}
+
+
+def prepare_once(config, dataset):
+    """`prepare`, but runs whose programs are the same share the functions that the first of them compiled."""
+    if config.train.eval_also:
+        return prepare(config, dataset)
+    data = (dataclasses.replace(config.data, path=None), dataset.fingerprint)
+    train = (config.train.steps, config.train.seed, config.train.microbatches, config.train.sample_prompt)
+    key = (config.model, data, config.optim, config.mesh, train, LanguageTask.loss)
+    if key not in SETUPS:
+        SETUPS[key] = prepare(config, dataset)
+    return SETUPS[key]._replace(config=config, dataset=dataset)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_programs():
+    """A module that imports this compiles the programs of equal runs once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepare", prepare_once)
+        yield
 
 
 def tiny(folder: Path, *, model=None, data=None, optim=None, mesh=None, **train) -> Config:
@@ -54,7 +78,7 @@ def final_state(config: Config, step: int | None = None):
     """The state of the newest (or a certain) checkpoint of a run, as numpy arrays."""
     from effattn_jax.data import load
 
-    setup = prepare(dataclasses.replace(config, mesh=MeshConfig(data=1)), load(config.data))
+    setup = prepare_once(dataclasses.replace(config, mesh=MeshConfig(data=1)), load(config.data))
     with Checkpoints(RunFolder(config.train.run_dir, writes=False), read_only=True) as checkpoints:
         state, _ = checkpoints.restore(setup.abstract_state, None if step is None else [step])
     return jax.tree.map(np.asarray, state)

@@ -37,3 +37,10 @@ def representatives() -> tuple[str, ...]:
 
 
 REPRESENTATIVES = representatives()
+# One of each kind of module and of state, for what does not depend on the kernel.
+KINDS = ("softmax", "linear", "gated_linear", "min_gru", "residual", "external", "gmlp", "dynamic_convolution")
+
+
+def conv_width(mixer: str) -> int:
+    """Short convolutions are the stack's, whatever the mixer: one of each kind is run behind one, the others without."""
+    return 3 if mixer in KINDS else 0

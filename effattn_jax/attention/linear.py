@@ -69,9 +69,10 @@ def linear_attention(
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 4))
-    >>> whole = linear_attention(q, k, v, is_causal=True)
-    >>> head, state = linear_attention(q[:, :3], k[:, :3], v[:, :3], is_causal=True, return_state=True)
-    >>> tail = linear_attention(q[:, 3:], k[:, 3:], v[:, 3:], is_causal=True, initial_state=state)
+    >>> attend = jax.jit(linear_attention, static_argnames=("is_causal", "return_state"))
+    >>> whole = attend(q, k, v, is_causal=True)
+    >>> head, state = attend(q[:, :3], k[:, :3], v[:, :3], is_causal=True, return_state=True)
+    >>> tail = attend(q[:, 3:], k[:, 3:], v[:, 3:], is_causal=True, initial_state=state)
     >>> bool(jnp.allclose(whole, jnp.concatenate([head, tail], axis=1), atol=1e-6))
     True
     """

@@ -56,7 +56,7 @@ def linformer_attention(
     >>> import jax, jax.numpy as jnp
     >>> x = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
     >>> mean = jnp.full((1, 8), 1 / 6)
-    >>> out = linformer_attention(x, x, x, key_projection=mean, value_projection=mean)
+    >>> out = jax.jit(linformer_attention)(x, x, x, key_projection=mean, value_projection=mean)
     >>> bool(jnp.allclose(out, x.mean(1, keepdims=True), atol=1e-6))
     True
     """

@@ -43,10 +43,10 @@ def ffn_stack(
 
     Cost O(T^2 D + T D^2). Source: Melas-Kyriazi, arXiv:2105.02723.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> norm, ffn = (jnp.ones(2), jnp.zeros(2)), (jnp.ones((4, 4)), jnp.zeros(4), jnp.ones((4, 4)), jnp.zeros(4))
     >>> channels = (jnp.ones((2, 3)), jnp.zeros(3), jnp.ones((3, 2)), jnp.zeros(2))
-    >>> ffn_stack(jnp.ones((3, 2)), norm, ffn, norm, channels).shape
+    >>> jax.jit(ffn_stack)(jnp.ones((3, 2)), norm, ffn, norm, channels).shape
     (3, 2)
     """
     stateful = return_state or initial_state is not None

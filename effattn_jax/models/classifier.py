@@ -25,7 +25,7 @@ class SequenceClassifier(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> model = SequenceClassifier(ModelConfig(layers=1, width=8, heads=2), num_classes=3, vocab_size=None)
-    >>> model.init_with_output(jax.random.key(0), jnp.ones((2, 5, 1)))[0].shape
+    >>> jax.jit(model.init_with_output)(jax.random.key(0), jnp.ones((2, 5, 1)))[0].shape
     (2, 3)
     """
 

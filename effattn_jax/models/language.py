@@ -30,11 +30,12 @@ class LanguageModel(nn.Module):
     >>> import jax, jax.numpy as jnp
     >>> model = LanguageModel(ModelConfig(layers=1, width=8, heads=2), vocab_size=11)
     >>> tokens = jnp.array([[1, 2, 3]])
-    >>> params = model.init(jax.random.key(0), tokens)["params"]
-    >>> model.apply({"params": params}, tokens).shape
+    >>> params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    >>> jax.jit(model.apply)({"params": params}, tokens).shape
     (1, 3, 11)
-    >>> logits, state = model.step(params, tokens, model.init_state(batch=1, capacity=10))
-    >>> logits, state = model.step(params, jnp.array([[4]]), state)
+    >>> step = jax.jit(model.step)
+    >>> logits, state = step(params, tokens, model.init_state(batch=1, capacity=10))
+    >>> logits, state = step(params, jnp.array([[4]]), state)
     >>> state.position.tolist()
     [4]
     """

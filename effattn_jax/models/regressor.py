@@ -23,8 +23,8 @@ class SequenceRegressor(nn.Module):
 
     >>> import jax, jax.numpy as jnp
     >>> model = SequenceRegressor(ModelConfig(layers=1, width=8, heads=2), num_outputs=3)
-    >>> params = model.init(jax.random.key(0), jnp.ones((2, 5, 1)))["params"]
-    >>> outputs, state = model.step(params, jnp.ones((2, 1, 1)), model.init_state(batch=2, capacity=5))
+    >>> params = jax.jit(model.init)(jax.random.key(0), jnp.ones((2, 5, 1)))["params"]
+    >>> outputs, state = jax.jit(model.step)(params, jnp.ones((2, 1, 1)), model.init_state(batch=2, capacity=5))
     >>> outputs.shape, state.position.tolist()
     ((2, 1, 3), [1, 1])
     """

@@ -35,7 +35,7 @@ class AttentionFree(SequenceMixer):
 
     >>> import jax, jax.numpy as jnp
     >>> mixer = AttentionFree(8, kernel="gmlp", max_length=16)
-    >>> mixer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
+    >>> jax.jit(mixer.init_with_output)(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
     (1, 3, 8)
     """
 

@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
     Cost: 2 w D operations a token; state (w - 1) D numbers.
 
     >>> import jax, jax.numpy as jnp
-    >>> ShortConvolution(4, 3).init_with_output(jax.random.key(0), jnp.ones((1, 5, 4)))[0].shape
+    >>> jax.jit(ShortConvolution(4, 3).init_with_output)(jax.random.key(0), jnp.ones((1, 5, 4)))[0].shape
     (1, 5, 4)
     """
 

@@ -27,7 +27,7 @@ class ExternalAttention(SequenceMixer):
     Cost: 4 D^2 + 4 S D operations a token; state S numbers a head. Source: arXiv 2105.02358.
 
     >>> import jax, jax.numpy as jnp
-    >>> ExternalAttention(8, heads=2, slots=5).init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
+    >>> jax.jit(ExternalAttention(8, heads=2, slots=5).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
     (1, 3, 8)
     """
 

@@ -61,7 +61,7 @@ class MultiHeadAttention(SequenceMixer):
 
     >>> import jax, jax.numpy as jnp
     >>> mixer = MultiHeadAttention(8, heads=2, kv_heads=1, kernel="softmax")
-    >>> mixer.init_with_output(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
+    >>> jax.jit(mixer.init_with_output)(jax.random.key(0), jnp.ones((1, 3, 8)))[0].shape
     (1, 3, 8)
     """
 

@@ -30,7 +30,7 @@ class MinGRU(SequenceMixer):
       2410.01201.
 
     >>> import jax, jax.numpy as jnp
-    >>> MinGRU(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(MinGRU(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 

@@ -82,7 +82,7 @@ class Mamba(Selective):
     Cost: 6 E D + 6 E P + 2 w E + 2 E (2 P + 2 D / 16) operations a token; state E (P + w - 1). Source: arXiv:2312.00752.
 
     >>> import jax, jax.numpy as jnp
-    >>> Mamba(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(Mamba(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 
@@ -146,7 +146,7 @@ class Mamba2(Selective):
     Cost: 2 D (3 E + 2 K P + N) + 6 E P operations a token; state E P + w (E + 2 K P). Source: arXiv:2405.21060.
 
     >>> import jax, jax.numpy as jnp
-    >>> Mamba2(4, heads=2).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(Mamba2(4, heads=2).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 
@@ -225,7 +225,7 @@ class RGLRU(Selective):
     Cost: 6 D E + 4 E^2 / N + 2 w E operations a token; state w E. Source: arXiv:2402.19427.
 
     >>> import jax, jax.numpy as jnp
-    >>> RGLRU(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(RGLRU(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 

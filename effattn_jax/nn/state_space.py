@@ -90,7 +90,7 @@ class S4D(TimeInvariant):
     Cost: 4 D^2 + 8 D N operations a token; state D N numbers. Source: arXiv:2206.11893.
 
     >>> import jax, jax.numpy as jnp
-    >>> S4D(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(S4D(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 
@@ -121,7 +121,7 @@ class S4(TimeInvariant):
     Cost: 4 D^2 + 8 D N operations a token; state D N numbers. Source: arXiv:2111.00396.
 
     >>> import jax, jax.numpy as jnp
-    >>> S4(4, state_size=4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(S4(4, state_size=4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 
@@ -153,7 +153,7 @@ class S5(TimeInvariant):
     Cost: 4 D^2 + 4 D N operations a token; state N numbers. Source: arXiv:2208.04933.
 
     >>> import jax, jax.numpy as jnp
-    >>> S5(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(S5(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 
@@ -212,7 +212,7 @@ class LRU(TimeInvariant):
     Cost: 4 D^2 + 8 D P operations a token; state P complex numbers. Source: arXiv:2303.06349.
 
     >>> import jax, jax.numpy as jnp
-    >>> LRU(4).init_with_output(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
+    >>> jax.jit(LRU(4).init_with_output)(jax.random.key(0), jnp.ones((1, 3, 4)))[0].shape
     (1, 3, 4)
     """
 

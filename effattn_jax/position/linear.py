@@ -77,7 +77,9 @@ def rotary_linear_attention(
 
     >>> import jax, jax.numpy as jnp
     >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 4))
-    >>> at = lambda start: rotary_linear_attention(q, k, v, query_positions=start + jnp.arange(5), is_causal=True)
+    >>> @jax.jit
+    ... def at(start):
+    ...     return rotary_linear_attention(q, k, v, query_positions=start + jnp.arange(5), is_causal=True)
     >>> bool(jnp.allclose(at(0), at(1_000_000), atol=1e-5))
     True
     """

@@ -142,9 +142,9 @@ def disentangled_attention(
 
     Cost O(T S (H + V)) and O(T D H) a head; memory O((T + S) D) for C, else O(T + S); state: the cache. Source: arXiv:2006.03654.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((1, 5, 2, 4))
-    >>> disentangled_attention(x, x, x, key_table=jnp.ones((6, 2, 4)), query_table=None).shape
+    >>> jax.jit(disentangled_attention)(x, x, x, key_table=jnp.ones((6, 2, 4)), query_table=None).shape
     (1, 5, 2, 4)
     """
 

@@ -86,7 +86,9 @@ def xpos(
 
     >>> import jax, jax.numpy as jnp
     >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 4, 1, 8))
-    >>> scores = lambda t: jnp.einsum("btnh,bsnh->ts", *xpos(q, k, t + jnp.arange(4), t + jnp.arange(4)))
+    >>> @jax.jit
+    ... def scores(t):
+    ...     return jnp.einsum("btnh,bsnh->ts", *xpos(q, k, t + jnp.arange(4), t + jnp.arange(4)))
     >>> bool(jnp.allclose(scores(0), scores(1_000_000), atol=1e-5))
     True
     """

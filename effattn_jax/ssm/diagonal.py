@@ -69,7 +69,8 @@ def diagonal_kernel(
 
     >>> import jax.numpy as jnp
     >>> pole, one = jnp.array([jnp.log(0.5)]), jnp.ones(1)
-    >>> print(diagonal_kernel(pole, one, one, 1.0, 3) / diagonal_kernel(pole, one, one, 1.0, 1))
+    >>> kernel = diagonal_kernel(pole, one, one, 1.0, 3)
+    >>> print(kernel / kernel[0])
     [1.   0.5  0.25]
     """
     check_method(method)
@@ -103,8 +104,9 @@ def dss_kernel(Lambda: ArrayLike, W: ArrayLike, step: ArrayLike, length: int) ->
 
     Cost as `diagonal_kernel`. Source: Gupta et al., arXiv:2203.14343.
 
-    >>> import jax.numpy as jnp
-    >>> dss_kernel(jnp.array([-1.0 + 1j]), jnp.ones(1), 0.1, 5).shape
+    >>> import jax, jax.numpy as jnp
+    >>> kernel = jax.jit(dss_kernel, static_argnames="length")
+    >>> kernel(jnp.array([-1.0 + 1j]), jnp.ones(1), 0.1, length=5).shape
     (5,)
     """
     Lambda, W, step = _kernel_system(Lambda, step, length, W=W)
@@ -156,9 +158,9 @@ def diagonal_ssm(
 
     Cost O(T (C + 4 P)) a channel in chunks of C; state P. Source: arXiv:2206.11893.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> pole, one = jnp.array([[jnp.log(0.5)]]), jnp.ones((1, 1))
-    >>> y = diagonal_ssm(jnp.ones((1, 3, 1)), pole, one, one, None, jnp.ones(1))
+    >>> y = jax.jit(diagonal_ssm)(jnp.ones((1, 3, 1)), pole, one, one, None, jnp.ones(1))
     >>> print(y[0, :, 0] / y[0, 0, 0])
     [1.   1.5  1.75]
     """

@@ -78,10 +78,12 @@ def dplr_kernel(Lambda: ArrayLike, P: ArrayLike, B: ArrayLike, C: ArrayLike, ste
     The system must be stable, |A_bar^l| bounded. Any length costs O(L P) and is as exact: nothing is doubled, no power A_bar^L is taken; in float32 the error is below 1e-6
     of the largest entry of the kernel for LegS with P <= 256 and dt in [1e-4, 10]. Source: arXiv:2111.00396; `_cauchy.py` says what is done otherwise.
 
+    >>> import jax
     >>> from effattn_jax.ssm import legs_dplr
     >>> Lambda, P, B, V = legs_dplr(4)
     >>> C = [1.0, 0.0, 0.0, 0.0] @ V                       # reads the first coefficient, the mean of LegS: x' = -x + u
-    >>> print([round(float(k), 4) for k in dplr_kernel(Lambda, P, B, C, 0.5, 3)])
+    >>> kernel = jax.jit(dplr_kernel, static_argnames="length")
+    >>> print([round(k, 4) for k in kernel(Lambda, P, B, C, 0.5, length=3).tolist()])
     [0.4, 0.24, 0.144]
     """
     if not isinstance(length, int) or length < 1:
@@ -202,7 +204,7 @@ def dplr_ssm(
     >>> Lambda, P, B, V = (x[None] for x in legs_dplr(4))
     >>> C = [1.0, 0.0, 0.0, 0.0] @ V
     >>> y, state = dplr_ssm(np.ones((1, 3, 1)), Lambda, P, B, C, None, 0.5, mode="recurrence", return_state=True)
-    >>> print([round(float(x), 4) for x in y[0, :, 0]], state.shape)
+    >>> print([round(x, 4) for x in y[0, :, 0].tolist()], state.shape)
     [0.4, 0.64, 0.784] (1, 1, 2)
     """
     choose("mode", mode, (None, "convolution", "recurrence"))
