@@ -64,11 +64,13 @@ def test_contexts_that_have_no_likely_token_in_common():
     p = np.array([[0.5, 0.3, 0.1, 0.1], [0.97, 0.01, 0.01, 0.01], [0.01, 0.97, 0.01, 0.01]])
 
     @jax.jit
-    def run(z):
-        ignored = [naive_bayes_logits(z, pooling=pooling, beta=-1.0)[0] for pooling in POOLINGS]
+    def run(z, weight):
+        ignored = [
+            naive_bayes_logits(z, pooling=pooling, beta=beta)[0] for beta in (-1.0, weight) for pooling in POOLINGS
+        ]
         return ignored, naive_bayes_logits(z, pooling="mean", beta=0.0)[0]
 
-    ignored, pooled = run(np.log(p).astype(np.float32))
+    ignored, pooled = run(np.log(p).astype(np.float32), -1.0)  # the weight may be traced
     for out in ignored:
         np.testing.assert_allclose(out, np.log(p[0]), atol=1e-5)
     np.testing.assert_allclose(pooled, np.log(p[1:]).mean(0), atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from effattn_jax import attention, nn, position
 from effattn_jax._places import count_positions
 from effattn_jax.models import LanguageModel, ModelConfig, SequenceClassifier, SequenceRegressor, flops_per_token
+from effattn_jax.nn.layers import EMBEDDING_STD
 from effattn_jax.nn.products import dense_product, float32_product, table_product
 from effattn_jax.parallel import make_mesh, shard_tree
 from tests.random_parameters import random_parameters
@@ -358,3 +359,13 @@ def test_dense_product_has_the_derivatives_of_a_product(product):
     np.testing.assert_allclose(of_kernel, np.einsum("bti,btj->ij", x, out), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(tangent, x @ t, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(mapped, x @ kernel, rtol=1e-5, atol=1e-5)
+
+
+def test_an_embedding_takes_numpy_parameters():
+    """Outside `jax.jit` too, as every other layer does."""
+    table = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    layer, params = nn.Embedding(5, 4), {"params": {"embedding": table}}
+    rows = np.asarray(layer.apply(params, np.array([[3, 1, -1]])))
+    np.testing.assert_allclose(rows[0, :2], table[[3, 1]] / EMBEDDING_STD, rtol=1e-6)
+    assert np.isnan(rows[0, 2]).all()
+    np.testing.assert_allclose(layer.apply(params, rows[:, :2], method="attend")[0], rows[0, :2] @ table.T, rtol=1e-5)

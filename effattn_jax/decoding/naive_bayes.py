@@ -61,7 +61,7 @@ def naive_bayes_logits(
     choose("pooling", pooling, POOLING)
     if logits.ndim < 2 or logits.shape[-2] < 2:
         raise ValueError(f"logits must have shape (..., n + 1, A) with n >= 1 contexts; got {logits.shape}")
-    if not -1 <= number(beta) < math.inf:
+    if not isinstance(beta, jax.core.Tracer) and not -1 <= number(beta) < math.inf:
         raise ValueError(f"beta must be at least -1, which ignores the contexts, and finite; got {beta!r}"[:400])
     if not isinstance(transition_penalty, jax.core.Tracer) and not math.isfinite(number(transition_penalty)):
         raise ValueError(f"transition_penalty must be a finite number; got {transition_penalty!r}"[:400])
@@ -78,8 +78,6 @@ def naive_bayes_logits(
         stays = jax.lax.broadcasted_iota(jnp.int32, entropy.shape, entropy.ndim - 1) == jnp.asarray(previous)[..., None]
         entropy = entropy - jnp.where(stays, transition_penalty, 0)
     chosen = jnp.argmin(entropy, axis=-1).astype(jnp.int32)
-    if beta == -1:
-        return empty, chosen
     if pooling == "entropy":
         pooled = jnp.take_along_axis(rows, chosen[..., None, None], axis=-2)[..., 0, :]
     else:
@@ -87,7 +85,8 @@ def naive_bayes_logits(
         agree = jnp.any(pooled > -jnp.inf, axis=-1, keepdims=True)
         pooled = jnp.where(agree, pooled, jnp.mean(whole, axis=-2))
     usual = jnp.isfinite(empty)
-    return jnp.where(usual, (1 + beta) * pooled - beta * jnp.where(usual, empty, 0), pooled), chosen
+    less = (1 + beta) * pooled - beta * jnp.where(usual, empty, 0)
+    return jnp.where(beta == -1, empty, jnp.where(usual, less, pooled)), chosen
 
 
 class _State(NamedTuple):

@@ -1,6 +1,7 @@
 """The arguments of this room's recurrences, checked: batch axes flattened to one, time turned around where asked."""
 
 import numbers
+from collections.abc import Callable
 from math import nan, prod
 from typing import Any, NamedTuple
 
@@ -110,6 +111,15 @@ def _flat(x: jax.Array, lead: int, dtype: Any) -> jax.Array:
 def as_wide(x: jax.Array, like: jax.Array) -> jax.Array:
     """A weight in the precision of the sums, real or complex as it is."""
     return x.astype(jnp.result_type(like.real.dtype, jnp.complex64) if jnp.iscomplexobj(x) else like.real.dtype)
+
+
+def passing(D: ArrayLike | None, u: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The map y -> y + D u of an output, D (N,) for u (B, T, N, ...): checked here, before the recurrence runs. y itself where D is None."""
+    if D is None:
+        return lambda out: out
+    weights = as_wide(inexact("D", D, u.shape[2:3]), u)
+    direct = weights.reshape(1, 1, -1, *(1,) * (u.ndim - 3)) * u
+    return lambda out: out + direct
 
 
 def open_state(state: ArrayLike | None, row: Row, shape: tuple[int, ...], zero: jax.Array) -> jax.Array:

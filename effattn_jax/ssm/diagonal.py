@@ -15,7 +15,7 @@ import numpy as np
 from effattn_jax._contract import ArrayLike, choose
 from effattn_jax._derivatives import Fixed
 from effattn_jax.ssm import _toeplitz
-from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, require
+from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, passing, require
 from effattn_jax.ssm._fold import begins, real_part, scan_states
 from effattn_jax.ssm._poles import check_method, transition
 
@@ -178,7 +178,7 @@ def diagonal_ssm(
         raise ValueError(f"mode='convolution' has one kernel for all of time; got {what}: use mode='chunked'")
     Lambda, B, C = (as_wide(x, u) for x in (Lambda, B, C))
     state = open_state(initial_state, row, (width, size), u.sum(1)[..., None] * Lambda[None])
-    direct = None if D is None else as_wide(inexact("D", D, (width,)), u)
+    passed = passing(D, u)
     if u.shape[1] == 0:
         return row.finish(u, state, return_state)
     scanned = steps or segment_ids is not None or mode == "recurrence"
@@ -192,8 +192,7 @@ def diagonal_ssm(
         else:
             run = _toeplitz.convolved if mode == "convolution" else _toeplitz.in_chunks
             out, state = run(u, state, (Lambda, gain * B, C, step), method, chunk_size or 32)
-    out = out if direct is None else out + direct[None, None] * u
-    return row.finish(out, state, return_state)
+    return row.finish(passed(out), state, return_state)
 
 
 def _regular(row, weights, state, size, implementation):

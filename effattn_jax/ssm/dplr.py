@@ -15,7 +15,7 @@ from jax import lax
 from effattn_jax._contract import ArrayLike, choose, floating
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence.fft import fft_convolution
-from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state
+from effattn_jax.ssm._calls import open_row, open_state, passing
 from effattn_jax.ssm._cauchy import kernels, solve_small
 from effattn_jax.ssm._fold import begins
 
@@ -219,7 +219,7 @@ def dplr_ssm(
     if mode == "convolution" and segment_ids is not None:
         raise ValueError("segment_ids need mode='recurrence': one kernel cannot restart; got mode='convolution'")
     x = open_state(initial_state, row, (width, size), rows.sum(1)[..., None] * system.B[None])
-    direct = None if D is None else as_wide(inexact("D", D, (width,)), rows)
+    passed = passing(D, rows)
     x, rows, system = tie((x, rows, system))
     if rows.shape[1] == 0:
         y, state = rows, x
@@ -228,5 +228,4 @@ def dplr_ssm(
     else:
         y = _convolution(system, rows, None if initial_state is None else x)
         state = _recurrence(system, rows, x, None)[1] if return_state else x
-    y = y if direct is None else y + direct[None, None] * rows
-    return row.finish(y, state, return_state)
+    return row.finish(passed(y), state, return_state)

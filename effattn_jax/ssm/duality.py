@@ -15,7 +15,7 @@ from effattn_jax._contract import ArrayLike, positive
 from effattn_jax._products import row_products
 from effattn_jax.recurrence._outer_chunks import Options, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
-from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, require
+from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, passing, require
 from effattn_jax.ssm._fold import begins
 
 __all__ = ["TrapezoidState", "mamba3_trapezoid", "state_space_duality"]
@@ -47,10 +47,6 @@ def _open(
     x, delta, B, C, *rest = row.arrays.values()
     decay = delta * as_wide(A, x)[None, None]
     return row, (repeat_heads(C, x), repeat_heads(B, x), x, delta, decay, *rest)
-
-
-def _direct(out: jax.Array, D: ArrayLike | None, x: jax.Array) -> jax.Array:
-    return out if D is None else out + as_wide(inexact("D", D, x.shape[2:3]), x)[None, None, :, None] * x
 
 
 def state_space_duality(
@@ -97,6 +93,7 @@ def state_space_duality(
     positive(chunk_size=chunk_size)
     _check_form(implementation)
     row, (query, key, x, delta, decay) = _open(x, delta, A, B, C, segment_ids)
+    passed = passing(D, x)
     shape = (x.shape[2], key.shape[3], x.shape[3])
     state = open_state(initial_state, row, shape, key.sum(1)[..., None] * x.sum(1)[:, :, None])
     if x.shape[1] == 0:
@@ -104,7 +101,7 @@ def state_space_duality(
     out, (state, _) = outer_product(
         query, key, delta[..., None] * x, decay, (state, None), segments=row.segments, size=chunk_size, implementation=implementation
     )  # fmt: skip
-    return row.finish(_direct(out, D, x), state, return_state)
+    return row.finish(passed(out), state, return_state)
 
 
 def mamba3_trapezoid(
@@ -149,6 +146,7 @@ def mamba3_trapezoid(
     positive(chunk_size=chunk_size)
     _check_form(implementation)
     row, (query, key, x, delta, decay, own) = _open(x, delta, A, B, C, segment_ids, trapezoid=trapezoid)
+    passed = passing(D, x)
     batch, length, heads, dim = x.shape
     shapes = TrapezoidState((heads, key.shape[3], dim), (heads, key.shape[3]), (heads, dim))
     zeros = TrapezoidState(key.sum(1)[..., None] * x.sum(1)[:, :, None], key.sum(1), x.sum(1))
@@ -172,7 +170,7 @@ def mamba3_trapezoid(
         options=Options(strict=True), implementation=implementation,
     )  # fmt: skip
     present = row_products(query, key) * own
-    out = _direct(past + present[..., None] * x, D, x)
+    out = passed(past + present[..., None] * x)
     return _finish(row, out, TrapezoidState(last, key[:, -1], x[:, -1]), return_state)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, scale_or
 from effattn_jax.recurrence import diagonal_recurrence
-from effattn_jax.ssm._calls import Row, as_wide, check_options, inexact, open_row, open_state, require
+from effattn_jax.ssm._calls import Row, as_wide, check_options, inexact, open_row, open_state, passing, require
 from effattn_jax.ssm._poles import check_method, transition
 
 __all__ = ["lru", "rg_lru", "s5_ssm"]
@@ -42,10 +42,6 @@ def _shared_states(
 def _product(u: jax.Array, B: jax.Array) -> jax.Array:
     """u (B, T, D) times B (D, P), real products whatever B is."""
     return jax.lax.complex(u @ B.real, u @ B.imag) if jnp.iscomplexobj(B) else u @ B
-
-
-def _direct(out: jax.Array, D: ArrayLike | None, u: jax.Array) -> jax.Array:
-    return out if D is None else out + as_wide(inexact("D", D, u.shape[2:]), u)[None, None] * u
 
 
 def _steps(step: ArrayLike | None, last: int) -> dict:
@@ -114,6 +110,7 @@ def s5_ssm(
     )
     row = open_row({"u": (u, B.shape[1:]), **_steps(step, size)}, segment_ids, reverse, wide=(Lambda, B, C))
     u = row.arrays["u"]
+    passed = passing(D, u)
     Lambda, B, C = (as_wide(x, u) for x in (Lambda, B, C))
     state = open_state(initial_state, row, (size,), u.sum((1, 2))[:, None] * Lambda[None])
     if u.shape[1] == 0:
@@ -123,7 +120,7 @@ def s5_ssm(
         dt = as_wide(inexact("step", step, () if jnp.ndim(step) == 0 else (size,)), u).reshape(1, 1, -1)
     decay, gain = transition(dt, Lambda[None, None], method)
     out, state = _shared_states(row, (decay, gain, B, C), state, implementation, 2)
-    return row.finish(_direct(out, D, u), state, return_state)
+    return row.finish(passed(out), state, return_state)
 
 
 def lru(
@@ -173,6 +170,7 @@ def lru(
     C = inexact("C", C, B.shape[::-1], True)
     row = open_row({"u": (u, B.shape[1:]), **_steps(step, 1)}, segment_ids, reverse, wide=(nu_log, B, C))
     u = row.arrays["u"]
+    passed = passing(D, u)
     nu_log, theta_log, gamma_log, B, C = (as_wide(x, u) for x in (nu_log, theta_log, gamma_log, B, C))
     log_pole = jax.lax.complex(-jnp.exp(nu_log), jnp.exp(theta_log))[None, None]
     state = open_state(initial_state, row, (size,), u.sum((1, 2))[:, None] * log_pole[0])
@@ -187,7 +185,7 @@ def lru(
         decay, held = transition(dt, log_pole, "zoh")
         gain = gain * held / transition(jnp.ones_like(dt), log_pole, "zoh")[1]
     out, state = _shared_states(row, (decay, gain, B, C), state, implementation, 1)
-    return row.finish(_direct(out, D, u), state, return_state)
+    return row.finish(passed(out), state, return_state)
 
 
 @jax.custom_jvp

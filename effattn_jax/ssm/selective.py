@@ -14,7 +14,7 @@ from effattn_jax._contract import ArrayLike
 from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.recurrence.diagonal import forget
-from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state
+from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, passing
 from effattn_jax.ssm._fold import begins, fold, real_part
 
 __all__ = ["selective_scan"]
@@ -76,7 +76,7 @@ def selective_scan(
     arrays = {"u": (u, (width,)), "delta": (delta, (width,)), "B": (B, (size,)), "C": (C, (size,))}
     row = open_row(arrays, segment_ids, reverse, pairs, wide=(A,))
     u = row.arrays["u"]
-    A = as_wide(A, u)
+    A, passed = as_wide(A, u), passing(D, u)
     state = open_state(initial_state, row, (width, size), u.sum(1)[..., None] * A[None])
     if u.shape[1] == 0:
         return row.finish(u, state, return_state)
@@ -86,9 +86,7 @@ def selective_scan(
     body, pull = (Fixed(f, implementation) for f in (_chunk, _pull))
     state, out = fold(body, state, inputs, begin, A, chunk_size or _CHUNK, pull)
     state = jnp.swapaxes(state, 1, 2)
-    if D is not None:
-        out = out + as_wide(inexact("D", D, (width,)), u)[None, None] * u
-    return row.finish(out, state, return_state)
+    return row.finish(passed(out), state, return_state)
 
 
 # Inside, channels come last: (B, C, P, D). Sums over states or channels are written as products with a vector, which XLA vectorises on a CPU;

@@ -16,11 +16,6 @@ def always(_) -> bool:
     return True
 
 
-def of_token_mixers(item) -> bool:
-    """Not where the loops' owner has the same frame around them."""
-    return item.callspec.params["subject"].is_token_mixer
-
-
 BRIEFLY = {
     "test_form_equals_reference": holding("float64"),
     "test_states_and_their_gradients_agree_with_the_steps": always,
@@ -37,7 +32,7 @@ BRIEFLY = {
     "test_normalised_recurrences": always,
     "test_every_length": always,
     "test_other_numbers_of_keys": holding("5-12"),
-    "test_batch_axes": lambda item: of_token_mixers(item) and holding("()")(item),
+    "test_batch_axes": holding("()"),
     "test_output_has_the_value_dtype": holding("bfloat16"),
     "test_states_are_kept_in_float32": holding("bfloat16"),
     "test_half_precision_over_65536_steps": holding("bfloat16"),
