@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._places import split_like
 from effattn_jax.attention._blocks import by_rows
 from effattn_jax.attention._pairs import Arrays, whole_rows
 from effattn_jax.attention._patterns import Part, View, by_class, dense, documents, merge, part
@@ -264,6 +265,8 @@ class _Columns(NamedTuple):
         if self.index is None:
             x = lax.slice_in_dim(self._stretches(x, axis), self.block - self.summary, self.block, axis=axis + 1)
             return x.reshape(*x.shape[:axis], x.shape[axis] * self.summary, *x.shape[axis + 2 :])
+        if x.shape[0] > 1:  # so that its gradient can be added up where it lies
+            x = split_like(x, 0, self.index, 0)
         if x.shape[0] > 1 or any(jax.typeof(self.index).sharding.spec):  # an Explicit mesh asks for the index's batch
             x = x + jnp.zeros_like(self.index[:, 0], x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return _taken(x, self.index, axis)
