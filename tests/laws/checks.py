@@ -54,6 +54,12 @@ def assert_close(actual, expected, tolerance: float, what: str = "output") -> No
         )
 
 
+def assert_same(actual, expected) -> None:
+    """(output, gradients) against (output, gradients), in float32."""
+    assert_close(actual[0], expected[0], OUTPUT)
+    assert_close(actual[1], expected[1], GRADIENT, "gradient")
+
+
 def assert_identical(actual, expected, what: str = "output") -> None:
     """Bit for bit, the sign of zero included."""
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
@@ -136,5 +142,4 @@ def assert_sharding_changes_nothing(function, inputs: dict, axes: tuple[str, str
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
         actual = jax.tree.map(np.asarray, run(placed))
-    assert_close(actual[0], expected[0], OUTPUT)
-    assert_close(actual[1], expected[1], GRADIENT, "gradient")
+    assert_same(actual, expected)

@@ -45,7 +45,7 @@ SITUATIONS = {
     "both": {"segment_ids": SEGMENTS, "mask": KEY_MASK},
 }
 EVERY = tuple((0, split, LENGTH, TOTAL) for split in range(LENGTH + 1))
-AT_ONCE = (0, 3, 3, LENGTH, TOTAL)  # several splits in one program, a call of no steps among them
+AT_ONCE = (0, 0, 3, 3, LENGTH, TOTAL)  # several splits in one program, calls of no steps among them
 
 
 def check(subject, variant, situation, cuts, form, gradients=True):

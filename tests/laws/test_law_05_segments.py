@@ -43,8 +43,7 @@ def check_packed(subject, variant, form, is_causal):
     inputs = subject.inputs(length=CUTS[-1], batch=1)
     packed = checks.value_and_grads(functools.partial(subject.call, segment_ids=IDS, **options), inputs)
     expected = alone(subject, label(variant), is_causal)
-    checks.assert_close(packed[0], expected[0], checks.OUTPUT)
-    checks.assert_close(packed[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_same(packed, expected)
 
 
 @pytest.mark.parametrize("subject, variant, form", by_variant_and_form())
@@ -63,8 +62,7 @@ def test_packed_equals_alone_in_reverse(subject, form):
     packed = checks.value_and_grads(functools.partial(subject.call, segment_ids=IDS, reverse=True, **form), inputs)
     reference = functools.partial(references.reference_of(subject), reverse=True)
     expected = checks.oracle(functools.partial(each, reference), inputs)
-    checks.assert_close(packed[0], expected[0], checks.OUTPUT)
-    checks.assert_close(packed[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_same(packed, expected)
 
 
 @pytest.mark.parametrize("subject, form", by_kind())
@@ -93,8 +91,7 @@ def test_pairs_of_ids_for_cross_attention(subject, form):
     options = {"is_causal": False, "segment_ids": (query_ids, key_ids)}
     actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
     expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_same(actual, expected)
     assert not np.any(np.asarray(actual[0])[0, 5:])
 
 
@@ -107,5 +104,4 @@ def test_segments_and_a_key_mask_together(subject, form):
     options = {"mask": mask, "segment_ids": IDS}
     actual = checks.value_and_grads(functools.partial(subject.call, **options, **form), inputs)
     expected = checks.oracle(functools.partial(references.reference_of(subject), **options), inputs)
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_same(actual, expected)

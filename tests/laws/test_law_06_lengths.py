@@ -87,8 +87,7 @@ def test_other_numbers_of_keys(subject, form, length, keys):
     for is_causal in (True, False) if subject.bidirectional else (True,):
         actual = checks.value_and_grads(functools.partial(subject.call, is_causal=is_causal, **form), inputs)
         expected = expected_of_lengths(subject, length, keys, is_causal)
-        checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-        checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+        checks.assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
@@ -132,8 +131,7 @@ def test_grouped_heads(subject, form, heads, kv_heads):
     inputs = subject.inputs(length=7, heads=heads, kv_heads=kv_heads)
     actual = checks.value_and_grads(functools.partial(subject.call, **form), inputs)
     expected = checks.oracle(references.reference_of(subject), inputs)
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
+    checks.assert_same(actual, expected)
 
 
 @pytest.mark.parametrize("subject, form", by_kind(MIXER_SUBJECTS))

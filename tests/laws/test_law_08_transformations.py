@@ -34,7 +34,7 @@ def test_vmap_over_the_bias_alone(subject, form, shape):
         return checks.value_and_grads(lambda b: subject.call(inputs, bias=b, **form), bias)
 
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *[call(bias) for bias in biases])
-    transformations.assert_same(jax.jit(jax.vmap(call))(biases), expected)
+    checks.assert_same(jax.jit(jax.vmap(call))(biases), expected)
 
 
 @pytest.mark.parametrize("subject, form", by_form(MIXER_SUBJECTS))
@@ -46,7 +46,7 @@ def test_vmap_over_the_mask_alone(subject, form):
         return checks.value_and_grads(functools.partial(subject.call, mask=mask, **form), inputs)
 
     expected = jax.tree.map(lambda *leaves: np.stack(leaves), *[call(mask) for mask in masks])
-    transformations.assert_same(jax.jit(jax.vmap(call))(masks), expected)
+    checks.assert_same(jax.jit(jax.vmap(call))(masks), expected)
 
 
 @pytest.mark.parametrize("subject", [s for s in MASKED if s.causal], ids=repr)

@@ -125,12 +125,6 @@ def call_of(subject: Subject, form: dict, cuts: tuple[int, ...] | None = None) -
     return call if subject.causal else whole
 
 
-def assert_same(actual, expected) -> None:
-    """(output, gradients) against (output, gradients)."""
-    checks.assert_close(actual[0], expected[0], checks.OUTPUT)
-    checks.assert_close(actual[1], expected[1], checks.GRADIENT, "gradient")
-
-
 def rolled(inputs: dict, shift: int = 1) -> dict:
     """The same rows in another order."""
     return jax.tree.map(lambda a: np.roll(a, shift, axis=0), inputs)
@@ -239,7 +233,7 @@ def vmap(subject, form):
     rows = [sample(subject), rolled(sample(subject))]
     expected = [plain(subject, form, row) for row in rows]
     gradients = jax.jit(jax.vmap(lambda row: checks.value_and_grads(call, row)))(stacked(rows))
-    assert_same(gradients, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
+    checks.assert_same(gradients, jax.tree.map(lambda *leaves: np.stack(leaves), *expected))
     name = [name for name in rows[0] if name not in PATTERNS][-1]
     one = np.stack([rows[0][name], rows[1][name]], axis=2)
     axes = {other: 2 if other == name else None for other in rows[0]}
@@ -251,7 +245,7 @@ def vmap(subject, form):
 def remat(subject, form):
     """`jax.checkpoint` around the call, gradients unchanged"""
     call, inputs = call_of(subject, form), sample(subject)
-    assert_same(checks.value_and_grads(jax.checkpoint(call), inputs), expected_of(subject, form))
+    checks.assert_same(checks.value_and_grads(jax.checkpoint(call), inputs), expected_of(subject, form))
 
 
 @check("scan")
@@ -276,7 +270,7 @@ def scan(subject, form):
     expected = checks.value_and_grads(looped, layers)
     for body in (layer, jax.checkpoint(layer)):
         scanned = functools.partial(jax.lax.scan, body, jnp.float32(0))
-        assert_same(checks.value_and_grads(lambda layers, scanned=scanned: scanned(layers)[1], layers), expected)
+        checks.assert_same(checks.value_and_grads(lambda layers, scanned=scanned: scanned(layers)[1], layers), expected)
 
 
 @check("pmap", by_form=True)
@@ -288,7 +282,7 @@ def pmap(subject, form):
     output, gradients = jax.pmap(lambda x: checks.value_and_grads(call, x))(split)
     one = [plain(subject, form, jax.tree.map(lambda a, i=i: a[i], split)) for i in (0, devices - 1)]
     for index, expected in zip((0, devices - 1), one):
-        assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
+        checks.assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
 
 
 def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None) -> dict:
@@ -317,7 +311,7 @@ def over_shards(subject, form, shape, batch, heads):
     weights, weight_specs = weights_by_head(subject, inputs, heads)
     sharded = jax.shard_map(call, mesh=mesh, in_specs=(spec, weight_specs), out_specs=P(batch, None, heads))
     expected = expected_of(subject, form)
-    assert_same(checks.value_and_grads(lambda inputs: sharded(inputs, weights), inputs), expected)
+    checks.assert_same(checks.value_and_grads(lambda inputs: sharded(inputs, weights), inputs), expected)
 
     def pulled_back(inputs, weights, cotangents):
         """Gradients taken inside each shard, for cotangents handed in."""
@@ -359,7 +353,7 @@ def explicit_mesh(subject, form):
         actual = checks.value_and_grads(call, placed)
         assert jax.typeof(actual[0]).sharding.spec[0] == "data"
         actual = jax.tree.map(np.asarray, actual)
-    assert_same(actual, expected)
+    checks.assert_same(actual, expected)
 
 
 @check("sharded jit", by_form=True)
@@ -375,7 +369,7 @@ def sharded_jit(subject, form):
     for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
         assert f"{collective}(" not in program and f"{collective}-start(" not in program, f"{collective} between shards"
     actual = jax.tree.map(np.asarray, checks.value_and_grads(call, placed))
-    assert_same(actual, expected_of(subject, form))
+    checks.assert_same(actual, expected_of(subject, form))
 
 
 @check("eval_shape")
@@ -399,4 +393,4 @@ def export(subject, form):
 
     exported = jax.export.export(jax.jit(value_and_slopes), platforms=("cpu", "cuda", "tpu"))(floats)
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    assert_same(jax.export.deserialize(exported.serialize()).call(floats), expected_of(subject, form))
+    checks.assert_same(jax.export.deserialize(exported.serialize()).call(floats), expected_of(subject, form))
