@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import NESTS
 from effattn_jax._linear_map import Side, apply
 
 __all__: list[str] = []
@@ -97,8 +98,7 @@ def with_backward(forward: Callable, plain: Callable, backward: Callable) -> Cal
     return _known(*parts) if _lasts(parts) else _made(*parts)
 
 
-# With jax 0.7.2 a compiled gradient of a gradient comes out wrong where parts are jitted (not compiled, it is right); with 0.10 and 0.12 it is right.
-traced_once = jax.jit if jax.__version_info__ >= (0, 10) else lambda part, **_: part
+traced_once = jax.jit if NESTS else lambda part, **_: part
 
 
 def _made(forward: Callable, plain: Callable, backward: Callable) -> Callable:

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import when_known
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax._places import count_positions
 from effattn_jax.attention._calls import asked_for
@@ -43,18 +45,23 @@ def _places(call: Call, marks: Marks, is_causal: bool, limit: int, name: str) ->
     if marks.key_mask is not None:
         key = jnp.where(marks.key_mask, key, jnp.minimum(key, limit - 1))  # padding behind the last place is nowhere
     reach = keys if is_causal else max(length, keys)
-    if not unmarked:  # under jit only the numbers know, and places beyond the end give NaN
-        reach = 0 if isinstance(key, jax.core.Tracer) else int(jnp.max(key, initial=-1)) + 1
-    if reach > limit:
-        raise ValueError(
-            f"key must hold at most {limit} tokens, the length of the tables of {name}; got a sequence of {reach}, shape {call.restore(call.value).shape}"
-        )
+    rule = f"key must hold at most {limit} tokens, the length of the tables of {name}; got a sequence of {{}}, shape {call.restore(call.value).shape}"
+    if unmarked:
+        _require_places(rule, limit, np.array(reach - 1))
+    else:  # only the numbers know; where they stay unknown, places beyond the end give NaN
+        when_known(partial(_require_places, rule, limit), key)
     if not is_causal and not (length == keys and marks.query_segments is marks.key_segments):
         return _Places(count_positions((call.query.shape[0], length), None, marks.query_segments), key, plain)
     missing = max(length - keys, 0)
     front = jnp.pad(key, [(0, 0), (missing, 0)])
     start = marks.offset + missing if is_causal else 0
     return _Places(key if plain else lax.dynamic_slice_in_dim(front, start, length, axis=1), key, plain)
+
+
+def _require_places(rule: str, limit: int, places: np.ndarray) -> None:
+    reach = places.max(initial=-1) + 1
+    if reach > limit:
+        raise ValueError(rule.format(reach))
 
 
 def columns_of(rows: jax.Array, columns: jax.Array) -> jax.Array:

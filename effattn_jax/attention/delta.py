@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating
 from effattn_jax._derivatives import Fixed
 from effattn_jax.attention import _frame
@@ -38,6 +39,7 @@ from effattn_jax.recurrence.outer_product import check_decay
 __all__ = ["delta_rule_attention"]
 
 
+@compiled
 def delta_rule_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -7,12 +7,14 @@ Cost O(T (C H + H V)) a head for chunks of C, memory O(T), state H V + 2 H. Sour
 
 from typing import Any
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.attention import _exponential, _frame
 
 __all__ = ["efficient_attention"]
 
 
+@compiled
 def efficient_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
 
 __all__ = ["ExternalState", "external_attention"]
@@ -31,6 +32,7 @@ class ExternalState(NamedTuple):
     segment: jax.Array
 
 
+@compiled
 def external_attention(
     query: ArrayLike,
     memory_key: ArrayLike,

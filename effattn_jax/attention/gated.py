@@ -8,6 +8,7 @@ Cost O(T (C + H) V) a head, state H x V. Source: Yang et al., arXiv:2312.06635.
 from collections.abc import Callable
 from typing import Any
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.attention._frame import LinearState, refuse
 from effattn_jax.attention._linear import run
@@ -15,6 +16,7 @@ from effattn_jax.attention._linear import run
 __all__ = ["gated_linear_attention"]
 
 
+@compiled
 def gated_linear_attention(
     query: ArrayLike,
     key: ArrayLike,

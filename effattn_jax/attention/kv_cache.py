@@ -1,11 +1,14 @@
 """The state of softmax attention: the keys and values so far, in a buffer of fixed size, in one that grows, or the last W of them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import when_known
 from effattn_jax._contract import Call, positive
 from effattn_jax._places import split_like
 
@@ -117,17 +120,25 @@ def extend(state: Cache, call: Call, valid: jax.Array | None) -> Cache:
         ]
         return Cache(*joined, new.last if count else state.last, None)
     capacity = state.key.shape[1]
-    known = not isinstance(state.length, jax.core.Tracer)
-    if count > capacity or (known and int(state.length) + count > capacity):
-        held = int(state.length) if known else "its"
-        raise ValueError(
-            f"initial_state is full: {held} tokens and {count} more do not fit a capacity of {capacity}; make a larger cache"
-        )
+    if count > capacity:
+        raise _full("its", count, capacity)
+    when_known(partial(_require_room, count, capacity), state.length)
     written = [
         lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), state.length, axis=1)
         for old, x in zip(state[:4], new[:4], strict=True)
     ]
     return Cache(*written, new.last if count else state.last, state.length + count)
+
+
+def _require_room(count: int, capacity: int, held: np.ndarray) -> None:
+    if held + count > capacity:
+        raise _full(held, count, capacity)
+
+
+def _full(held: Any, count: int, capacity: int) -> ValueError:
+    return ValueError(
+        f"initial_state is full: {held} tokens and {count} more do not fit a capacity of {capacity}; make a larger cache"
+    )
 
 
 def last_slots(state: Cache, count: int) -> Cache:

@@ -9,6 +9,7 @@ before. Source: Katharopoulos et al., arXiv:2006.16236.
 from collections.abc import Callable
 from typing import Any
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.attention._frame import LinearState
 from effattn_jax.attention._linear import run
@@ -16,6 +17,7 @@ from effattn_jax.attention._linear import run
 __all__ = ["linear_attention"]
 
 
+@compiled
 def linear_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, check_call, floating, key_mask
 from effattn_jax._places import count_positions, rows_of_table, split_like
 from effattn_jax.attention.softmax import dot_product_attention
@@ -17,6 +18,7 @@ from effattn_jax.attention.softmax import dot_product_attention
 __all__ = ["linformer_attention"]
 
 
+@compiled
 def linformer_attention(
     query: ArrayLike,
     key: ArrayLike,

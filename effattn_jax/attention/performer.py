@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, choose, floating, scale_or
 from effattn_jax.attention import _frame, _leveled
 from effattn_jax.attention._frame import LinearState
@@ -31,6 +32,7 @@ __all__ = ["performer_attention"]
 _ESTIMATORS = ("plain", "optimal", "tempered")
 
 
+@compiled
 def performer_attention(
     query: ArrayLike,
     key: ArrayLike,

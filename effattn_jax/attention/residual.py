@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._pairs import Marks, bias_of, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
@@ -21,6 +22,7 @@ from effattn_jax.attention.softmax import Scores, run
 __all__ = ["residual_attention"]
 
 
+@compiled
 def residual_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, positive
 from effattn_jax.attention._frame import LinearState, refuse
 from effattn_jax.attention._linear import run
@@ -34,6 +35,7 @@ def retention_decay(num_heads: int) -> np.ndarray:
     return 1 - 2.0 ** (-5 - np.arange(num_heads))
 
 
+@compiled
 def retention_attention(
     query: ArrayLike,
     key: ArrayLike,

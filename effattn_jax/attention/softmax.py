@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, choose, flags, positive
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._blocks import by_blocks, by_rows
@@ -34,6 +35,7 @@ from effattn_jax.attention._pairs import Arrays, More, Spec, whole_rows
 __all__ = ["dot_product_attention"]
 
 
+@compiled
 def dot_product_attention(
     query: ArrayLike,
     key: ArrayLike,

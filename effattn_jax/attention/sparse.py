@@ -8,6 +8,7 @@ arXiv:1904.10509; Beltagy et al., arXiv:2004.05150 (global tokens).
 
 from typing import Any
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
 from effattn_jax.attention._calls import FAR, window_bounds
 from effattn_jax.attention._patterns import run
@@ -18,6 +19,7 @@ from effattn_jax.attention.softmax import dot_product_attention
 __all__ = ["atrous_attention", "fixed_attention", "local_attention", "sparse_attention", "strided_attention"]
 
 
+@compiled
 def local_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -67,6 +69,7 @@ def local_attention(
     )  # fmt: skip
 
 
+@compiled
 def atrous_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -118,6 +121,7 @@ def atrous_attention(
     )  # fmt: skip
 
 
+@compiled
 def sparse_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -182,6 +186,7 @@ def sparse_attention(
     )  # fmt: skip
 
 
+@compiled
 def strided_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -235,6 +240,7 @@ def strided_attention(
     )  # fmt: skip
 
 
+@compiled
 def fixed_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, scale_or
 from effattn_jax._places import rows_of_table, split_like
 from effattn_jax.attention._synthetic import Problem, by_rows, columns_of, mixer, size
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 
+@compiled
 def synthesizer_dense(
     query: ArrayLike,
     key: ArrayLike,
@@ -105,6 +107,7 @@ def synthesizer_dense(
     )  # fmt: skip
 
 
+@compiled
 def synthesizer_random(
     query: ArrayLike,
     key: ArrayLike,
@@ -159,6 +162,7 @@ def synthesizer_random(
     )  # fmt: skip
 
 
+@compiled
 def synthesizer_factorized_dense(
     query: ArrayLike,
     key: ArrayLike,
@@ -226,6 +230,7 @@ def synthesizer_factorized_dense(
     )  # fmt: skip
 
 
+@compiled
 def synthesizer_factorized_random(
     query: ArrayLike,
     key: ArrayLike,
@@ -279,6 +284,7 @@ def synthesizer_factorized_random(
     )  # fmt: skip
 
 
+@compiled
 def synthesizer_mixed(
     query: ArrayLike,
     key: ArrayLike,

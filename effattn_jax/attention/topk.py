@@ -8,6 +8,7 @@ Source: Zhao et al., arXiv:1912.11637 (explicit sparse transformer).
 
 from typing import Any
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
 from effattn_jax.attention._patterns import run
 from effattn_jax.attention._unions import Top
@@ -16,6 +17,7 @@ from effattn_jax.attention.kv_cache import Cache
 __all__ = ["topk_attention"]
 
 
+@compiled
 def topk_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -7,11 +7,14 @@ has alone. Without them, and without a state, the places are 0 ... T - 1 and the
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from effattn_jax._compiled import when_known
 from effattn_jax._contract import ArrayLike
 from effattn_jax._places import count_positions
 from effattn_jax.attention._pairs import poisoned
@@ -56,7 +59,8 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
     )
     first, last = (None, None) if past is None else (past.count, past.segment)
     position = count_positions((tokens.inputs.shape[0], count), tokens.mask, tokens.segments, first, last)
-    _check_room(position, past, length)
+    if past is not None:
+        when_known(partial(_require_room, length), position)
     sees = jnp.tri(count, dtype=bool)[None] if is_causal else None
     document = None
     if tokens.segments is not None:
@@ -77,13 +81,11 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
     return Places(position, document, sees, sees_past, fixed)
 
 
-def _check_room(position: jax.Array, past: PastTokens | None, length: int) -> None:
-    if past is None or isinstance(position, jax.core.Tracer) or position.size == 0:
-        return
-    last = int(jnp.max(position))
+def _require_room(length: int, position: np.ndarray) -> None:
+    count = position.max(initial=-1) + 1
     require(
-        last < length,
-        f"initial_state is full: a document of {last + 1} tokens does not fit the {length} places that the weights have",
+        count <= length,
+        f"initial_state is full: a document of {count} tokens does not fit the {length} places that the weights have",
     )
 
 

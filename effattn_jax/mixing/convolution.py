@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, check_weight, require, wide
 
@@ -115,6 +116,7 @@ def _by_heads(weight: jax.Array, x: jax.Array) -> jax.Array:
     return y.reshape(x.shape)
 
 
+@compiled
 def lightweight_convolution(
     inputs: ArrayLike,
     kernel: ArrayLike,
@@ -164,6 +166,7 @@ def lightweight_convolution(
     return _run(tokens, taps, kernel.shape[1], is_causal, initial_state, return_state)
 
 
+@compiled
 def dynamic_convolution(
     inputs: ArrayLike,
     kernel: ArrayLike,

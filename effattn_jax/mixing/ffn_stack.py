@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.mixing._tokens import along, check_tokens, check_weight, normalize, require, wide
 from effattn_jax.mixing.token_mlp import mlp_mixer
@@ -17,6 +18,7 @@ from effattn_jax.mixing.token_mlp import mlp_mixer
 __all__ = ["ffn_stack"]
 
 
+@compiled
 def ffn_stack(
     inputs: ArrayLike,
     token_norm: tuple[ArrayLike, ArrayLike],

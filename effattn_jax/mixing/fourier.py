@@ -9,6 +9,7 @@ Source: Lee-Thorp et al., arXiv:2105.03824.
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, flags
 from effattn_jax.mixing._places import Places, places_of, seen
 from effattn_jax.mixing._tokens import check_tokens, require
@@ -16,6 +17,7 @@ from effattn_jax.mixing._tokens import check_tokens, require
 __all__ = ["fnet"]
 
 
+@compiled
 def fnet(
     inputs: ArrayLike,
     *,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.attention import Cache, cache, dot_product_attention
 from effattn_jax.mixing._places import PastTokens
@@ -98,6 +99,7 @@ def _project(x: jax.Array, kernel: ArrayLike, bias: ArrayLike, name: str) -> jax
     return z + along(bias, z)
 
 
+@compiled
 def gmlp(
     inputs: ArrayLike,
     in_kernel: ArrayLike,
@@ -144,6 +146,7 @@ def gmlp(
     return (out, state) if return_state else out
 
 
+@compiled
 def amlp(
     inputs: ArrayLike,
     in_kernel: ArrayLike,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating
 from effattn_jax.mixing._tokens import check_weight, require
 from effattn_jax.mixing.token_mlp import token_mixing
@@ -103,6 +104,7 @@ def merge_rep_mlp(
     return merged, affine[0][0][:, None] * bias + sum(offset for _, offset in affine)[:, None]
 
 
+@compiled
 def rep_mlp(
     inputs: ArrayLike,
     kernel: ArrayLike,

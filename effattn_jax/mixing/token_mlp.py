@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax.mixing._places import Places, at_places, mix, over_places, take
 from effattn_jax.mixing._tokens import along, check_weight, require, wide
@@ -94,6 +95,7 @@ def token_mixing(
     )  # fmt: skip
 
 
+@compiled
 def res_mlp(
     inputs: ArrayLike,
     kernel: ArrayLike,
@@ -146,6 +148,7 @@ def res_mlp(
     )  # fmt: skip
 
 
+@compiled
 def mlp_mixer(
     inputs: ArrayLike,
     in_kernel: ArrayLike,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._calls import asked_for
 from effattn_jax.attention._pairs import Marks, finite_or_zero
@@ -25,6 +26,7 @@ from effattn_jax.recurrence._outer_chunks import repeat_heads
 __all__ = ["disentangled_attention", "shaw_attention"]
 
 
+@compiled
 def shaw_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -104,6 +106,7 @@ def shaw_attention(
     )
 
 
+@compiled
 def disentangled_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -10,12 +10,14 @@ Sources: kexue.fm/archives/9708 (ReRoPE, Leaky), 9728 (its inverse: k < 1 in tra
 import math
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
 from effattn_jax.attention._pairs import whole_rows
 from effattn_jax.attention._patterns import Part, View, documents, merge, part, run
@@ -89,6 +91,7 @@ def _all_rows(view: View, **changes: Any) -> Part:
     return whole_rows(view.spec._replace(**changes), arrays, view.marks)[:2]
 
 
+@partial(compiled, constants=("frequencies",))
 def rerope_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax._places import count_positions, rows_of_table, split_like
 from effattn_jax.attention._calls import with_positions
@@ -28,6 +29,7 @@ from effattn_jax.recurrence._outer_chunks import repeat_heads
 __all__ = ["tupe_attention", "xl_attention"]
 
 
+@compiled
 def xl_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -121,6 +123,7 @@ def _beside(x: jax.Array, more: jax.Array) -> jax.Array:
     return jnp.concatenate([x, more], axis=-1)
 
 
+@compiled
 def tupe_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
@@ -117,6 +118,7 @@ def _features(decay: np.ndarray, rank: int, interleaved: bool, dtype: DTypeLike)
     return jnp.asarray(features, dtype).reshape((1,) * (rank - 1) + (-1,))
 
 
+@compiled
 def xpos_attention(
     query: ArrayLike,
     key: ArrayLike,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, choose
 from effattn_jax._derivatives import tie, traced_once
 from effattn_jax.recurrence._diagonal_kernel import by_kernel
@@ -114,6 +115,7 @@ def _solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) -
     return lax.custom_linear_solve(residual, inputs, forwards, backwards)
 
 
+@compiled
 def diagonal_recurrence(
     decay: ArrayLike,
     inputs: ArrayLike,

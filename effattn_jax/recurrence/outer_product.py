@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, flags, floating, positive
 from effattn_jax.recurrence._outer_chunks import Options, normalized, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
@@ -76,6 +77,7 @@ def check_decay(log_decay: ArrayLike | None, key: jax.Array, heads: int, batch: 
     return log_decay.reshape(key.shape[0], *log_decay.shape[len(batch) :])
 
 
+@compiled
 def outer_product_recurrence(
     query: ArrayLike,
     key: ArrayLike,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, choose
 from effattn_jax._derivatives import Fixed
 from effattn_jax.ssm import _toeplitz
@@ -114,6 +115,7 @@ def dss_kernel(Lambda: ArrayLike, W: ArrayLike, step: ArrayLike, length: int) ->
     return diagonal_kernel(Lambda, jnp.ones_like(W), W / total, step, length)
 
 
+@compiled
 def diagonal_ssm(
     u: ArrayLike,
     Lambda: ArrayLike,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, choose, floating
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence.fft import fft_convolution
@@ -161,6 +162,7 @@ def _convolution(system: _System, u: jax.Array, x: jax.Array | None) -> jax.Arra
     return y if x is None else y + jnp.transpose(K[:, 1:], (1, 2, 0))
 
 
+@compiled
 def dplr_ssm(
     u: ArrayLike,
     Lambda: ArrayLike,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
 from effattn_jax._products import row_products
 from effattn_jax.recurrence._outer_chunks import Options, repeat_heads
@@ -49,6 +50,7 @@ def _open(
     return row, (repeat_heads(C, x), repeat_heads(B, x), x, delta, decay, *rest)
 
 
+@compiled
 def state_space_duality(
     x: ArrayLike,
     delta: ArrayLike,
@@ -104,6 +106,7 @@ def state_space_duality(
     return row.finish(passed(out), state, return_state)
 
 
+@compiled
 def mamba3_trapezoid(
     x: ArrayLike,
     delta: ArrayLike,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, scale_or
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.ssm._calls import Row, as_wide, check_options, inexact, open_row, open_state, passing, require
@@ -53,6 +54,7 @@ def _steps(step: ArrayLike | None, last: int) -> dict:
     return {"step": (step, (size,))}
 
 
+@compiled
 def s5_ssm(
     u: ArrayLike,
     Lambda: ArrayLike,
@@ -123,6 +125,7 @@ def s5_ssm(
     return row.finish(passed(out), state, return_state)
 
 
+@compiled
 def lru(
     u: ArrayLike,
     nu_log: ArrayLike,
@@ -200,6 +203,7 @@ def _root_jvp(primals, tangents):
     return _root(x), tangent / (2 * jnp.sqrt(jnp.maximum(x, jnp.finfo(x.dtype).eps)))
 
 
+@compiled
 def rg_lru(
     u: ArrayLike,
     recurrence_gate: ArrayLike,

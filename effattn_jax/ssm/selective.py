@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
@@ -22,6 +23,7 @@ __all__ = ["selective_scan"]
 _CHUNK = 32
 
 
+@compiled
 def selective_scan(
     u: ArrayLike,
     delta: ArrayLike,
