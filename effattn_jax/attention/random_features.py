@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import choose, positive
 
 __all__ = ["random_features"]
@@ -21,6 +22,7 @@ __all__ = ["random_features"]
 RELU_EPSILON = 1e-3
 
 
+@compiled
 def random_features(
     rng: jax.Array,
     num_features: int,

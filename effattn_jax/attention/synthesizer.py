@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, floating
 from effattn_jax.attention.softmax import run
 
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 
+@compiled
 def synthesizer_attention(
     scores: ArrayLike, value: ArrayLike, mask: ArrayLike | None = None, *, is_causal: bool = False
 ) -> jax.Array:

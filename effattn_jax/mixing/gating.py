@@ -28,6 +28,7 @@ class AMLPState(NamedTuple):
     attention: Cache
 
 
+@compiled
 def spatial_gating(
     inputs: ArrayLike,
     kernel: ArrayLike,

@@ -46,6 +46,7 @@ def _linear(kernel: jax.Array, bias: jax.Array, x: jax.Array, places: Places, pa
     return (out + at_places(bias, places)[..., None]).reshape(x.shape)
 
 
+@compiled
 def token_mixing(
     inputs: ArrayLike,
     kernel: ArrayLike,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, choose, flags
 from effattn_jax.attention import _frame
 from effattn_jax.attention._frame import LinearState, empty_state
@@ -31,6 +32,7 @@ __all__ = ["rotary_linear_attention"]
 MAPS = ("elu", "relu", "cosine", "taylor", "dpfp", "hedgehog")
 
 
+@partial(compiled, constants=("frequencies",))
 def rotary_linear_attention(
     query: ArrayLike,
     key: ArrayLike,

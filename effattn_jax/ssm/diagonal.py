@@ -46,6 +46,7 @@ def _kernel_system(Lambda: ArrayLike, step: ArrayLike, length: int, **weights: A
     return [*system, jnp.broadcast_to(step, shape)]
 
 
+@compiled
 def diagonal_kernel(
     Lambda: ArrayLike, B: ArrayLike, C: ArrayLike, step: ArrayLike, length: int, method: str = "zoh"
 ) -> jax.Array:
@@ -86,6 +87,7 @@ def diagonal_kernel(
     return kernel[0] if single else kernel
 
 
+@compiled
 def dss_kernel(Lambda: ArrayLike, W: ArrayLike, step: ArrayLike, length: int) -> jax.Array:
     """The kernel of a diagonal state space whose powers are normalised over the length (DSS, softmax form).
 

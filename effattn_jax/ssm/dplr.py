@@ -61,6 +61,7 @@ def _check(Lambda, P, B, C, step, *others) -> _System:
     return _System(system[0], P, system[1], system[2], step)
 
 
+@compiled
 def dplr_kernel(Lambda: ArrayLike, P: ArrayLike, B: ArrayLike, C: ArrayLike, step: ArrayLike, length: int) -> jax.Array:
     """The convolution kernel K_l = 2 Re(C A_bar^l B_bar), l < length, of a diagonal plus low-rank system under the bilinear rule.
 

@@ -115,7 +115,7 @@ class Subject:
         """The same, of those that hand states on."""
         return tuple(form for form in self.kinds if form in self.stateful_forms)
 
-    @property
+    @functools.cached_property
     def variants(self) -> tuple[dict, ...]:
         """The options that change what is computed, one at a time, the plain call first."""
         options = [{}]
@@ -124,7 +124,12 @@ class Subject:
         for option, samples in OPTION_SAMPLES.items():
             if option in self.parameters:
                 default = self.options.get(option, inspect.signature(self.function).parameters[option].default)
-                options += [{option: sample} for sample in samples if sample != default]
+                taken = (sample for sample in samples if sample != default)
+                if (
+                    option in self.options
+                ):  # a member that cannot do without it may have a rule of its own: ReRoPE's window is an int
+                    taken = (s for s in taken if not _refuses(self, self.inputs(length=0), option, **{option: s}))
+                options += [{option: sample} for sample in taken]
         return tuple(options)
 
     @property
