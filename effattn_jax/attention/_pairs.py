@@ -293,7 +293,7 @@ def whole_rows(
     weights, lse = softmax(s)
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
     if more is not None and more.values is not None:
-        by_head = weights.reshape(weights.shape[0], -1, *weights.shape[3:])
+        by_head = weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2], *weights.shape[3:])
         out = out + more.values(row, rows, by_head).astype(spec.dtype).reshape(out.shape)
     out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
     return unrows(out).astype(value.dtype), unrows(lse), weights

@@ -63,7 +63,8 @@ class Distances:
         around = length + self.size  # so that every key that a query looks for has a place
         scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (around, around)))
         width = scores.shape[-1]
-        flat = jnp.pad(scores.reshape(*scores.shape[:2], -1), ((0, 0), (0, 0), (0, self.size)))
+        flat = scores.reshape(*scores.shape[:2], self.size * width)
+        flat = jnp.pad(flat, ((0, 0), (0, 0), (0, self.size)))
         start = jnp.clip(self.marks.offset - self._middle() + around, 0, width - length)
         rows = flat.reshape(*scores.shape[:3], width + 1)
         return jnp.swapaxes(lax.dynamic_slice_in_dim(rows, start, length, axis=3), 2, 3)
