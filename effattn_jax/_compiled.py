@@ -18,7 +18,7 @@ __all__: list[str] = []
 # With jax 0.7.2 a compiled gradient of a gradient comes out wrong where parts are jitted (not compiled, it is right); with 0.10 and 0.12 it is right.
 NESTS = jax.__version_info__ >= (0, 10)
 
-_tracing = threading.local()  # .asked: the questions of the kernel that this thread is tracing
+_tracing = threading.local()  # .kernel: the `_Trace` of the kernel that this thread is tracing
 
 
 class _Constant:
@@ -41,6 +41,7 @@ class _Form(NamedTuple):
     """What of a call is no array. The types of settings count too: 1 is not True."""
 
     tree: Any
+    nodes: tuple[type, ...]  # of the tree, which by itself is equal to one of other classes of the same fields
     settings: tuple[tuple[type, Any] | None, ...]  # None where an array stands
 
     def arguments(self, arrays: tuple) -> Any:
@@ -48,6 +49,13 @@ class _Form(NamedTuple):
         leaves = [next(given) if setting is None else setting[1] for setting in self.settings]
         leaves = [leaf.value if isinstance(leaf, _Constant) else leaf for leaf in leaves]
         return jax.tree.unflatten(self.tree, leaves)
+
+
+class _Question(NamedTuple):
+    """What is asked of some values; `sources` are the places of those that are inputs of the program as they are, None for others."""
+
+    ask: Callable[..., None]
+    sources: tuple[int | None, ...]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -62,43 +70,84 @@ class _Asked(list):
         return cls(zip(questions, values))
 
 
-def when_known(question: Callable[..., None], *values: Any) -> None:
-    """Calls `question(*values)` with NumPy arrays, to raise a ValueError about them; never, where only a program of the caller's will know them."""
+class _Trace(NamedTuple):
+    """A kernel that is being traced: its inputs, and what it has asked."""
+
+    inputs: tuple
+    asked: _Asked
+
+    def place(self, value: Any) -> int | None:
+        return next((i for i, x in enumerate(self.inputs) if x is value), None)
+
+
+def when_known(ask: Callable[..., None], *values: Any) -> None:
+    """Calls `ask(*values)` with NumPy arrays, to raise a ValueError about them; never, where only a program of the caller's will know them.
+
+    To be said of a kernel's own values, not of those inside its loops. What comes from several processes must be reduced to a number before.
+    """
+    kernel = getattr(_tracing, "kernel", None)
     if not any(isinstance(value, jax.core.Tracer) for value in values):
-        question(*map(np.asarray, values))
-    elif getattr(_tracing, "asked", None) is not None:
-        _tracing.asked.append((question, values))
+        ask(*map(np.asarray, values))
+    elif kernel is not None:
+        kernel.asked.append((_Question(ask, tuple(map(kernel.place, values))), values))
 
 
 def _traced(function: Callable, form: _Form, *arrays: Any) -> tuple[Any, _Asked]:
-    outer, _tracing.asked = getattr(_tracing, "asked", None), _Asked()
+    outer, _tracing.kernel = getattr(_tracing, "kernel", None), _Trace(arrays, _Asked())
     try:
         args, kwargs = form.arguments(arrays)
-        return function(*args, **kwargs), _tracing.asked
+        return function(*args, **kwargs), _tracing.kernel.asked
     finally:
-        _tracing.asked = outer
+        _tracing.kernel = outer
 
 
-def _is_plain(setting: tuple[type, Any] | None) -> bool:
-    return setting is None or setting[0] in _PLAIN
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _is_plain(x: Any) -> bool:
+    if _is_array(x):  # compiled programs misread numbers of the other byte order
+        return isinstance(x, jax.Array) or x.dtype.isnative
+    return isinstance(x, np.generic) or type(x) in _PLAIN
+
+
+def _is_list_of_numbers(x: Any) -> bool:
+    """A list that stands for an array: as settings, its numbers would make a program each time."""
+    return isinstance(x, list) and not any(map(_is_array, jax.tree.leaves(x)))
+
+
+def _holds_function(x: Any) -> bool:
+    if isinstance(x, tuple | list):
+        return any(map(_holds_function, x))
+    return callable(x) and not isinstance(x, type)
+
+
+def _nodes(tree: Any) -> tuple[type, ...] | None:
+    """The classes of a structure; None where one holds a function, which may read what changes."""
+    data = tree.node_data()
+    if data is None:
+        return ()
+    below = [_nodes(child) for child in tree.children()]
+    if None in below or _holds_function(data[1]):
+        return None
+    return (data[0], *(kind for nodes in below for kind in nodes))
 
 
 def _form(args: tuple, kwargs: dict) -> tuple[_Form | None, list]:
-    """The form of a call and its arrays; no form where something is neither an array nor a plain setting: a function may hold what changes."""
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
-    settings = tuple(None if isinstance(leaf, jax.Array | np.ndarray) else (type(leaf), leaf) for leaf in leaves)
-    is_nested = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    if not all(map(_is_plain, settings)) or (is_nested and not NESTS):
+    """The form of a call and its arrays; no form where something is neither an array nor a plain setting."""
+    leaves, tree = jax.tree.flatten((args, kwargs), is_leaf=_is_list_of_numbers)
+    nodes = _nodes(tree) if all(map(_is_plain, leaves)) else None
+    if nodes is None or (not NESTS and any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)):
         return None, []
-    return _Form(tree, settings), arrays
+    settings = tuple(None if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    return _Form(tree, nodes, settings), [leaf for leaf in leaves if _is_array(leaf)]
 
 
 def compiled(function: Callable, constants: tuple[str, ...] = ()) -> Callable:
     """The function as one program for each form of its call; inside a program or a derivative of the caller's, one step of it, traced once.
 
     Arrays are inputs of the program, plain settings (numbers, texts, flags) and NumPy arrays given by the names in `constants` a part of it. A call
-    with anything else, such as a function, runs as it is written, and so does one that JAX cannot trace: then its error comes from here.
+    with anything else, such as a function or a list of numbers, runs as it is written, and so does one that JAX cannot trace: then its error comes from here.
     """
     named = functools.partial(_traced, function)
     named.__name__ = function.__name__  # what profiles and dumps call the program
@@ -106,15 +155,15 @@ def compiled(function: Callable, constants: tuple[str, ...] = ()) -> Callable:
 
     def enter(args: tuple, kwargs: dict) -> Any:
         held = {name: _Constant(kwargs[name]) for name in constants if isinstance(kwargs.get(name), np.ndarray)}
-        form, arrays = _form(args, kwargs | held)
-        if form is None:
-            return function(*args, **kwargs)
         try:
+            form, arrays = _form(args, kwargs | held)
+            if form is None:
+                return None
             out, asked = program(form, *arrays)
         except (TypeError, ValueError):
             return None
-        for question, values in asked:
-            when_known(question, *values)
+        for (ask, sources), values in asked:
+            when_known(ask, *(value if i is None else arrays[i] for i, value in zip(sources, values)))
         return out
 
     def call(*args, **kwargs):

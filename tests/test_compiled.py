@@ -1,8 +1,10 @@
 """Kernels called outside `jax.jit`: one program, the same answers and the same errors."""
 
+import dataclasses
 import functools
 import logging
 import traceback
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from effattn_jax._compiled import compiled, when_known
+from effattn_jax.attention import cache, dot_product_attention
 from tests.laws.subjects import SUBJECTS
 
 WIDTH = 13  # which no other test has, so that nothing here is compiled already
@@ -79,6 +82,50 @@ def test_a_function_among_the_arguments_is_called_each_time():
         np.testing.assert_allclose(kernel(X, shift=lambda out: out + by[0]), np.tanh(X) + by[0], rtol=1e-6)
 
 
+def test_a_function_in_a_structure_is_called_each_time():
+    """`jax.tree_util.Partial` has its function in its structure."""
+    by = [1.0]
+
+    def shift(add, out):
+        return out + add * by[0]
+
+    kernel = compiled(scaled_sum)
+    for by[0] in (1.0, 2.0):
+        out = kernel(X, shift=jax.tree_util.Partial(shift, jnp.ones(())))
+        np.testing.assert_allclose(out, np.tanh(X) + by[0], rtol=1e-6)
+
+
+def test_classes_of_one_structure_are_told_apart():
+    """JAX takes the structures of two dataclasses with the same fields to be equal."""
+
+    def made(name, power):
+        return dataclasses.make_dataclass(
+            name, [("scale", Any)], frozen=True, namespace={"__call__": lambda self, out: self.scale * out**power}
+        )
+
+    kernel = compiled(scaled_sum)
+    for power in (1, 2):
+        kind = jax.tree_util.register_dataclass(made(f"Power{power}", power), ["scale"], [])
+        np.testing.assert_allclose(kernel(X, shift=kind(np.float32(3))), 3 * np.tanh(X) ** power, rtol=1e-6)
+
+
+def test_numbers_of_numpy_are_settings_and_lists_are_data(programs):
+    kernel = compiled(scaled_sum)
+    assert programs(functools.partial(kernel, factor=np.float64(3)), X) == ["scaled_sum"]
+    kernel = compiled(lambda x, weights: x * jnp.asarray(weights))
+    kernel(X, [1.0] * WIDTH)
+    assert programs(kernel, X, [2.0] * WIDTH) == []
+
+
+def test_numbers_of_the_other_byte_order_are_refused_as_ever():
+    """Once the program stands, `jax.jit` reads them as if they were of this one."""
+    x = np.ones((1, 2, 1, 2), np.float32)
+    for _ in range(2):
+        dot_product_attention(x, x, x)
+        with pytest.raises(ValueError, match="query"):
+            dot_product_attention(*[x.astype(x.dtype.newbyteorder())] * 3)
+
+
 def test_constants_stay_numpy_arrays():
     kinds = []
 
@@ -113,6 +160,23 @@ def test_nobody_asks_where_numbers_stay_unknown(transform):
     kernel = compiled(scaled_sum)
     transform(functools.partial(kernel, limit=1.5))(2 * X)
     kernel(X, limit=1.5)  # and nothing of that trace is left
+
+
+def test_what_is_known_to_a_program_is_asked_there():
+    """A constant of the caller's program, in a kernel within a kernel and though that has been traced before."""
+    kernel = compiled(scaled_sum)
+    outer = compiled(lambda x: kernel(x, limit=1.5))
+    jax.jit(outer)(X)
+    jax.jit(lambda: outer(X))()
+    with pytest.raises(ValueError, match="below 1.5"):
+        jax.jit(lambda: outer(2 * X))()
+
+
+def test_a_full_cache_is_an_error_in_a_program_that_knows_it():
+    x = np.ones((1, 2, 1, 2), np.float32)
+    full = cache(1, 2, 1, 2, 2)._replace(length=jnp.int32(2))
+    with pytest.raises(ValueError, match="initial_state is full: 2 tokens"):
+        jax.jit(lambda x: dot_product_attention(x, x, x, is_causal=True, initial_state=full))(x)
 
 
 def test_errors_come_from_the_kernel():

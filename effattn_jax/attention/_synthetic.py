@@ -47,9 +47,9 @@ def _places(call: Call, marks: Marks, is_causal: bool, limit: int, name: str) ->
     reach = keys if is_causal else max(length, keys)
     rule = f"key must hold at most {limit} tokens, the length of the tables of {name}; got a sequence of {{}}, shape {call.restore(call.value).shape}"
     if unmarked:
-        _require_places(rule, limit, np.array(reach - 1))
+        _require_places(rule, limit, np.array(reach))
     else:  # only the numbers know; where they stay unknown, places beyond the end give NaN
-        when_known(partial(_require_places, rule, limit), key)
+        when_known(partial(_require_places, rule, limit), jnp.max(key, initial=-1) + 1)
     if not is_causal and not (length == keys and marks.query_segments is marks.key_segments):
         return _Places(count_positions((call.query.shape[0], length), None, marks.query_segments), key, plain)
     missing = max(length - keys, 0)
@@ -58,8 +58,7 @@ def _places(call: Call, marks: Marks, is_causal: bool, limit: int, name: str) ->
     return _Places(key if plain else lax.dynamic_slice_in_dim(front, start, length, axis=1), key, plain)
 
 
-def _require_places(rule: str, limit: int, places: np.ndarray) -> None:
-    reach = places.max(initial=-1) + 1
+def _require_places(rule: str, limit: int, reach: np.ndarray) -> None:
     if reach > limit:
         raise ValueError(rule.format(reach))
 

@@ -60,7 +60,7 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
     first, last = (None, None) if past is None else (past.count, past.segment)
     position = count_positions((tokens.inputs.shape[0], count), tokens.mask, tokens.segments, first, last)
     if past is not None:
-        when_known(partial(_require_room, length), position)
+        when_known(partial(_require_room, length), jnp.max(position, initial=-1) + 1)
     sees = jnp.tri(count, dtype=bool)[None] if is_causal else None
     document = None
     if tokens.segments is not None:
@@ -81,8 +81,7 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
     return Places(position, document, sees, sees_past, fixed)
 
 
-def _require_room(length: int, position: np.ndarray) -> None:
-    count = position.max(initial=-1) + 1
+def _require_room(length: int, count: np.ndarray) -> None:
     require(
         count <= length,
         f"initial_state is full: a document of {count} tokens does not fit the {length} places that the weights have",
