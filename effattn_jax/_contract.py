@@ -39,7 +39,7 @@ class Mixer(NamedTuple):
       runs_on: the name of the member whose loops over time it runs on, "" for its own. Tests hold it to every law, but to the variants that
         those loops decide (`tests/laws/conftest.py`) only under LAWS=all.
       exempt: laws that mathematics rules out for it, each with the reason: "memory" (a T x S array is part of what it is), "length"
-        (it has no form for the long rows of laws 6 and 7), "removal" (cutting a masked key out moves queries or keys behind it),
+        (it has no form for the long rows of laws 6 and 7), "removal" (cutting a masked key out moves queries or keys behind it), "padding" (and so does cutting a masked token out, query and key),
         "window state" (a window is not all that it looks back to), "shards of heads" (it tells heads apart by their number), "causality" (it mixes all positions: no causal form, no state, no segments;
         `tests/laws/test_without_causality.py` holds it to the rest).
       options: what it cannot be called without, as small as tests need it.

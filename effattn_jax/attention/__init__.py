@@ -134,7 +134,7 @@ def _beta_and_decay(rng: np.random.Generator, query: jax.Array) -> dict[str, np.
 _unnormalised_state = partial(empty_state, normalize=False, gated=True)
 
 
-_SHIFTS = {"removal": "its pattern counts positions: cutting a key out moves those behind it"}
+_SHIFTS = dict.fromkeys(("removal", "padding"), "its pattern counts positions: cutting a key out moves those behind it")
 
 
 def _sparse(function, keys_seen=None, *, runs_on="", exempt=_SHIFTS, **options) -> Mixer:
@@ -274,7 +274,10 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_unnormalised_state,
         runs_on="gated_linear",
-        exempt={"shards of heads": "its decays go by the number of the head: a shard hands in its own"},
+        exempt={
+            "shards of heads": "its decays go by the number of the head: a shard hands in its own",
+            "removal": "its decays go by the number of tokens between query and key: cutting a key alone out moves queries",
+        },
     ),
     "delta_rule": Mixer(
         delta_rule_attention,

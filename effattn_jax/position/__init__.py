@@ -68,20 +68,27 @@ __all__ = [
 
 _FORMS = ({"implementation": "dense"}, {"implementation": "chunked", "chunk_size": 5})
 _line = partial(Mixer, forms=_FORMS, pairwise=True, empty_state=_lines.cache_of, runs_on="softmax")
+_COUNTS = {
+    "removal": "its distances are counted among the tokens that are there: cutting a key alone out moves queries"
+}
 
 MIXERS: dict[str, Mixer] = {
-    "shaw": _line(shaw_attention, weights=_lines.by_distance(7, "key_table")),
-    "disentangled": _line(disentangled_attention, weights=_lines.by_distance(8, "key_table", "query_table")),
-    "xl": _line(xl_attention, weights=_lines.transformer_xl),
+    "shaw": _line(shaw_attention, weights=_lines.by_distance(7, "key_table"), exempt=_COUNTS),
+    "disentangled": _line(
+        disentangled_attention, weights=_lines.by_distance(8, "key_table", "query_table"), exempt=_COUNTS
+    ),
+    "xl": _line(xl_attention, weights=_lines.transformer_xl, exempt=_COUNTS),
     "tupe": _line(
         tupe_attention,
         weights=_lines.tupe,
-        exempt={"length": "its tables have a row for each place of the longest sequence"},
+        exempt=_COUNTS | {"length": "its tables have a row for each place of the longest sequence"},
     ),
     "rerope": _line(
         rerope_attention,
         options={"window": 3, "leak": 0.25},
-        exempt={"removal": "its distances count slots: cutting a key out moves those behind it"},
+        exempt=dict.fromkeys(
+            ("removal", "padding"), "its distances count slots: cutting a key out moves those behind it"
+        ),
     ),
     "xpos": _line(xpos_attention),
 }

@@ -24,6 +24,7 @@ BRIEFLY = {
     "test_every_split_with_segments_and_key_masks": always,
     "test_every_position_of_a_short_row": always,
     "test_masked_keys_do_not_exist": holding("nan"),
+    "test_padding_equals_removing": always,
     "test_rows_with_nothing_to_attend": always,
     "test_any_mask_of_pairs": holding("bidirectional"),
     "test_linear_time_mixers_refuse_pairs": holding("jit"),

@@ -13,6 +13,9 @@ from .subjects import KEYWISE, MASKED, MIXER_SUBJECTS, PAIRWISE, by_form, by_kin
 B, T, N = 2, 9, 4
 KEY_MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 0, 1], [1, 0, 1, 1, 1, 1, 0, 0, 0]], bool)[:, None, None, :]
 # Where extras such as a decay make the distance in time count, cutting keys out moves the queries too, so that it is another problem.
+UNPADDABLE = tuple(
+    s for s in MIXER_SUBJECTS if s.bidirectional and s.entry.extras is None and "padding" not in s.entry.exempt
+)
 REMOVABLE = tuple(
     s
     for s in MIXER_SUBJECTS
@@ -76,6 +79,18 @@ def test_masking_equals_removing(subject, form):
     for name in ("key", "value"):
         masked[name] = masked[name][:, keep]
     checks.assert_close(masked, removed, checks.GRADIENT, "gradient")
+
+
+@pytest.mark.parametrize("subject, form", by_kind(UNPADDABLE))
+def test_padding_equals_removing(subject, form):
+    """A token that is masked may as well be cut out, its query too."""
+    inputs = subject.inputs(length=T, batch=1)
+    keep = KEY_MASK[0, 0, 0]
+    call = functools.partial(subject.call, is_causal=False, **form)
+    masked = checks.value_and_grads(lambda x: call(x, mask=KEY_MASK[:1])[:, keep], inputs)
+    removed = checks.value_and_grads(call, {name: x[:, keep] for name, x in inputs.items()})
+    masked = (masked[0], [x[:, keep] for x in masked[1]])
+    checks.assert_same(masked, removed)
 
 
 @pytest.mark.parametrize("subject, form", by_kind(MASKED))
