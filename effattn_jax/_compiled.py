@@ -13,12 +13,20 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+try:
+    from jax.extend.core import get_opaque_trace_state as trace_now
+    from jax.extend.core import unsafe_am_i_under_a_jit_DO_NOT_USE as in_program
+except ImportError:  # jax 0.7
+    from jax.core import get_opaque_trace_state as trace_now
+    from jax.core import unsafe_am_i_under_a_jit_DO_NOT_USE as in_program
+
 __all__: list[str] = []
 
 # With jax 0.7.2 a compiled gradient of a gradient comes out wrong where parts are jitted (not compiled, it is right); with 0.10 and 0.12 it is right.
 NESTS = jax.__version_info__ >= (0, 10)
 
-_tracing = threading.local()  # .kernel: the `_Trace` of the kernel that this thread is tracing
+# .kernel: the `_Trace` of the kernel that this thread is tracing; .calls: a trace of the caller's, and the calls made in it
+_tracing = threading.local()
 
 
 class _Constant:
@@ -143,8 +151,21 @@ def _form(args: tuple, kwargs: dict) -> tuple[_Form | None, list]:
     return _Form(tree, nodes, settings), [leaf for leaf in leaves if _is_array(leaf)]
 
 
+def _comes_again(program: Callable, form: _Form, arrays: list) -> bool:
+    """Whether the program being traced has made an equal call before."""
+    trace, call = trace_now(), (program, form, *map(jax.typeof, arrays))
+    last, calls = getattr(_tracing, "calls", (None, ()))
+    if last != trace:
+        _tracing.calls = trace, {call}
+        return False
+    known = call in calls
+    calls.add(call)
+    return known
+
+
 def compiled(function: Callable, constants: tuple[str, ...] = ()) -> Callable:
-    """The function as one program for each form of its call; inside a program or a derivative of the caller's, one step of it, traced once.
+    """The function as one program for each form of its call; inside a program of the caller's as it is written, and when an equal call comes again,
+    as a function that is traced once for all further ones.
 
     Arrays are inputs of the program, plain settings (numbers, texts, flags) and NumPy arrays given by the names in `constants` a part of it. A call
     with anything else, such as a function or a list of numbers, runs as it is written, and so does one that JAX cannot trace: then its error comes from here.
@@ -157,7 +178,7 @@ def compiled(function: Callable, constants: tuple[str, ...] = ()) -> Callable:
         held = {name: _Constant(kwargs[name]) for name in constants if isinstance(kwargs.get(name), np.ndarray)}
         try:
             form, arrays = _form(args, kwargs | held)
-            if form is None:
+            if form is None or (in_program() and not _comes_again(program, form, arrays)):
                 return None
             out, asked = program(form, *arrays)
         except (TypeError, ValueError):

@@ -192,6 +192,7 @@ MIXERS: dict[str, Mixer] = {
         pairwise=False,
         empty_state=_unnormalised_state,
         extras=_log_decay,
+        runs_on="linear",
     ),
     "residual": Mixer(
         one_layer,
@@ -273,7 +274,7 @@ MIXERS: dict[str, Mixer] = {
         ({"chunk_size": 5},),
         pairwise=False,
         empty_state=_unnormalised_state,
-        runs_on="gated_linear",
+        runs_on="linear",
         exempt={
             "shards of heads": "its decays go by the number of the head: a shard hands in its own",
             "removal": "its decays go by the number of tokens between query and key: cutting a key alone out moves queries",

@@ -148,6 +148,11 @@ class Subject:
         return not self.is_token_mixer and not self.is_weighted_recurrence
 
     @property
+    def any_batch(self) -> bool:
+        """Does it take any number of batch axes?"""
+        return "query" in self.parameters or self.is_token_mixer or self.is_weighted_recurrence
+
+    @property
     def is_weighted_recurrence(self) -> bool:
         """Is it a recurrence with weights, its channels among their axes?"""
         return isinstance(self.entry, Recurrence) and self.entry.weights is not None

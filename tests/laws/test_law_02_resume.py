@@ -46,6 +46,7 @@ SITUATIONS = {
 }
 EVERY = tuple((0, split, LENGTH, TOTAL) for split in range(LENGTH + 1))
 AT_ONCE = (0, 0, 3, 3, LENGTH, TOTAL)  # several splits in one program, calls of no steps among them
+BRIEFLY = (0, 4, 4, TOTAL)  # inside a segment of one row and between two of the other, and a call of no steps
 
 
 def check(subject, variant, situation, cuts, form, gradients=True):
@@ -73,8 +74,8 @@ def test_every_split_with_segments_and_key_masks(subject, form):
     The mask of each call covers that call's keys; masked keys stay masked in every later call.
     """
     if subject.carries_ids:
-        for cuts in (AT_ONCE,) if subject.brief else EVERY:
-            check(subject, {}, "both", cuts, form, gradients=cuts[1] == 3 or cuts == AT_ONCE)
+        for cuts in (BRIEFLY,) if subject.brief else EVERY:
+            check(subject, {}, "both", cuts, form, gradients=cuts[1] == 3 or subject.brief)
     else:  # its state belongs to the next id, so it is handed on inside segments only
         check_inside(subject, form)
 
@@ -82,21 +83,10 @@ def test_every_split_with_segments_and_key_masks(subject, form):
 def check_inside(subject, form):
     """Splits of a row whose segments begin at steps 2 and 5, where no segment begins."""
     inputs, ids = subject.inputs(length=TOTAL), np.array([[3, 3, 1, 1, 1, 2]] * 2, np.int32)
-    values, slopes = checks.oracle(functools.partial(references.reference_of(subject), segment_ids=ids), inputs)
-    for split in (1, 3, 4):
-
-        def resumed(inputs, split=split):
-            head, state = subject.call(
-                time_slice(inputs, 0, split), segment_ids=ids[:, :split], return_state=True, **form
-            )
-            tail = subject.call(
-                time_slice(inputs, split, None), segment_ids=ids[:, split:], initial_state=state, **form
-            )
-            return jnp.concatenate([head, tail], axis=1)
-
-        actual = checks.value_and_grads(resumed, inputs)
-        checks.assert_close(actual[0], values, checks.OUTPUT, f"output, split at {split}")
-        checks.assert_close(actual[1], slopes, checks.GRADIENT, f"gradient, split at {split}")
+    expected = checks.oracle(functools.partial(references.reference_of(subject), segment_ids=ids), inputs)
+    for cuts in ((0, 1, 4, TOTAL),) if subject.brief else tuple((0, split, TOTAL) for split in (1, 3, 4)):
+        function = functools.partial(chain, subject, cuts=cuts, per_call={"segment_ids": ids}, **form)
+        checks.assert_same(checks.value_and_grads(function, inputs), expected)
 
 
 @pytest.mark.parametrize(
