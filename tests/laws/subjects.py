@@ -260,9 +260,7 @@ class Subject:
 @functools.cache
 def _weights(subject: Subject, heads: int, kv_heads: int, head_dim: int, length: int | None = None) -> dict:
     options = {} if length is None else {"length": length}
-    with jax.ensure_compile_time_eval():
-        made = jax.jit(lambda key: subject.entry.weights(key, heads, kv_heads, head_dim, **options))(jax.random.key(0))
-    return {name: np.asarray(array, np.float32) for name, array in made.items()}
+    return _drawn(functools.partial(subject.entry.weights, **options), heads, kv_heads, head_dim)
 
 
 @functools.cache
@@ -272,11 +270,17 @@ def _recurrence_weights(subject: Subject) -> dict:
 
 @functools.cache
 def _token_weights(subject: Subject, width: int) -> dict:
-    """Initial weights with noise, so that none is near 0, or 1, or like another."""
-    with jax.ensure_compile_time_eval():
-        made = jax.jit(lambda key: subject.entry.weights(key, width, PLACES, 2))(jax.random.key(0))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda w: (np.asarray(w) + 0.3 * rng.normal(size=w.shape)).astype(np.float32), made)
+    return _drawn(subject.entry.weights, width, PLACES, 2)
+
+
+def _drawn(made: Callable, *sizes: int) -> dict:
+    """Weights of the shapes that a member makes, none near 0 or like another: vectors about 1, the rest about 0.
+
+    To draw them with JAX would compile a program a size. Each has numbers of its own, of which a longer table only has more.
+    """
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: made(jax.random.key(0), *sizes)))
+    drawn = [(w.ndim == 1) + 0.4 * np.random.default_rng(i).normal(size=w.shape) for i, w in enumerate(leaves)]
+    return structure.unflatten([w.astype(np.float32) for w in drawn])
 
 
 def _refuses(subject: Subject, inputs: dict, word: str, **options) -> bool:

@@ -11,7 +11,7 @@ from . import checks, references
 from .subjects import CAUSAL, MIXER_SUBJECTS, by_kind, by_table_form, param, time_slice
 
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 127, 1000, 4097)
-BRIEF_LENGTHS = (0, 1, 1000)
+BRIEF_LENGTHS = (0, 1, 65, 1000)
 CROSSWISE = tuple(s for s in MIXER_SUBJECTS if s.crosswise)
 LONG = tuple(s for s in CAUSAL if not (s.is_mixer and "length" in s.entry.exempt))
 LEADING = tuple(s for s in CAUSAL if s.any_batch)
