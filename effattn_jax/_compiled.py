@@ -25,8 +25,9 @@ __all__: list[str] = []
 # With jax 0.7.2 a compiled gradient of a gradient comes out wrong where parts are jitted (not compiled, it is right); with 0.10 and 0.12 it is right.
 NESTS = jax.__version_info__ >= (0, 10)
 
-# .kernel: the `_Trace` of the kernel that this thread is tracing; .calls: a trace of the caller's, and the calls made in it
+# .kernel: the `_Trace` of the kernel that this thread is tracing; .traces: the caller's, the last one first, each with the calls made in it
 _tracing = threading.local()
+_TRACES = 4  # a layer may be traced in parts (loops, parts of `jax.jit`), and the next one is still found to be equal
 
 
 class _Constant:
@@ -154,10 +155,9 @@ def _form(args: tuple, kwargs: dict) -> tuple[_Form | None, list]:
 def _comes_again(program: Callable, form: _Form, arrays: list) -> bool:
     """Whether the program being traced has made an equal call before."""
     trace, call = trace_now(), (program, form, *map(jax.typeof, arrays))
-    last, calls = getattr(_tracing, "calls", (None, ()))
-    if last != trace:
-        _tracing.calls = trace, {call}
-        return False
+    traces = getattr(_tracing, "traces", [])
+    calls = next((calls for other, calls in traces if other == trace), set())
+    _tracing.traces = [(trace, calls), *(pair for pair in traces if pair[1] is not calls)][:_TRACES]
     known = call in calls
     calls.add(call)
     return known

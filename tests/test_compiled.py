@@ -202,6 +202,25 @@ def test_in_a_program_equal_calls_are_one_function():
     assert "jit" not in str(jax.make_jaxpr(layer)(steps))
 
 
+def test_other_traces_between_equal_calls_do_not_hide_them():
+    traces = []
+
+    def kernel(x):
+        traces.append(x)
+        return x + 1
+
+    layer = compiled(kernel)
+
+    @jax.jit
+    def model(x):
+        for scale in range(4):
+            x = jax.lax.fori_loop(0, 2, lambda _, y, scale=scale: layer(y) * scale, layer(x))
+        return x
+
+    jax.block_until_ready(model(np.arange(WIDTH)))
+    assert len(traces) == (6 if NESTS else 8)  # two in the model, and the one in each loop
+
+
 @pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
 def test_every_member_is_one_program(subject, programs):
     """Where nothing is compiled yet, a call outside `jax.jit` waits for one program; a further one for none."""
