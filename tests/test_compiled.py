@@ -187,15 +187,20 @@ def test_errors_come_from_the_kernel():
     assert not [frame for frame in traceback.extract_tb(caught.value.__traceback__) if "/jax/" in frame.filename]
 
 
-def test_in_a_program_equal_calls_are_one_function():
-    """The first is written out, so a program of one call is what it would be without."""
+def counted():
+    """A kernel that adds 1, and what it was traced with."""
     traces = []
 
     def kernel(x):
         traces.append(x)
         return x + 1
 
-    layer = compiled(kernel)
+    return compiled(kernel), traces
+
+
+def test_in_a_program_equal_calls_are_one_function():
+    """The first is written out, so a program of one call is what it would be without."""
+    layer, traces = counted()
     steps = np.arange(WIDTH)
     np.testing.assert_array_equal(jax.jit(lambda x: layer(layer(layer(layer(x)))))(steps), steps + 4)
     assert len(traces) == (2 if NESTS else 4)
@@ -203,13 +208,7 @@ def test_in_a_program_equal_calls_are_one_function():
 
 
 def test_other_traces_between_equal_calls_do_not_hide_them():
-    traces = []
-
-    def kernel(x):
-        traces.append(x)
-        return x + 1
-
-    layer = compiled(kernel)
+    layer, traces = counted()
 
     @jax.jit
     def model(x):
