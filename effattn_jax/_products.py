@@ -21,6 +21,16 @@ def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("...i,...i->...", a, b, precision="highest")
 
 
+def scaled_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
+    """factors (...) times rows (..., H): a product of arrays, whose derivative by the factors is `row_products`, not XLA's fused sum of products.
+
+    >>> import jax.numpy as jnp
+    >>> scaled_rows(jnp.array([2.0, 3.0]), jnp.ones((2, 2))).tolist()
+    [[2.0, 2.0], [3.0, 3.0]]
+    """
+    return jnp.einsum("...,...i->...i", factors, rows, precision="highest")
+
+
 def grouped_product(equation: str, a: jax.Array, b: jax.Array, operands: Any = None) -> jax.Array:
     """einsum with sums in the dtype of a, of factors in the dtype `operands`, None as they are.
 

@@ -21,12 +21,14 @@ from effattn_jax._places import split_heads, split_like
 from effattn_jax._products import row_products
 from effattn_jax.attention._pairs import (
     Arrays,
+    Keys,
     Marks,
     More,
     Spec,
     bias_of,
     block_of,
     flat,
+    keeping_bounds,
     poisoned,
     rows_of,
     unrows,
@@ -196,7 +198,9 @@ def by_rows(spec: Spec, arrays: Arrays, marks: Marks, more: More | None = None) 
     """
     length = arrays.query.shape[1]
     starts = jnp.minimum(jnp.arange(_row_blocks(length, spec.rows)) * spec.rows, length - spec.rows)
-    blocks = lax.map(jax.checkpoint(lambda row: whole_rows(spec, arrays, marks, row, spec.rows, more)[:2]), starts)
+    by_head = Keys.of(arrays, spec.dtype)  # moved once, and their cotangents once
+    block = keeping_bounds(lambda row: whole_rows(spec, arrays, marks, row, spec.rows, more, by_head)[:2])
+    blocks = lax.map(block, starts)
 
     def join(x):
         x = jnp.moveaxis(x, 0, 1)

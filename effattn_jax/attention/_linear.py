@@ -26,13 +26,13 @@ def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None
     """The recurrence as a kernel of the frame; `split` returns sums to be added to others."""
 
     def kernel(query, key, value, extras, carry, *, size, strict=False, **marks):
-        options = Options(normalize, split, strict, maps.inside)
+        options = Options(normalize, split, strict, maps.inside, maps.of_products)
         carry = None if carry is None else carry[:2]
         if maps.weights is not None:
             out, (carry, _) = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
         else:
             (decay,) = extras
-            size = size or (128 if _wide(maps, key) else None)
+            size = size or _chunk_size(maps, key)
             out, carry = outer_product(
                 query, key, value, decay, carry, size=size, options=options, implementation=implementation, **marks
             )
@@ -41,11 +41,14 @@ def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None
     return kernel
 
 
-def _wide(maps: Maps, key: jax.Array) -> bool:
-    """Whether there are so many features that fewer, longer chunks cost less memory in states than they cost in pairs."""
+def _chunk_size(maps: Maps, key: jax.Array) -> int | None:
+    """Steps a chunk where there are so many features that fewer, longer chunks cost less memory in states than they cost in pairs; None: as ever."""
+    if maps.of_products is not None:
+        return 512
     if maps.inside is None:
-        return key.shape[-1] > 256
-    return jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32)).shape[-1] > 256
+        return 128 if key.shape[-1] > 256 else None
+    features = jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32))
+    return 128 if features.shape[-1] > 256 else None
 
 
 def _learned(

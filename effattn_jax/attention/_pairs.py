@@ -4,11 +4,13 @@ Shapes inside: a block of R rows and C keys is (B, K, G, R, C), G = N / K query 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from effattn_jax._places import split_like
 from effattn_jax._products import row_products
@@ -28,6 +30,7 @@ class Spec(NamedTuple):
     dtype: Any
     hole: tuple[int, int] | None = None  # a window left out
     period: int | None = None  # distances left out: its multiples
+    stretch: int | None = None  # only pairs of one stretch of so many positions
     places: tuple[int, int] = (1, 1)  # (count, step): key j stands at position (j // count) * step
     top: int | None = None  # so many of the largest scores of a row are kept, and all that tie with the last of them
 
@@ -123,6 +126,8 @@ def _by_distance(spec: Spec, position: jax.Array, place: jax.Array) -> jax.Array
         see = see & ((place < position - spec.hole[0]) | (place > position + spec.hole[1]))
     if spec.period is not None:
         see = see & ((position - place) % spec.period != 0)
+    if spec.stretch is not None:
+        see = see & (position // spec.stretch == place // spec.stretch)
     return see
 
 
@@ -217,11 +222,11 @@ def heads_first(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.moveaxis(x, 1, 2).astype(dtype)
 
 
-def largest(x: jax.Array, count: int) -> jax.Array:
-    """Which entries of the last axis are among its `count` largest or tie with the last of these; NaN always is.
+def least_kept(x: jax.Array, count: int) -> jax.Array:
+    """The least of the `count` largest numbers of the last axis, (..., 1).
 
-    Floats keep their order as unsigned integers once the sign bit is set (or all bits are flipped, below 0), so the bits of the least
-    entry kept follow one by one from counts: no sort, and nothing but sums along the axis.
+    Floats keep their order as unsigned integers once the sign bit is set (or all bits are flipped, below 0), so the bits of that number
+    follow one by one from counts: no sort, and nothing but sums along the axis.
     """
     bits = 8 * x.dtype.itemsize
     x = jnp.where(x == 0, 0, x)  # -0 ties with 0
@@ -235,7 +240,20 @@ def largest(x: jax.Array, count: int) -> jax.Array:
         enough = jnp.sum(order >= higher, axis=-1, keepdims=True, dtype=jnp.int32) >= count
         return jnp.where(enough, higher, least)
 
-    return (order >= lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))) | jnp.isnan(x)
+    least = lax.fori_loop(0, bits, bit, jnp.zeros_like(order[..., :1]))
+    return lax.bitcast_convert_type(jnp.where(least >= sign, least ^ sign, ~least), x.dtype)
+
+
+def largest(x: jax.Array, count: int) -> jax.Array:
+    """Which entries of the last axis are among its `count` largest or tie with the last of these; NaN always is.
+
+    The bound is kept by `keeping_bounds`: to find it costs more than all that is computed again.
+    """
+    return (x >= checkpoint_name(least_kept(x, count), _BOUND)) | jnp.isnan(x)
+
+
+_BOUND = "least score kept"
+keeping_bounds = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_BOUND))
 
 
 @jax.custom_jvp
@@ -267,16 +285,33 @@ class More(NamedTuple):
     values: Callable | None = None  # (row, R, weights (B, N, R, S)) -> (B, N, R, V), to add to the output
 
 
+class Keys(NamedTuple):
+    """Keys and values by head, (B, K, S, ...), what is not finite set to 0."""
+
+    key: jax.Array
+    value: jax.Array
+    bad: jax.Array  # (B, K, S): whether the key or its value was not finite
+
+    @classmethod
+    def of(cls, arrays: Arrays, dtype: Any) -> "Keys":
+        """Those of a call, in `dtype`."""
+        key, bad_key = finite_or_zero(heads_first(arrays.key, dtype))
+        value, bad_value = finite_or_zero(heads_first(arrays.value, dtype))
+        return cls(key, value, bad_key | bad_value)
+
+
 def whole_rows(
-    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: More | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative."""
+    spec: Spec, arrays: Arrays, marks: Marks, row: Any = 0, rows: int | None = None, more: More | None = None, by_head: Keys | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """Rows against all keys at once: out (B, R, N, V), lse (B, R, N), weights (B, K, G, R, S). Plain operations, any derivative.
+
+    `by_head`: the keys, from callers with more rows than these.
+    """
     query, key, value, bias = arrays
     kv_heads, keys = key.shape[1:3][::-1]
     rows = query.shape[1] if rows is None else rows
     q = rows_of(query, row, rows, kv_heads, spec.dtype) * spec.scale
-    k, bad_key = finite_or_zero(heads_first(key, spec.dtype))
-    v, bad_value = finite_or_zero(heads_first(value, spec.dtype))
+    k, v, bad = Keys.of(arrays, spec.dtype) if by_head is None else by_head
     see = allowed(spec, marks, kv_heads, row, rows, 0, keys)
     if bias is not None:
         bias = bias_of(widened(bias, spec.dtype), marks, row, rows, 0, keys, kv_heads).astype(spec.dtype)
@@ -295,7 +330,7 @@ def whole_rows(
     if more is not None and more.values is not None:
         by_head = weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2], *weights.shape[3:])
         out = out + more.values(row, rows, by_head).astype(spec.dtype).reshape(out.shape)
-    out = jnp.where(poisoned(see, bad_key | bad_value)[..., None], jnp.nan, out)
+    out = jnp.where(poisoned(see, bad)[..., None], jnp.nan, out)
     return unrows(out).astype(value.dtype), unrows(lse), weights
 
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from effattn_jax._contract import choose, flags, positive
 from effattn_jax._places import split_like
+from effattn_jax._products import scaled_rows
 from effattn_jax.attention._blocks import by_blocks
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare, with_positions
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, whole_rows
@@ -130,6 +131,10 @@ def part(view: View, *, budget: int = 2**21, **changes: Any) -> Part:
     segmented = view.marks.key_segments is not None
     bounds = (spec.left, spec.right)
     rows, columns = block_sizes(length, keys, batch * heads, bounds, view.chunk_size, budget, segmented)
+    count, step = spec.places
+    if step > 1 and spec.right is not None and view.chunk_size is None:
+        # Keys far apart: many rows see about the same ones, and a block of few keys reaches little beyond those that they see.
+        rows, columns = min(2 * rows, length), min(columns, max(128, 4 * rows * count // step))
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 
@@ -139,9 +144,10 @@ def merge(parts: list[Part]) -> jax.Array:
     if len(parts) == 1:
         return parts[0][0]
     top = lax.stop_gradient(jax.tree.reduce(jnp.maximum, [lse for _, lse in parts]))
-    weights = [jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top))[..., None] for _, lse in parts]
+    weights = [jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top)) for _, lse in parts]
     total = sum(weights)
-    return sum(w * out for w, (out, _) in zip(weights, parts, strict=True)) / jnp.where(total == 0, 1, total)
+    total = jnp.where(total == 0, 1, total)
+    return sum(scaled_rows(weight / total, out) for weight, (out, _) in zip(weights, parts, strict=True))
 
 
 def select(x: jax.Array, here: jax.Array, axis: int) -> jax.Array:

@@ -46,11 +46,14 @@ def span(spec: Spec, marks: Marks, bounds: Bounds | None, block: Any, length: in
     in_order = marks.query_places is None and marks.key_places is None
     low = jnp.clip(spec.keys_before(first - spec.left), 0, keys) if in_order and spec.left is not None else 0
     high = jnp.clip(spec.keys_before(last + spec.right + 1), low, keys) if in_order and spec.right is not None else keys
+    if in_order and spec.stretch is not None:
+        low = jnp.clip(first // spec.stretch * spec.stretch, low, high)
+        high = jnp.clip((last // spec.stretch + 1) * spec.stretch, low, high)
     if bounds is not None:
         least, most = bounds.of(block * spec.rows)
         low = jnp.maximum(low, least)
         high = jnp.maximum(low, jnp.minimum(high, most))
-    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period)):
+    if not marks.only_window or any(x is not None for x in (spec.left, spec.hole, spec.period, spec.stretch)):
         return Span(low, high, 0)
     inner = keys if spec.right is None else jnp.clip(spec.keys_before(first + spec.right + 1), 0, keys)
     return Span(low, high, inner // spec.columns)

@@ -201,10 +201,13 @@ class Fixed(NamedTuple):
 
     def chunked(self, view: View) -> jax.Array:
         """See `Pattern`."""
-        ends, key_blocks, query_blocks = self._blocks(view)
-        inside = view.marked(query_segments=query_blocks, key_segments=key_blocks)
         reach = self.block - 1
-        own = part(inside, left=reach, right=0 if view.is_causal else reach)
+        band = {"left": reach, "right": 0 if view.is_causal else reach}
+        ends, key_blocks, query_blocks = self._blocks(view)
+        if view.marks.key_segments is None and view.marks.key_mask is None:
+            own = part(view, stretch=self.block, **band)
+        else:
+            own = part(view.marked(query_segments=query_blocks, key_segments=key_blocks), **band)
         return merge([own, self._summaries(view, ends, key_blocks, query_blocks)])
 
     def _blocks(self, view: View) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -226,23 +229,29 @@ class Fixed(NamedTuple):
         """
         arrays, marks, keys = view.arrays, view.marks, ends.shape[1]
         pick = _Columns(self.block, self.summary)
-        if marks.key_segments is None and marks.key_mask is None:
-            exists = jnp.arange(keys)[None] < keys // self.block * self.block
-        else:
+        plain = marks.key_segments is None and marks.key_mask is None
+        if not plain:
             pick = pick.of(ends, arrays.key)
-            exists = jnp.ones_like(ends) if marks.key_mask is None else marks.key_mask
-            exists = jnp.broadcast_to(exists, (exists.shape[0], keys))
-        marks = marks._replace(
-            mask=pick.pairs(marks.mask), key_mask=pick(exists), key_segments=None if marks.key_segments is None else pick(marks.key_segments),
-            query_groups=query_blocks, key_groups=pick(key_blocks),
-            key_positions=None if marks.key_positions is None else pick(jnp.broadcast_to(marks.key_positions, (len(key_blocks), keys))),
-        )  # fmt: skip
         bias = arrays.bias if callable(arrays.bias) else pick.pairs(arrays.bias)
         arrays = Arrays(arrays.query, pick(arrays.key), pick(arrays.value), bias)
-        # A column that stands in a stretch may be seen from the stretch's second key on; the groups take the own block out.
-        return part(
-            view._replace(arrays=arrays, marks=marks), right=-1 if view.is_causal else None, places=(self.summary, self.block)
-        )  # fmt: skip
+        positions = marks.key_positions
+        positions = None if positions is None else pick(jnp.broadcast_to(positions, (len(key_blocks), keys)))
+        view = view._replace(arrays=arrays, marks=marks._replace(mask=pick.pairs(marks.mask), key_positions=positions))
+        # Columns stand at the first position of their stretch.
+        places = (self.summary, self.block)
+        if plain and view.is_causal:
+            return part(view, right=-self.block, places=places)
+        if plain:
+            exists = jnp.arange(keys)[None] < keys // self.block * self.block
+        else:
+            exists = jnp.ones_like(ends) if marks.key_mask is None else marks.key_mask
+            exists = jnp.broadcast_to(exists, (exists.shape[0], keys))
+        segments = None if marks.key_segments is None else pick(marks.key_segments)
+        view = view._replace(marks=view.marks._replace(
+            key_mask=pick(exists), key_segments=segments, query_groups=query_blocks, key_groups=pick(key_blocks)
+        ))  # fmt: skip
+        # A column of blocks that begin anywhere may be seen from its stretch's second key on; the groups take the own block out.
+        return part(view, right=-1 if view.is_causal else None, places=places)
 
 
 class _Columns(NamedTuple):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, choose, floating
+from effattn_jax._derivatives import Fixed
 from effattn_jax._places import split_like
 
 __all__ = ["FEATURE_MAPS", "cosine_features", "dpfp_features", "elu_plus_one", "hedgehog_features", "taylor_features"]
@@ -65,6 +66,17 @@ def taylor_features(x: jax.Array) -> jax.Array:
     x = x * dim**-0.25
     squares = x * x * (1 / sqrt(2))
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, squares, *_products_of_two(x)], axis=-1)
+
+
+def taylor_of_products(dim: int, products: jax.Array) -> jax.Array:
+    """phi(q) . phi(k) of `taylor_features` from q . k.
+
+    >>> import jax.numpy as jnp
+    >>> print(taylor_of_products(4, jnp.array([0.0, 4.0])))
+    [1. 5.]
+    """
+    s = products * dim**-0.5
+    return 1 + s + s * s / 2
 
 
 def _products_of_two(x: jax.Array) -> list[jax.Array]:
@@ -163,6 +175,7 @@ class Maps(NamedTuple):
     )
     weights: tuple[jax.Array, jax.Array] | None = None  # hedgehog's, for queries and keys
     exponential: bool = False  # exp, whose sums need a running maximum
+    of_products: Callable | None = None  # phi(q).phi(k) from q.k, where that costs less than the features
 
 
 def resolve(feature_map: Any, query_weights: Any, key_weights: Any, heads: tuple[int, int], head_dim: int) -> Maps:
@@ -188,7 +201,8 @@ def resolve(feature_map: Any, query_weights: Any, key_weights: Any, heads: tuple
             )
         return Maps(*map(hedgehog_features, weights), weights=weights)
     function = FEATURE_MAPS[feature_map]
-    return Maps(function, function, inside=function, exponential=feature_map == "exp")
+    of_products = Fixed(taylor_of_products, head_dim) if feature_map == "taylor" else None
+    return Maps(function, function, inside=function, exponential=feature_map == "exp", of_products=of_products)
 
 
 def _weights(name: str, weights: Any, heads: int, head_dim: int) -> jax.Array:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
+from effattn_jax._products import scaled_rows
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, check_weight, require, wide
 
 __all__ = ["ConvolutionState", "dynamic_convolution", "lightweight_convolution"]
@@ -110,10 +111,11 @@ def _run(
 
 
 def _by_heads(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """Channels of x (B, T, D) times the weight (B | 1, T | 1, N) of their head."""
+    """Channels of x (B, T, D) times the weight (B, T, N), or (N,), of their head."""
     heads = weight.shape[-1]
-    y = x.astype(weight.dtype).reshape(*x.shape[:2], heads, x.shape[2] // heads) * weight[..., None]
-    return y.reshape(x.shape)
+    x = x.astype(weight.dtype).reshape(*x.shape[:2], heads, x.shape[2] // heads)
+    y = scaled_rows(weight, x) if weight.ndim == 3 else x * weight[None, None, :, None]
+    return y.reshape(*x.shape[:2], heads * x.shape[3])
 
 
 @compiled
@@ -161,7 +163,7 @@ def lightweight_convolution(
     weights = jax.nn.softmax(kernel, axis=-1)
 
     def taps(lag, shifted, _):
-        return _by_heads(weights[None, None, :, lag], shifted)
+        return _by_heads(weights[:, lag], shifted)
 
     return _run(tokens, taps, kernel.shape[1], is_causal, initial_state, return_state)
 

@@ -27,6 +27,7 @@ class Options(NamedTuple):
     split: bool = False  # return sums to be added to others: numerator and denominator apart, in the state's dtype
     strict: bool = False  # leave out each step's own pair
     feature_map: Callable | None = None  # applied to query and key inside the chunk, where they are still in cache
+    of_products: Callable | None = None  # phi(q).phi(k) from q.k, where the map has such a form: pairs then need no features
     operands: Any = None  # dtype of what enters the products of matrices, whose sums are wide; None is the state's
 
 
@@ -119,13 +120,13 @@ def weights_of_pairs(
     options: Options, q: jax.Array, k: jax.Array, decay: _Decay | None, allowed: jax.Array
 ) -> jax.Array:
     """Weights of the pairs of a chunk, (B, K, G, i, j); 0 where they do not interact."""
-    if decay is None:
-        scores = product("bkgih,bkjh->bkgij", q, k, options)
-    elif decay.within is None:
-        weight = jnp.exp(jnp.where(allowed[:, None], decay.between, -jnp.inf))
-        scores = product("bkgih,bkjh->bkgij", q, k, options) * weight[:, :, None]
-    else:
+    if decay is not None and decay.within is not None:
         scores = feature_pairs(q, k, decay.within)
+    else:
+        scores = product("bkgih,bkjh->bkgij", q, k, options)
+        scores = scores if options.of_products is None else options.of_products(scores)
+    if decay is not None and decay.within is None:
+        scores = scores * jnp.exp(jnp.where(allowed[:, None], decay.between, -jnp.inf))[:, :, None]
     return jnp.where(allowed[:, None, None], scores, 0)
 
 
@@ -198,24 +199,43 @@ def time_first(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:]), 2, 1)
 
 
-def prepared(options: Options, marks: Marks, dtype: Any, inputs: Any) -> tuple:
-    """Features by head, q (B, K, G, C, H), k (B, K, C, H), v (B, K, C, V), and the decays of a chunk; what is masked is 0."""
+class Chunk(NamedTuple):
+    """The inputs of a chunk by head, what is masked 0."""
+
+    q: jax.Array  # features, (B, K, G, C, H)
+    k: jax.Array  # (B, K, C, H)
+    v: jax.Array  # (B, K, C, V)
+    decay: _Decay | None
+    rows: tuple[jax.Array, jax.Array]  # what pairs are products of: queries and keys as they came, or their features
+
+
+def prepared(options: Options, marks: Marks, dtype: Any, inputs: Any) -> Chunk:
+    """The inputs (B, C, ...) of a chunk as it needs them."""
     q, k, v, log_decay = inputs
     k, v = (keep_steps(heads_first(x, dtype), marks.key_mask) for x in (k, v))
     q = heads_first(q, dtype)
     q = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], *q.shape[2:])
+    rows = q, k
     if options.feature_map is not None:
         q, k = options.feature_map(q), keep_steps(options.feature_map(k), marks.key_mask)
     decay = None if log_decay is None else decays_of(keep_steps(heads_first(log_decay, dtype), marks.key_mask))
-    return q, k, v, decay
+    return Chunk(q, k, v, decay, (q, k) if options.of_products is None else rows)
+
+
+def pairs_of(options: Options, marks: Marks, size: int) -> jax.Array:
+    """Which pairs of a chunk interact, (B | 1, i, j); a masked key has features of 0, but its products need not come to 0."""
+    allowed = allowed_pairs(marks, size, options.strict)
+    if options.of_products is None or marks.key_mask is None:
+        return allowed
+    return allowed & marks.key_mask[:, None]
 
 
 def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> tuple[Any, Any]:
     """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
     state, total = carry
-    q, k, v, decay = prepared(options, marks, state.dtype, inputs)
-    allowed = allowed_pairs(marks, q.shape[3], options.strict)
-    scores = weights_of_pairs(options, q, k, decay, allowed)
+    q, k, v, decay, rows = prepared(options, marks, state.dtype, inputs)
+    allowed = pairs_of(options, marks, q.shape[3])
+    scores = weights_of_pairs(options, *rows, decay, allowed)
     old, old_total = read_state(options, q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
     numerator = weighted_values(options, scores, v, decay, allowed) + old
     after = _write(options, k, v, state, total, decay, marks)

@@ -19,13 +19,14 @@ import numpy as np
 from effattn_jax._products import grouped_product, row_products
 from effattn_jax.recurrence._feature_pairs import feature_pairs
 from effattn_jax.recurrence._outer_chunks import (
+    Chunk,
     Marks,
     Options,
-    allowed_pairs,
     heads_first,
     keep_steps,
     last_segment,
     masked,
+    pairs_of,
     prepared,
     product,
 )
@@ -58,10 +59,10 @@ def pull_chunk(
     (state, total), (d_state, d_total) = carry, d_carry
     dtype, groups = state.dtype, inputs[0].shape[2] // inputs[1].shape[2]
 
-    (q, k, v, decay), pull_inputs = jax.vjp(partial(prepared, options, marks, dtype), inputs)
+    (q, k, v, decay, rows), pull_inputs = jax.vjp(partial(prepared, options, marks, dtype), inputs)
     v = jnp.where(jnp.isfinite(v), v, 0)
     g, e = _cotangents(options, outputs, d_out, groups, dtype)
-    pairs = allowed_pairs(marks, q.shape[3], options.strict)
+    pairs = pairs_of(options, marks, q.shape[3])
     from_start, into_end = (None, None) if marks.run is None else last_segment(marks)
     # What reads the state before the chunk, and what enters the one after it.
     g_old, e_old = (x if from_start is None or x is None else _rows(x, from_start) for x in (g, e))
@@ -73,9 +74,9 @@ def pull_chunk(
     write = keep_steps(write, into_end)
     k_end = keep_steps(k if decay is None else k * decay.to_end, into_end)
 
-    p_t, dq, dk, d_pairs = _pairs(options, q, k, v, g, e, decay, pairs)
-    dq = dq + (read if decay is None else read * decay.to_step[:, :, None])
-    dk = dk + (write if decay is None else write * decay.to_end)
+    p_t, *d_rows, d_pairs = _pairs(options, *rows, v, g, e, decay, pairs)
+    dq = read if decay is None else read * decay.to_step[:, :, None]
+    dk = write if decay is None else write * decay.to_end
     dv = product("bkjgi,bkgiv->bkjv", p_t, g, options) + product("bkjh,bkhv->bkjv", k_end, d_state, options)
 
     goes_on = None if marks.run is None else (marks.run[:, -1:] == marks.run_before[:, -1:])[:, 0]
@@ -92,7 +93,7 @@ def pull_chunk(
         d_kept_total = None if e is None else d_kept_total * decay.kept
     d_state = d_kept_state + product("bkgih,bkgiv->bkhv", q_old, g_old, options)
     d_total = None if e is None else d_kept_total + grouped_product("bkgih,bkgi->bkh", q_old, e_old)
-    (d_inputs,) = pull_inputs((dq, dk, dv, d_decay))
+    (d_inputs,) = pull_inputs(Chunk(dq, dk, dv, d_decay, tuple(d_rows)))
     return (d_state, d_total), d_inputs
 
 
@@ -115,13 +116,16 @@ def _pairs(options, q, k, v, g, e, decay, pairs) -> tuple:
         p, pull = jax.vjp(feature_pairs, q, k, decay.within)
         dq, dk, d_within = pull(jnp.moveaxis(jnp.where(pairs_t, dp_t, 0), 2, 4))
         return jnp.where(pairs_t, jnp.moveaxis(p, 4, 2), 0), dq, dk, {"within": d_within}
-    p_t, d_pairs = product("bkjh,bkgih->bkjgi", k, q, options), {}
+    p_t, d_pairs, d_products = product("bkjh,bkgih->bkjgi", k, q, options), {}, None
+    if options.of_products is not None:
+        p_t, d_products = jax.vjp(options.of_products, p_t)
     if decay is not None:
         weight_t = jnp.swapaxes(jnp.exp(jnp.where(pairs[:, None], decay.between, -jnp.inf)), 2, 3)[:, :, :, None]
         d_between = jnp.sum(jnp.where(pairs_t, dp_t * p_t * weight_t, 0), axis=3)
         d_pairs = {"between": jnp.swapaxes(d_between, 2, 3)}
         dp_t, p_t = dp_t * weight_t, p_t * weight_t
-    p_t, ds_t = jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, dp_t, 0)
+    ds_t = dp_t if d_products is None else d_products(dp_t)[0]
+    p_t, ds_t = jnp.where(pairs_t, p_t, 0), jnp.where(pairs_t, ds_t, 0)
     dq, dk = product("bkjgi,bkjh->bkgih", ds_t, k, options), product("bkjgi,bkgih->bkjh", ds_t, q, options)
     return p_t, dq, dk, d_pairs
 

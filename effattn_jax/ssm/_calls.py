@@ -118,7 +118,9 @@ def passing(D: ArrayLike | None, u: jax.Array) -> Callable[[jax.Array], jax.Arra
     if D is None:
         return lambda out: out
     weights = as_wide(inexact("D", D, u.shape[2:3]), u)
-    direct = weights.reshape(1, 1, -1, *(1,) * (u.ndim - 3)) * u
+    weights = weights.reshape(1, -1, *(1,) * (u.ndim - 3))
+    # The derivative by D sums over rows and steps, which XLA does slowly on CPU where one of these axes has size 1 (`row_products`).
+    direct = (weights * u.squeeze(0))[None] if u.shape[0] == 1 else weights[None] * u
     return lambda out: out + direct
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
-from effattn_jax._products import row_products
+from effattn_jax._products import row_products, scaled_rows
 from effattn_jax.recurrence._outer_chunks import Options, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
 from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, passing, require
@@ -101,7 +101,7 @@ def state_space_duality(
     if x.shape[1] == 0:
         return row.finish(x, state, return_state)
     out, (state, _) = outer_product(
-        query, key, delta[..., None] * x, decay, (state, None), segments=row.segments, size=chunk_size, implementation=implementation
+        query, key, scaled_rows(delta, x), decay, (state, None), segments=row.segments, size=chunk_size, implementation=implementation
     )  # fmt: skip
     return row.finish(passed(out), state, return_state)
 
@@ -169,11 +169,11 @@ def mamba3_trapezoid(
     first = state.state + other[:, 0, :, None, None] * state.key[..., None] * state.value[:, :, None]
     counted = own + jnp.concatenate([other[:, 1:], jnp.zeros_like(other[:, :1])], axis=1)
     past, (last, _) = outer_product(
-        query, key, counted[..., None] * x, decay, (first, None), segments=row.segments, size=chunk_size,
+        query, key, scaled_rows(counted, x), decay, (first, None), segments=row.segments, size=chunk_size,
         options=Options(strict=True), implementation=implementation,
     )  # fmt: skip
     present = row_products(query, key) * own
-    out = passed(past + present[..., None] * x)
+    out = passed(past + scaled_rows(present, x))
     return _finish(row, out, TrapezoidState(last, key[:, -1], x[:, -1]), return_state)
 
 
