@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 
 __all__: list[str] = []
@@ -29,6 +30,41 @@ def scaled_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
     [[2.0, 2.0], [3.0, 3.0]]
     """
     return jnp.einsum("...,...i->...i", factors, rows, precision="highest")
+
+
+def scaled_axis(weights: jax.Array, x: jax.Array, axis: int = -1) -> jax.Array:
+    """x times weights along one of its axes. The derivative by the weights sums over those before it, among which are then none of size 1.
+
+    >>> import jax.numpy as jnp
+    >>> scaled_axis(jnp.array([2.0, 3.0]), jnp.ones((1, 1, 2))).tolist()
+    [[[2.0, 3.0]]]
+    """
+    axis %= x.ndim
+    ones = tuple(a for a in range(axis) if x.shape[a] == 1)
+    weights = weights.reshape(*(1,) * (axis - len(ones)), weights.shape[0], *(1,) * (x.ndim - axis - 1))
+    return jnp.expand_dims(weights * jnp.squeeze(x, ones), ones)
+
+
+@jax.custom_jvp
+def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights, and log-sum-exp, along the last axis; a row of nothing but -inf has weights 0.
+
+    dw = w (ds - w.ds) and dlse = w.ds: left to itself JAX goes back through the quotient, which reads the row twice as often.
+    """
+    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    p = jnp.exp(scores - top)
+    total = p.sum(-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return p / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+
+
+@softmax.defjvp
+def _softmax_jvp(primals, tangents):
+    weights, lse = softmax(*primals)
+    mean = row_products(weights, tangents[0])
+    return (weights, lse), (weights * (tangents[0] - mean[..., None]), mean)
 
 
 def grouped_product(equation: str, a: jax.Array, b: jax.Array, operands: Any = None) -> jax.Array:

@@ -15,6 +15,7 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator
 from effattn_jax._derivatives import Fixed
+from effattn_jax._products import softmax
 from effattn_jax.attention import _frame
 from effattn_jax.recurrence._outer_chunks import (
     Options,
@@ -62,7 +63,7 @@ def _mixture(q: jax.Array, maximum: jax.Array, total: jax.Array, joint: bool) ->
     """p_i[a] / Z_i[a], in units of 1 / exp(c_i[a]): factors on sums of exp(k - c); 0 for features that saw no key. q (..., M)."""
     empty = total == 0
     if not joint:
-        return jnp.where(empty, 0, jax.nn.softmax(q, axis=-1) / jnp.where(empty, 1, total))
+        return jnp.where(empty, 0, softmax(q)[0] / jnp.where(empty, 1, total))
     logits = jnp.where(empty, -jnp.inf, q + maximum)
     top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     factor = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, q + maximum - jnp.where(top == -jnp.inf, 0, top))))
@@ -133,7 +134,7 @@ def _both_ways(p: _frame.Problem, size: int | None, joint: bool) -> jax.Array:
     key = masked(jnp.exp(key - log_mass), p.mask)
     groups = p.query.shape[2] // key.shape[2]
     q = p.query.astype(dtype).reshape(*p.query.shape[:2], key.shape[2], groups, p.query.shape[3])
-    q = jax.nn.softmax(q + log_mass[:, :, :, None] if joint else q, axis=-1).reshape(p.query.shape)
+    q = softmax(q + log_mass[:, :, :, None] if joint else q)[0].reshape(p.query.shape)
 
     def kernel(query, key, value, extras, carry, *, strict=False, **marks):
         return outer_product(query, key, value, None, carry, options=Options(strict=strict, split=True), **marks)

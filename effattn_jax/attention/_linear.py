@@ -32,7 +32,7 @@ def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None
             out, (carry, _) = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
         else:
             (decay,) = extras
-            size = size or _chunk_size(maps, key)
+            size = size or (128 if _wide(maps, key) else None)
             out, carry = outer_product(
                 query, key, value, decay, carry, size=size, options=options, implementation=implementation, **marks
             )
@@ -41,14 +41,11 @@ def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None
     return kernel
 
 
-def _chunk_size(maps: Maps, key: jax.Array) -> int | None:
-    """Steps a chunk where there are so many features that fewer, longer chunks cost less memory in states than they cost in pairs; None: as ever."""
-    if maps.of_products is not None:
-        return 512
+def _wide(maps: Maps, key: jax.Array) -> bool:
+    """Whether there are so many features that fewer, longer chunks cost less memory in states than they cost in pairs."""
     if maps.inside is None:
-        return 128 if key.shape[-1] > 256 else None
-    features = jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32))
-    return 128 if features.shape[-1] > 256 else None
+        return key.shape[-1] > 256
+    return jax.eval_shape(maps.inside, jax.ShapeDtypeStruct(key.shape[-1:], jnp.float32)).shape[-1] > 256
 
 
 def _learned(

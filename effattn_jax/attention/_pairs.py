@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from effattn_jax._places import split_like
-from effattn_jax._products import row_products
+from effattn_jax._products import softmax
 
 __all__: list[str] = []
 
@@ -254,28 +254,6 @@ def largest(x: jax.Array, count: int) -> jax.Array:
 
 _BOUND = "least score kept"
 keeping_bounds = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(_BOUND))
-
-
-@jax.custom_jvp
-def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights, and log-sum-exp, along the last axis; a row of nothing but -inf has weights 0.
-
-    dw = w (ds - w.ds) and dlse = w.ds: left to itself JAX goes back through the quotient, which reads the row twice as often.
-    """
-    top = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf))
-    top = jnp.where(top == -jnp.inf, 0, top)
-    p = jnp.exp(scores - top)
-    total = p.sum(-1, keepdims=True)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    return p / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-
-
-@softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    weights, lse = softmax(*primals)
-    mean = row_products(weights, tangents[0])
-    return (weights, lse), (weights * (tangents[0] - mean[..., None]), mean)
 
 
 class More(NamedTuple):

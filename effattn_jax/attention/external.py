@@ -16,6 +16,7 @@ from jax import lax
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
+from effattn_jax._products import softmax
 
 __all__ = ["ExternalState", "external_attention"]
 
@@ -85,7 +86,7 @@ def external_attention(
     else:
         log_total, after = _over_segments(scores, ids), None
     empty = scores == -jnp.inf
-    weights = jax.nn.softmax(jnp.where(empty, 0, scores) - jnp.where(empty, 0, log_total), axis=-1)
+    weights = softmax(jnp.where(empty, 0, scores) - jnp.where(empty, 0, log_total))[0]
     weights = jnp.where(empty, 0, weights)
     groups = (*weights.shape[:2], memory_key.shape[1], weights.shape[2] // memory_key.shape[1], weights.shape[3])
     out = jnp.einsum("btkgs,skv->btkgv", weights.reshape(groups), memory_value.astype(weights.dtype))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from effattn_jax._contract import ArrayLike, choose, floating
 from effattn_jax._derivatives import Fixed
 from effattn_jax._places import split_like
+from effattn_jax._products import softmax
 
 __all__ = ["FEATURE_MAPS", "cosine_features", "dpfp_features", "elu_plus_one", "hedgehog_features", "taylor_features"]
 
@@ -80,17 +81,21 @@ def taylor_of_products(dim: int, products: jax.Array) -> jax.Array:
 
 
 def _products_of_two(x: jax.Array) -> list[jax.Array]:
-    """x_i x_j for all i < j, in few pieces, since each is a handful of operations: across groups of features, then within all of them at once."""
+    """x_i x_j for all i < j, in few pieces, since each is a handful of operations: across groups of features, then within all of them at once.
+
+    Each is a product of arrays, whose derivatives are products too: XLA's fused sums of products are slow on CPU (`_products.row_products`).
+    """
     dim = x.shape[-1]
     size = max((n for n in range(1, isqrt(dim) + 1) if dim % n == 0), default=1)
     groups = x.reshape(*x.shape[:-1], dim // size, size)
 
-    def flat(pieces):
-        return [piece.reshape(*x.shape[:-1], prod(piece.shape[x.ndim - 1 :])) for piece in pieces]
+    def piece(rule, a, b):
+        out = jnp.einsum(rule, a, b, precision="highest")
+        return out.reshape(*x.shape[:-1], prod(out.shape[x.ndim - 1 :]))
 
-    across = (groups[..., i, :, None, None] * groups[..., None, i + 1 :, :] for i in range(dim // size - 1))
-    within = (groups[..., i : i + 1] * groups[..., i + 1 :] for i in range(size - 1))
-    return flat(across) + flat(within)
+    across = [piece("...a,...b->...ab", groups[..., i, :], x[..., (i + 1) * size :]) for i in range(dim // size - 1)]
+    within = [piece("...g,...gb->...gb", groups[..., i], groups[..., i + 1 :]) for i in range(size - 1)]
+    return across + within
 
 
 def dpfp_features(x: jax.Array, *, order: int = 1) -> jax.Array:
@@ -114,7 +119,7 @@ def hedgehog(x: jax.Array, weights: jax.Array) -> jax.Array:
         weights = split_like(weights, 0, x, x.ndim - 2)
     rule = "...nh,nhp->...np" if weights.ndim == 3 else "...h,hp->...p"
     logits = jnp.einsum(rule, x.astype(dtype), weights.astype(dtype))
-    return jnp.concatenate([jax.nn.softmax(logits, axis=-1), jax.nn.softmax(-logits, axis=-1)], axis=-1)
+    return jnp.concatenate([softmax(logits)[0], softmax(-logits)[0]], axis=-1)
 
 
 def hedgehog_features(weights: ArrayLike) -> Callable[[jax.Array], jax.Array]:

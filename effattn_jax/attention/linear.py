@@ -59,7 +59,7 @@ def linear_attention(
         features ("relu", "dpfp") or all keys point away from it ("cosine"). "identity" sums may be near 0 or negative: the quotient is then
         as large as it is, and normalize=False is what such maps are for.
       query_weights, key_weights: W of feature_map="hedgehog", (N, H, P) and (K, H, P), or (H, P) for all heads.
-      chunk_size: steps a chunk; None is 64 (128 in the parallel form), 32 with "exp", 512 with "taylor", 128 with "hedgehog" or more than 256 features.
+      chunk_size: steps a chunk; None is 64 (128 in the parallel form), 32 with "exp", 128 with "hedgehog" or more than 256 features.
 
     Returns:
       out (*B, T, N, V) in the dtype of value, or (out, state).

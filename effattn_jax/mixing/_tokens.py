@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, accumulator, flags, floating
+from effattn_jax._products import row_products, scaled_axis, scaled_rows
 
 __all__: list[str] = []
 
@@ -99,8 +100,8 @@ def wide(*arrays: jax.Array) -> list[jax.Array]:
 def normalize(x: jax.Array, scale: jax.Array, shift: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     """Layer normalisation over the last axis."""
     x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon)
-    return x * along(scale, x) + along(shift, x)
+    x = scaled_rows(jax.lax.rsqrt(row_products(x, x) / x.shape[-1] + epsilon), x)
+    return scaled_axis(scale, x) + along(shift, x)
 
 
 def along(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
-from effattn_jax._products import scaled_rows
+from effattn_jax._products import scaled_rows, softmax
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, check_weight, require, wide
 
 __all__ = ["ConvolutionState", "dynamic_convolution", "lightweight_convolution"]
@@ -199,7 +199,7 @@ def dynamic_convolution(
     kernel = check_weight("kernel", kernel, (tokens.inputs.shape[-1], "N", "W"))
     _check_heads(*kernel.shape[1:], tokens.inputs.shape[-1])
     kernel, x = wide(kernel, tokens.inputs)
-    weights = jax.nn.softmax(jnp.einsum("btd,dnw->btnw", x, kernel), axis=-1)
+    weights = softmax(jnp.einsum("btd,dnw->btnw", x, kernel))[0]
 
     def taps(lag, shifted, weights):
         return _by_heads(weights[..., lag], shifted)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
+from effattn_jax._products import scaled_axis
 from effattn_jax.mixing._places import Places, at_places, mix, over_places, take
 from effattn_jax.mixing._tokens import along, check_weight, require, wide
 
@@ -138,10 +139,10 @@ def res_mlp(
         w, b, alpha, beta, gamma, wide_x = wide(kernel, bias, scale, shift, layer_scale, x)
 
         def affine(x):
-            return None if x is None else along(alpha, x) * x + along(beta, x)
+            return None if x is None else scaled_axis(alpha, x) + along(beta, x)
 
         out = _linear(w, b, affine(wide_x), places, affine(None if past is None else past[0].astype(wide_x.dtype)))
-        return along(gamma, out) * out, (x,)
+        return scaled_axis(gamma, out), (x,)
 
     return over_places(
         body, inputs, kernel.shape[1], ((width,),), is_causal=is_causal, mask=mask, segment_ids=segment_ids,

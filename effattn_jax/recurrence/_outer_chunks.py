@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._places import split_like
-from effattn_jax._products import grouped_product
+from effattn_jax._products import grouped_product, scaled_rows
 from effattn_jax.recurrence._feature_pairs import decay_factors, feature_pairs
 
 __all__: list[str] = []
@@ -27,7 +27,7 @@ class Options(NamedTuple):
     split: bool = False  # return sums to be added to others: numerator and denominator apart, in the state's dtype
     strict: bool = False  # leave out each step's own pair
     feature_map: Callable | None = None  # applied to query and key inside the chunk, where they are still in cache
-    of_products: Callable | None = None  # phi(q).phi(k) from q.k, where the map has such a form: pairs then need no features
+    of_products: Callable | None = None  # phi(q).phi(k) from q.k, where there is such a form
     operands: Any = None  # dtype of what enters the products of matrices, whose sums are wide; None is the state's
 
 
@@ -257,4 +257,4 @@ def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     empty = denominator == 0
     constant = lax.stop_gradient(jnp.where(empty | ~jnp.isfinite(denominator), 1, denominator))
     one = jnp.where(empty, 1, denominator / constant)
-    return jnp.where(empty[..., None], 0, numerator / constant[..., None] * (1 / one)[..., None])
+    return jnp.where(empty[..., None], 0, scaled_rows(1 / one, numerator / constant[..., None]))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import ArrayLike, accumulator, choose, floating, positive
+from effattn_jax._products import scaled_axis
 from effattn_jax.recurrence.diagonal import _FORMS
 
 __all__: list[str] = []
@@ -117,10 +118,7 @@ def passing(D: ArrayLike | None, u: jax.Array) -> Callable[[jax.Array], jax.Arra
     """The map y -> y + D u of an output, D (N,) for u (B, T, N, ...): checked here, before the recurrence runs. y itself where D is None."""
     if D is None:
         return lambda out: out
-    weights = as_wide(inexact("D", D, u.shape[2:3]), u)
-    weights = weights.reshape(1, -1, *(1,) * (u.ndim - 3))
-    # The derivative by D sums over rows and steps, which XLA does slowly on CPU where one of these axes has size 1 (`row_products`).
-    direct = (weights * u.squeeze(0))[None] if u.shape[0] == 1 else weights[None] * u
+    direct = scaled_axis(as_wide(inexact("D", D, u.shape[2:3]), u), u, 2)
     return lambda out: out + direct
 
 
