@@ -278,23 +278,26 @@ def test_decays_from_nothing_to_everything(gated, decay):
     checks.assert_same(actual, expected)
 
 
-def normalised(inputs, **pattern):
+def normalised(inputs, feature_map, **pattern):
     """The gated sum over that of the weights, which are those of values of 1."""
+    features = {name: references.PHI[feature_map](inputs[name]) for name in ("query", "key")}
     ones = jnp.ones_like(inputs["value"][..., :1])
-    both = references.gated_linear(inputs | {"value": jnp.concatenate([inputs["value"], ones], axis=-1)}, **pattern)
+    values = {"value": jnp.concatenate([inputs["value"], ones], axis=-1)}
+    both = references.gated_linear(inputs | features | values, **pattern)
     return both[..., :-1] / jnp.where(both[..., -1:] == 0, 1.0, both[..., -1:])
 
 
-@pytest.mark.parametrize("by_feature", [False, True], ids=["head", "feature"])
-def test_decays_by_head_and_feature_with_a_normaliser(by_feature):
+@pytest.mark.parametrize("case", ["by head", "by feature", "by head, taylor"])
+def test_decays_by_head_and_feature_with_a_normaliser(case):
     """Both ways along a packed, padded row, values and gradients in float64; the features are positive, so weights are."""
     rng = np.random.default_rng(0)
     inputs = checks.widened(LINEAR.inputs(length=9))
     inputs |= {name: np.abs(inputs[name]) for name in ("query", "key")}
-    inputs["log_decay"] = -rng.exponential(size=(2, 9, 4, 4) if by_feature else (2, 9, 4))
+    inputs["log_decay"] = -rng.exponential(size=(2, 9, 4, 4) if case == "by feature" else (2, 9, 4))
+    options = {"feature_map": "taylor" if "taylor" in case else "identity"}
 
     def both(function, inputs):
-        return [function(inputs, mask=MASK, segment_ids=SEGMENTS, is_causal=way) for way in (True, False)]
+        return [function(inputs, mask=MASK, segment_ids=SEGMENTS, is_causal=way, **options) for way in (True, False)]
 
     def kernel(inputs, **options):
         return gated_linear_attention(**inputs, normalize=True, chunk_size=4, **options)

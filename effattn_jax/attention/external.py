@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
+from effattn_jax._derivatives import tie
 from effattn_jax._products import softmax
+from effattn_jax.recurrence.diagonal import by_chunks, diagonal_recurrence
 
 __all__ = ["ExternalState", "external_attention"]
 
@@ -111,25 +112,56 @@ def _starts(ids: jax.Array) -> jax.Array:
     return jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
 
 
-def _within_segments(combine: Any, x: jax.Array, ids: jax.Array | None, reverse: bool = False) -> jax.Array:
-    """The running `combine` of x (B, T, ...) over time, begun anew in each segment."""
+def _shifted(x: jax.Array) -> jax.Array:
+    """x_{t-1} over axis 1, -inf in front."""
+    return jnp.concatenate([jnp.full_like(x[:, :1], -jnp.inf), x[:, :-1]], axis=1)
+
+
+def _join(a: tuple, b: tuple) -> tuple:
+    """The sums sum e^(m) z of two stretches as one, and whether a segment begins in it: then the first one is left out."""
+    begun = b[2].reshape(*b[2].shape, *(1,) * (b[0].ndim - b[2].ndim))
+    top = jnp.where(begun, b[0], jnp.maximum(a[0], b[0]))
+    total = jnp.where(begun, 0, a[1] * jnp.exp(jnp.minimum(a[0] - top, 0))) + b[1] * jnp.exp(b[0] - top)
+    return top, total, a[2] | b[2]
+
+
+@jax.custom_jvp
+def _log_sums(x: jax.Array, begins: jax.Array) -> jax.Array:
+    """L_i = log sum_{j <= i} exp(x_j) over time, (B, T, N, S), begun anew where `begins` (B, T).
+
+    dL_i = sum_{j <= i} exp(x_j - L_i) dx_j is a recurrence with decays exp(L_{i-1} - L_i) <= 1.
+    """
+    level = jnp.maximum(x, jnp.finfo(x.dtype).min)
+    nothing = (jnp.full_like(x[:, 0], jnp.finfo(x.dtype).min), jnp.zeros_like(x[:, 0]), jnp.zeros_like(begins[:, 0]))
+    top, total, _ = by_chunks(_join, nothing, (level, jnp.where(x == -jnp.inf, 0, jnp.ones_like(x)), begins))
+    return jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total)))
+
+
+@_log_sums.defjvp
+def _log_sums_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    x, begins = primals
+    total = _log_sums(x, begins)
+    before = jnp.where(begins[..., None, None], -jnp.inf, _shifted(total))
+
+    def share(part):
+        none = part == -jnp.inf
+        return jnp.where(none, 0, jnp.exp(jnp.where(none, 0, part) - jnp.where(none, 0, total)))
+
+    return total, diagonal_recurrence(share(before), share(x) * tangents[0])
+
+
+def _within_segments(x: jax.Array, ids: jax.Array | None) -> jax.Array:
+    """The log sums up to each step of its segment."""
     if x.shape[1] == 0:
         return x
-    if ids is None:
-        return lax.associative_scan(combine, x, axis=1, reverse=reverse)
-    begins = _starts(jnp.flip(ids, 1))[:, ::-1] if reverse else _starts(ids)
-
-    def step(a, b):
-        begun = b[1].reshape(*b[1].shape, *(1,) * (x.ndim - 2))
-        return jnp.where(begun, b[0], combine(a[0], b[0])), a[1] | b[1]
-
-    return lax.associative_scan(step, (x, begins), axis=1, reverse=reverse)[0]
+    begins = jnp.zeros_like(x[:, :, 0, 0], bool) if ids is None else _starts(ids)
+    return _log_sums(*tie((x, begins)))
 
 
 def _running(scores: jax.Array, ids: jax.Array | None, state: ExternalState | None) -> tuple[jax.Array, ExternalState]:
     """log sum_{j <= i} exp(a_js), and the state after the last step."""
     batch, length = scores.shape[:2]
-    log_total = _within_segments(jnp.logaddexp, scores, ids)
+    log_total = _within_segments(scores, ids)
     last = jnp.zeros((batch,), jnp.int32) if state is None else state.segment
     if state is not None:
         old = state.log_total.astype(scores.dtype)[:, None]
@@ -144,10 +176,16 @@ def _running(scores: jax.Array, ids: jax.Array | None, state: ExternalState | No
 
 
 def _over_segments(scores: jax.Array, ids: jax.Array | None) -> jax.Array:
-    """log sum_j exp(a_js) over all tokens of a segment: the running sum at its end, which is the largest of it."""
+    """log sum_j exp(a_js) over all tokens of a segment: those up to a step, and those behind it."""
+    if scores.shape[1] == 0:
+        return scores
     if ids is None:
-        return jax.nn.logsumexp(scores, axis=1, keepdims=True) if scores.shape[1] else scores
-    return _within_segments(jnp.maximum, _within_segments(jnp.logaddexp, scores, ids), ids, reverse=True)
+        return jax.nn.logsumexp(scores, axis=1, keepdims=True)
+    turned = jnp.flip(ids, 1)
+    behind = jnp.where(
+        _starts(turned)[..., None, None], -jnp.inf, _shifted(_within_segments(jnp.flip(scores, 1), turned))
+    )
+    return jnp.logaddexp(_within_segments(scores, ids), jnp.flip(behind, 1))
 
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:

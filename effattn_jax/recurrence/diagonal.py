@@ -48,11 +48,12 @@ def _associative(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Arra
     return lax.associative_scan(_compose, (decay, inputs), reverse=reverse, axis=1)[1]
 
 
-def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
-    """Chunks side by side, step by step inside; then a scan over the chunk ends; then each chunk's start is added."""
-    if reverse:
-        return jnp.flip(_chunked(jnp.flip(decay, 1), jnp.flip(inputs, 1), False), 1)
-    length = inputs.shape[1]
+def by_chunks(combine: Callable, identity: Any, elements: Any) -> Any:
+    """All partial results of an associative `combine` of pytrees (B, T, ...) along axis 1; `identity` is its neutral element, without that axis.
+
+    Chunks side by side, step by step inside; then a scan over their ends; then each takes what was before it.
+    """
+    length = jax.tree.leaves(elements)[0].shape[1]
     size = max(1, isqrt(length))
     count = -(-length // size)
 
@@ -60,17 +61,25 @@ def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 2, 0)
 
-    def step(maps, ax):
-        maps = _compose(maps, ax)
-        return maps, maps
+    def upto(x, y):
+        z = combine(x, y)
+        return z, z
 
-    a_CxBxn, x_CxBxn = split(decay), split(inputs)
-    identity = (jnp.ones_like(a_CxBxn[0]), jnp.zeros_like(x_CxBxn[0]))
-    (a_end, h_end), (a_from_start, h_local) = lax.scan(step, identity, (a_CxBxn, x_CxBxn))
-    ends = _scan(a_end, h_end, False)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
-    h = jnp.moveaxis(forget(a_from_start, starts[None]) + h_local, 0, 2)
-    return h.reshape(h.shape[0], count * size, *h.shape[3:])[:, :length]
+    elements = jax.tree.map(split, elements)  # (C, B, T / C, ...)
+    empty = jax.tree.map(lambda e, x: jnp.zeros_like(x[0]) + jnp.expand_dims(e, 1), identity, elements)
+    ends, local = lax.scan(upto, empty, elements)
+    ends = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), ends)
+    starts = lax.scan(lambda x, y: (combine(x, y), x), identity, ends)[1]
+    out = jax.vmap(combine, in_axes=(None, 0))(jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), starts), local)
+    out = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2), out)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], count * size, *x.shape[3:])[:, :length], out)
+
+
+def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
+    if reverse:
+        return jnp.flip(_chunked(jnp.flip(decay, 1), jnp.flip(inputs, 1), False), 1)
+    identity = (jnp.ones_like(decay[:, 0]), jnp.zeros_like(inputs[:, 0]))
+    return by_chunks(_compose, identity, (decay, inputs))[1]
 
 
 def _by_platform(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
