@@ -16,6 +16,7 @@ from jax import lax
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import choose, positive
+from effattn_jax._products import row_products, scaled_rows
 
 __all__ = ["random_features"]
 
@@ -102,7 +103,7 @@ def _exponents(x: jax.Array, weights: Weights) -> jax.Array:
 
 
 def _half_norm(x: jax.Array, weights: Weights) -> jax.Array:
-    return jnp.sum(x * x, axis=-1) * weights.half[0]
+    return row_products(x, x) * weights.half[0]
 
 
 def _below_one(exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +127,7 @@ def _waves(x, weights):
 def _trigonometric_key(x, weights):
     exponent = _half_norm(x, weights)
     level = lax.stop_gradient(exponent)
-    return _waves(x, weights) * jnp.exp(exponent - level)[..., None], level
+    return scaled_rows(jnp.exp(exponent - level), _waves(x, weights)), level
 
 
 def _relu(x, weights):
