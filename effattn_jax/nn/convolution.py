@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._products import scaled_axis
 from effattn_jax.mixing import ConvolutionState
 from effattn_jax.mixing.convolution import convolve
 from effattn_jax.nn.mixer import check_inputs
@@ -49,7 +50,7 @@ class ShortConvolution(nn.Module):
         kernel_WxD = kernel_WxD.astype(self.dtype)
         y, after = convolve(
             x,
-            lambda lag, shifted, _: shifted * kernel_WxD[lag][None, None],
+            lambda lag, shifted, _: scaled_axis(kernel_WxD[lag], shifted),
             self.conv_width,
             is_causal=self.causal,
             mask=mask,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._places import count_positions
+from effattn_jax._products import row_products, scaled_rows
 from effattn_jax.nn import kernels
 from effattn_jax.nn.mixer import SequenceMixer, check_inputs
 from effattn_jax.nn.placing import Placing
@@ -311,7 +312,7 @@ class MultiHeadAttention(SequenceMixer):
 def _unit(x: jax.Array) -> jax.Array:
     """x / |x| along the last axis; 0, with a finite gradient, for x = 0."""
     wide = _wide(x)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    return scaled_rows(jax.lax.rsqrt(row_products(wide, wide) + 1e-6), wide).astype(x.dtype)
 
 
 def _one_a_pair(log_decay: jax.Array) -> jax.Array:

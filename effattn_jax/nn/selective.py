@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax import ssm
+from effattn_jax._products import scaled_axis
 from effattn_jax.nn.convolution import ShortConvolution
 from effattn_jax.nn.products import dense_product
 from effattn_jax.nn.recurrent import carried_over
@@ -182,7 +183,7 @@ class Mamba2(Selective):
         y = y.reshape(*y.shape[:2], self.groups, inner // self.groups)
         y = nn.RMSNorm(epsilon=1e-5, dtype=self.dtype, use_scale=False, name=prefix + "norm")(y)
         scale = self.param(prefix + "norm_scale", nn.initializers.ones, (inner,), self.param_dtype)
-        y = y.reshape(*y.shape[:2], inner) * scale.astype(y.dtype)[None, None]
+        y = scaled_axis(scale.astype(y.dtype), y.reshape(*y.shape[:2], inner))
         return self._dense(self.width, prefix + "out", self.output_scale)(y), (convolution, hidden)
 
     @property
