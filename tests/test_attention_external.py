@@ -99,6 +99,24 @@ def test_causality_is_exact_and_padding_and_other_documents_do_not_exist(poison)
     assert not np.any(slope[~MASK[:, 0, 0]]) and np.any(slope)
 
 
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "both ways"])
+def test_second_derivatives_beside_a_masked_document(is_causal, x64):
+    """A Hessian times a direction is the slope of the gradient along it; a document of padding alone adds nothing, not NaN."""
+    rng = np.random.default_rng(6)
+    inputs, along = ([rng.normal(size=shape) for shape in ((1, 5, 2, 2), (3, 1, 2), (3, 1, 2))] for _ in range(2))
+    pattern = {"mask": np.array([1, 1, 0, 0, 1], bool)[None, None, None], "segment_ids": np.array([[0, 0, 1, 1, 2]])}
+
+    @jax.jit
+    def both(inputs):
+        gradient = jax.grad(lambda x: jnp.sin(external_attention(*x, is_causal=is_causal, **pattern)).sum())
+        return jax.jvp(gradient, (inputs,), (along,))
+
+    step = 1e-5
+    ahead, behind = (both([x + h * a for x, a in zip(inputs, along, strict=True)])[0] for h in (step, -step))
+    slope = jax.tree.map(lambda a, b: np.asarray(a - b) / (2 * step), ahead, behind)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), both(inputs)[1], slope)
+
+
 @pytest.mark.parametrize("with_ids", [False, True])
 @pytest.mark.parametrize("split", [0, 1, 4, 5, 9])
 def test_split_and_resume(split, with_ids):

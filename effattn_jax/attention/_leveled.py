@@ -82,9 +82,11 @@ def _factors(level: jax.Array, top: jax.Array, allowed: jax.Array, marks: Marks)
     return _Decay(jnp.exp(old - seen)[..., None], to_end, between, kept, ~jnp.isfinite(level)), seen, end
 
 
-def _chunk(kernel: Kernel, strict: bool, split: bool, out_dtype: Any, carry: Any, inputs: Any, marks: Marks) -> Any:
+def _chunk(
+    kernel: Kernel, strict: bool, split: bool, out_dtype: Any, carry: Any, inputs: Any, marks: Marks, weights: Weights
+) -> Any:
     """One chunk: the state (B, K, M, V), (B, K, M), (B, K, 1) before it, its steps, the state after it and the outputs."""
-    (state, total, top), weights = carry
+    state, total, top = carry
     q, k, v = inputs
     q = _queries(kernel, weights, q, k.shape[2], state.dtype)
     k, level = _keys(kernel, weights, k, marks.key_mask, state.dtype)
@@ -96,7 +98,7 @@ def _chunk(kernel: Kernel, strict: bool, split: bool, out_dtype: Any, carry: Any
     to_step = decay.to_step[:, :, None]
     numerator = weighted_values(_OPTIONS, scores, v, decay, allowed) + old * to_step
     denominator = scores.sum(-1) + old_total * to_step[..., 0]
-    carry = ((*_write(_OPTIONS, k, v, state, total, decay, marks), top), weights)
+    carry = (*_write(_OPTIONS, k, v, state, total, decay, marks), top)
     if split:
         return carry, (time_first(numerator), time_first(denominator), jnp.moveaxis(seen, 2, 1))
     return carry, time_first(normalized(numerator, denominator)).astype(out_dtype)
@@ -116,8 +118,7 @@ def chunked(kernel: Kernel, weights: Weights, *, split: bool = False) -> Any:
         carry = empty_carry(kernel, weights, key, value) if carry is None else carry
         body = partial(_chunk, kernel, strict, split, value.dtype)
         size = min(size or _CHUNK, value.shape[1])
-        out, (carry, _) = over_chunks(body, (carry, weights), (query, key, value), size=size, **marks)
-        return out, carry
+        return over_chunks(body, carry, (query, key, value), size=size, weights=weights, **marks)
 
     return run
 
@@ -135,18 +136,18 @@ def without_order(kernel: Kernel, weights: Weights, call: Call, mask: jax.Array 
     """One state serves every query: blocks of keys are added to it, then blocks of queries read it."""
     dtype, size = weights.projection.dtype, size or _BLOCK
 
-    def write(carry, inputs, marks):
-        (state, total, top), weights = carry
+    def write(carry, inputs, marks, weights):
+        state, total, top = carry
         v, k = inputs
         k, level = _keys(kernel, weights, k, marks.key_mask, dtype)
         v = keep_steps(heads_first(v, dtype), marks.key_mask)
         to_end, kept, top = _into_end(level, top, marks)
         k = k * to_end
         state = state * kept[..., None] + jnp.einsum("bkjm,bkjv->bkmv", k, v)
-        return ((state, total * kept + k.sum(2), top), weights), ()
+        return (state, total * kept + k.sum(2), top), ()
 
-    def read(carry, inputs, _):
-        (state, total, _), weights = carry
+    def read(carry, inputs, _, past):
+        state, total, weights = past
         q = _queries(kernel, weights, *inputs, total.shape[1], dtype)
         out = normalized(jnp.einsum("bkgim,bkmv->bkgiv", q, state), jnp.einsum("bkgim,bkm->bkgi", q, total))
         return carry, time_first(out).astype(call.value.dtype)
@@ -154,9 +155,9 @@ def without_order(kernel: Kernel, weights: Weights, call: Call, mask: jax.Array 
     rows, (length, keys) = (call.value, call.key), (call.query.shape[1], call.key.shape[1])
     if min(length, keys) == 0:
         return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype)
-    carry = (empty_carry(kernel, weights, call.key, call.value), weights)
-    _, carry = over_chunks(write, carry, rows, key_mask=mask, size=min(size, keys))
-    return over_chunks(read, carry, (call.query,), size=min(size, length))[0]
+    first = empty_carry(kernel, weights, call.key, call.value)
+    _, (state, total, _) = over_chunks(write, first, rows, key_mask=mask, size=min(size, keys), weights=weights)
+    return over_chunks(read, (), (call.query,), size=min(size, length), weights=(state, total, weights))[0]
 
 
 def pairwise(kernel: Kernel, weights: Weights, call: Call, mask: jax.Array | None, is_causal: bool) -> jax.Array:

@@ -29,7 +29,7 @@ def _kernel(maps: Maps, normalize: bool, split: bool, implementation: str | None
         options = Options(normalize, split, strict, maps.inside, maps.of_products)
         carry = None if carry is None else carry[:2]
         if maps.weights is not None:
-            out, (carry, _) = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
+            out, carry = _learned(options, maps.weights, (query, key, value), carry, size=size or 128, **marks)
         else:
             (decay,) = extras
             size = size or (128 if _wide(maps, key) else None)
@@ -51,15 +51,14 @@ def _wide(maps: Maps, key: jax.Array) -> bool:
 def _learned(
     options: Options, weights: Any, rows: tuple, carry: Any, *, size: int, key_mask: Any = None, **marks
 ) -> Any:
-    """A recurrence whose features come from weights; these ride in the carry, so that each chunk makes its own features."""
+    """A recurrence whose features come from weights, which each chunk makes for itself."""
     value = rows[2]
 
-    def body(carry, inputs, marks):
-        state, weights = carry
+    def body(state, inputs, marks, weights):
         x = (inputs[0], masked(inputs[1], marks.key_mask))
         query, key = (hedgehog(a.astype(state[0].dtype), w) for a, w in zip(x, weights, strict=True))
         state, out = chunk(options, value.dtype, state, (query, key, inputs[2], None), marks)
-        return (state, weights), out[0] if options.normalize and not options.split else out
+        return state, out[0] if options.normalize and not options.split else out
 
     if carry is None:
         dtype = accumulator(*rows)
@@ -67,7 +66,7 @@ def _learned(
         kv = jnp.zeros_like(total[..., None] * value[:, 0, :, None].astype(dtype))
         carry = (kv, total if options.normalize else None)
     weights = tuple(w.astype(carry[0].dtype) for w in weights)
-    return over_chunks(body, (carry, weights), rows, size=min(size, value.shape[1]), key_mask=key_mask, **marks)
+    return over_chunks(body, carry, rows, size=min(size, value.shape[1]), key_mask=key_mask, weights=weights, **marks)
 
 
 def features_of(call: Call, mask: jax.Array | None, maps: Maps) -> tuple[jax.Array, jax.Array, jax.Array]:

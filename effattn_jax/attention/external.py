@@ -150,6 +150,12 @@ def _log_sums_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
     return total, diagonal_recurrence(share(before), share(x) * tangents[0])
 
 
+def _added(a: jax.Array, b: jax.Array) -> jax.Array:
+    """log(e^a + e^b), with finite derivatives of every order where both are -inf."""
+    none = jnp.maximum(a, b) == -jnp.inf
+    return jnp.where(none, -jnp.inf, jnp.logaddexp(jnp.where(none, 0, a), jnp.where(none, 0, b)))
+
+
 def _within_segments(x: jax.Array, ids: jax.Array | None) -> jax.Array:
     """The log sums up to each step of its segment."""
     if x.shape[1] == 0:
@@ -168,7 +174,7 @@ def _running(scores: jax.Array, ids: jax.Array | None, state: ExternalState | No
         if ids is not None and length:
             goes_on = (jnp.cumsum(_starts(ids), axis=1) == 1) & (ids[:, :1] == last[:, None])
             old = jnp.where(goes_on[..., None, None], old, -jnp.inf)
-        log_total = jnp.logaddexp(log_total, old)
+        log_total = _added(log_total, old)
     if length == 0:
         nothing = jnp.full((batch, *scores.shape[2:]), -jnp.inf, scores.dtype)
         return log_total, ExternalState(nothing, last) if state is None else state
@@ -185,7 +191,7 @@ def _over_segments(scores: jax.Array, ids: jax.Array | None) -> jax.Array:
     behind = jnp.where(
         _starts(turned)[..., None, None], -jnp.inf, _shifted(_within_segments(jnp.flip(scores, 1), turned))
     )
-    return jnp.logaddexp(_within_segments(scores, ids), jnp.flip(behind, 1))
+    return _added(_within_segments(scores, ids), jnp.flip(behind, 1))
 
 
 def _check_arrays(query: jax.Array, key: jax.Array, value: jax.Array) -> None:

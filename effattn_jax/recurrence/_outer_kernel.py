@@ -85,15 +85,18 @@ def outer_product(
 
 def over_chunks(
     body: Callable, state: Any, arrays: tuple, *, segments: jax.Array | None = None, last_segment: jax.Array | None = None,
-    key_mask: jax.Array | None = None, size: int, pull: Callable | None = None, kept: Callable | None = None,
+    key_mask: jax.Array | None = None, size: int, pull: Callable | None = None, kept: Callable | None = None, weights: Any = None,
 ) -> tuple[Any, Any]:  # fmt: skip
     """Folds `body(state, arrays, marks) -> (state, out)` over chunks of `size` steps of arrays (B, T, ...); returns (out, state).
+
+    `weights`, without a time axis, are what the body takes last.
 
     One chunk after the other (`scan_chunks`), or, given `kept` and then `pull` too, all together (`side_by_side`). A last chunk that is
     not full, or a last section of them, is padded with masked steps of the last segment.
     """
     length = arrays[0].shape[1]
-    arrays, state, segments, last_segment, key_mask = tie((arrays, state, segments, last_segment, key_mask))
+    tied = tie((arrays, state, segments, last_segment, key_mask, weights))
+    arrays, state, segments, last_segment, key_mask, weights = tied
     missing = -length % (section_of(length, size) if kept else size)
 
     def pad(x):
@@ -106,7 +109,7 @@ def over_chunks(
     marks = Marks(*(runs(segments, last_segment, size) if segments is not None else (None, None)), pad(key_mask))
     arrays = tuple(map(pad, arrays))
     if kept is None:
-        state, out = scan_chunks(body, state, arrays, marks, size=size, pull=pull)
+        state, out = scan_chunks(body, state, arrays, marks, size=size, pull=pull, weights=weights)
     else:
         state, out = side_by_side(body, pull, kept, state, arrays, marks, size)
     return (jax.tree.map(lambda x: x[:, :length], out) if missing else out), state
