@@ -19,7 +19,9 @@ def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
     >>> row_products(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 4.0]])).tolist()
     [11.0]
     """
-    return jnp.einsum("...i,...i->...", a, b, precision="highest")
+    axes = "".join(chr(ord("a") + n) for n in range(a.ndim - 1))
+    equation = f"{axes}z,{axes}z->{axes}"
+    return jnp.einsum(equation, a, b, precision="highest", out_sharding=_sum_sharding(equation, a, b))
 
 
 def scaled_rows(factors: jax.Array, rows: jax.Array) -> jax.Array:
@@ -40,7 +42,8 @@ def scaled_axis(weights: jax.Array, x: jax.Array, axis: int = -1) -> jax.Array:
     [[[2.0, 3.0]]]
     """
     axis %= x.ndim
-    ones = tuple(a for a in range(axis) if x.shape[a] == 1)
+    spec = jax.typeof(x).sharding.spec  # an axis of size 1 may belong to one of an Explicit mesh, and stays
+    ones = tuple(a for a in range(axis) if x.shape[a] == 1 and spec[a] is None)
     weights = weights.reshape(*(1,) * (axis - len(ones)), weights.shape[0], *(1,) * (x.ndim - axis - 1))
     return jnp.expand_dims(weights * jnp.squeeze(x, ones), ones)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from effattn_jax.attention import external_attention
+from tests.laws import checks
 
 B, T, N, K, H, S, V = 2, 9, 4, 2, 3, 5, 6
 IDS = np.array([[4, 4, 4, 4, 1, 1, 7, 7, 7], [2, 0, 0, 0, 0, 0, 0, 0, 3]], np.int32)
@@ -115,6 +116,34 @@ def test_second_derivatives_beside_a_masked_document(is_causal, x64):
     ahead, behind = (both([x + h * a for x, a in zip(inputs, along, strict=True)])[0] for h in (step, -step))
     slope = jax.tree.map(lambda a, b: np.asarray(a - b) / (2 * step), ahead, behind)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-8), both(inputs)[1], slope)
+
+
+def test_a_score_of_inf_belongs_to_one_token():
+    """What comes before and after it in a causal row, and other documents, stay numbers."""
+    query = np.ones((1, 5, 1, 1), np.float32)
+    query[0, 2] = 3e38
+    key, value = np.full((2, 1, 1), 10, np.float32), np.ones((2, 1, 1), np.float32)
+    run = jax.jit(external_attention, static_argnames="is_causal")
+    causal = np.asarray(run(query, key, value, is_causal=True)).ravel()
+    packed = np.asarray(run(query, key, value, segment_ids=np.array([[0, 0, 1, 2, 2]]))).ravel()
+    for out in (causal, packed):
+        assert np.isfinite(out).tolist() == [True, True, False, True, True], out
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_gradients_in_a_shard_map(with_ids):
+    """Rows split over devices: values and gradients of one device."""
+    inputs = arrays(7)
+    ids = IDS if with_ids else np.zeros_like(IDS)
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def both(query, key, value, ids):
+        out, pull = jax.vjp(lambda q: external_attention(q, key, value, is_causal=not with_ids, segment_ids=ids), query)
+        return out, pull(jnp.cos(out))[0]
+
+    rows, whole = jax.P("rows"), jax.P()
+    split = jax.shard_map(both, mesh=mesh, in_specs=(rows, whole, whole, rows), out_specs=rows)
+    checks.assert_close(jax.jit(split)(*inputs, ids), jax.jit(both)(*inputs, ids), checks.OUTPUT)
 
 
 @pytest.mark.parametrize("with_ids", [False, True])

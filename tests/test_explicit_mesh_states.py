@@ -112,3 +112,24 @@ VALUES_ONLY = {"hippo, legs", "linear, 2 heads of 1"} if jax.__version_info__ < 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(case):
     checks.assert_sharding_changes_nothing(*CASES[case], ("data", "tensor"), gradients=case not in VALUES_ONLY)
+
+
+def test_one_row_on_an_axis_of_one_device():
+    """It stays where it lies, and so do its gradients, beside weights of features that are summed over rows."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:1])
+    rows = jax.sharding.NamedSharding(mesh, ROWS)
+    x, delta, b, c = (jnp.asarray(normal(1, *shape)) for shape in ((T, 2, 3), (T, 2), (T, 1, 3), (T, 1, 3)))
+    weights = (-jnp.ones(2), jnp.arange(1.0, 3))  # A and D
+
+    def both(x, delta, b, c, weights):
+        def run(x, weights):
+            return ssm.state_space_duality(x, jax.nn.softplus(delta), weights[0], b, c, weights[1])
+
+        out, pull = jax.vjp(run, x, weights)
+        return out, pull(jnp.cos(out))
+
+    expected = jax.jit(both)(x, delta, b, c, weights)
+    with jax.set_mesh(mesh):
+        out, (slope, slopes) = jax.jit(both)(*(jax.device_put(a, rows) for a in (x, delta, b, c)), weights)
+    assert out.sharding.spec[0] == slope.sharding.spec[0] == "data"
+    checks.assert_close((out, (slope, slopes)), expected, checks.OUTPUT)

@@ -17,7 +17,7 @@ from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
 from effattn_jax._derivatives import tie
 from effattn_jax._products import softmax
-from effattn_jax.recurrence.diagonal import by_chunks, diagonal_recurrence
+from effattn_jax.recurrence.diagonal import by_chunks, by_platform, solve
 
 __all__ = ["ExternalState", "external_attention"]
 
@@ -121,8 +121,11 @@ def _join(a: tuple, b: tuple) -> tuple:
     """The sums sum e^(m) z of two stretches as one, and whether a segment begins in it: then the first one is left out."""
     begun = b[2].reshape(*b[2].shape, *(1,) * (b[0].ndim - b[2].ndim))
     top = jnp.where(begun, b[0], jnp.maximum(a[0], b[0]))
-    total = jnp.where(begun, 0, a[1] * jnp.exp(jnp.minimum(a[0] - top, 0))) + b[1] * jnp.exp(b[0] - top)
-    return top, total, a[2] | b[2]
+
+    def scaled(level, total):  # a level of inf is its own, without inf - inf
+        return total * jnp.exp(jnp.where(level == top, 0, jnp.minimum(level - top, 0)))
+
+    return top, jnp.where(begun, 0, scaled(a[0], a[1])) + scaled(b[0], b[1]), a[2] | b[2]
 
 
 @jax.custom_jvp
@@ -147,7 +150,7 @@ def _log_sums_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
         none = part == -jnp.inf
         return jnp.where(none, 0, jnp.exp(jnp.where(none, 0, part) - jnp.where(none, 0, total)))
 
-    return total, diagonal_recurrence(share(before), share(x) * tangents[0])
+    return total, solve(share(before), share(x) * tangents[0], False, by_platform)
 
 
 def _added(a: jax.Array, b: jax.Array) -> jax.Array:

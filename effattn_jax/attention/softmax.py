@@ -192,5 +192,5 @@ def _attend(
     if more is None:
         return by_blocks(spec._replace(rows=rows, columns=columns), arrays, marks)[0], None
     if chunk_size is None:  # fewer rows would go through keys and values more often than they save room
-        rows = min(length, max(32, 2**21 // max(1, batch * heads * keys)))
+        rows = min(length, max(32, 3 * 2**18 // max(1, batch * heads * keys)))
     return by_rows(spec._replace(rows=rows), arrays, marks, more)[0], None

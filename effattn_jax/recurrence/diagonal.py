@@ -82,7 +82,7 @@ def _chunked(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
     return by_chunks(_compose, identity, (decay, inputs))[1]
 
 
-def _by_platform(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
+def by_platform(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
     """Sequential on a CPU, where it is the fastest and the most exact; parallel in time on accelerators, in O(T) memory when long."""
 
     def on(form):
@@ -94,7 +94,7 @@ def _by_platform(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Arra
 
 
 _FORMS: dict[str | None, Callable] = {
-    None: _by_platform,
+    None: by_platform,
     "scan": _scan,
     "associative": _associative,
     "chunked": _chunked,
@@ -109,7 +109,7 @@ def _shift(x: jax.Array, reverse: bool) -> jax.Array:
 
 
 @partial(traced_once, static_argnames=("reverse", "form"))
-def _solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) -> jax.Array:
+def solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) -> jax.Array:
     """h with h - a shift(h) = x; the transposed system runs the other way with decays one step further."""
 
     def residual(h):
@@ -196,7 +196,7 @@ def diagonal_recurrence(
         inputs = inputs.at[:, first].add(forget(decay[:, first], initial_state))
     else:
         decay, inputs = tie((decay, inputs))
-    h = _solve(decay, inputs, reverse, _FORMS[implementation])
+    h = solve(decay, inputs, reverse, _FORMS[implementation])
     state = h[:, 0 if reverse else -1]
     h = h.astype(out_dtype)
     return (h, state) if return_state else h
