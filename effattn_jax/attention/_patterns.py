@@ -132,9 +132,10 @@ def part(view: View, *, budget: int = 2**21, **changes: Any) -> Part:
     bounds = (spec.left, spec.right)
     rows, columns = block_sizes(length, keys, batch * heads, bounds, view.chunk_size, budget, segmented)
     count, step = spec.places
-    if step > 1 and spec.right is not None and view.chunk_size is None:
+    few = max(128, 4 * rows * count // step)
+    if step > 1 and spec.right is not None and view.chunk_size is None and few < columns:
         # Keys far apart: many rows see about the same ones, and a block of few keys reaches little beyond those that they see.
-        rows, columns = min(2 * rows, length), min(columns, max(128, 4 * rows * count // step))
+        rows, columns = min(2 * rows, length), few
     arrays = view.arrays._replace(value=view.arrays.value.astype(spec.dtype))  # merged before it is rounded
     return by_blocks(spec._replace(rows=rows, columns=columns), arrays, view.marks)
 

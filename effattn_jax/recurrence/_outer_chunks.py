@@ -222,7 +222,7 @@ def prepared(options: Options, marks: Marks, dtype: Any, inputs: Any) -> Chunk:
     return Chunk(q, k, v, decay, (q, k) if options.of_products is None else rows)
 
 
-def pairs_of(options: Options, marks: Marks, size: int) -> jax.Array:
+def interacting(options: Options, marks: Marks, size: int) -> jax.Array:
     """Which pairs of a chunk interact, (B | 1, i, j); a masked key has features of 0, but its products need not come to 0."""
     allowed = allowed_pairs(marks, size, options.strict)
     if options.of_products is None or marks.key_mask is None:
@@ -234,7 +234,7 @@ def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mark
     """One chunk: the state (B, K, H, V) [and (B, K, H)] before it, its steps, the state after it and the outputs."""
     state, total = carry
     q, k, v, decay, rows = prepared(options, marks, state.dtype, inputs)
-    allowed = pairs_of(options, marks, q.shape[3])
+    allowed = interacting(options, marks, q.shape[3])
     scores = weights_of_pairs(options, *rows, decay, allowed)
     old, old_total = read_state(options, q if decay is None else q * decay.to_step[:, :, None], state, total, marks)
     numerator = weighted_values(options, scores, v, decay, allowed) + old

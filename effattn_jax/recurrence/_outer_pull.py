@@ -23,10 +23,10 @@ from effattn_jax.recurrence._outer_chunks import (
     Marks,
     Options,
     heads_first,
+    interacting,
     keep_steps,
     last_segment,
     masked,
-    pairs_of,
     prepared,
     product,
 )
@@ -62,7 +62,7 @@ def pull_chunk(
     (q, k, v, decay, rows), pull_inputs = jax.vjp(partial(prepared, options, marks, dtype), inputs)
     v = jnp.where(jnp.isfinite(v), v, 0)
     g, e = _cotangents(options, outputs, d_out, groups, dtype)
-    pairs = pairs_of(options, marks, q.shape[3])
+    pairs = interacting(options, marks, q.shape[3])
     from_start, into_end = (None, None) if marks.run is None else last_segment(marks)
     # What reads the state before the chunk, and what enters the one after it.
     g_old, e_old = (x if from_start is None or x is None else _rows(x, from_start) for x in (g, e))
