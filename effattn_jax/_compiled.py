@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from effattn_jax._unit_axes import without_unit_axes
+
 try:
     from jax.extend.core import get_opaque_trace_state as trace_now
     from jax.extend.core import unsafe_am_i_under_a_jit_DO_NOT_USE as in_program
@@ -187,9 +189,13 @@ def compiled(function: Callable, constants: tuple[str, ...] = ()) -> Callable:
             when_known(ask, *(value if i is None else arrays[i] for i, value in zip(sources, values)))
         return out
 
-    def call(*args, **kwargs):
+    def run(args: tuple, kwargs: dict) -> Any:
+        args, kwargs, named = without_unit_axes(args, kwargs)
         out = enter(args, kwargs)
-        return function(*args, **kwargs) if out is None else out
+        return named(function(*args, **kwargs) if out is None else out)
+
+    def call(*args, **kwargs):
+        return run(args, kwargs)
 
     # With the function's own globals: doctest takes a function to be of the module whose globals it has.
     call = types.FunctionType(call.__code__, function.__globals__, function.__name__, None, call.__closure__)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from effattn_jax import attention, mixing, position, ssm
 from tests.laws import checks
+from tests.laws.subjects import SUBJECTS
 
 B, T, D, CUT = 4, 9, 8, 5
 ROWS, BOTH = P("data"), P("data", None, "tensor")
@@ -112,6 +113,21 @@ VALUES_ONLY = {"hippo, legs", "linear, 2 heads of 1"} if jax.__version_info__ < 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_device(case):
     checks.assert_sharding_changes_nothing(*CASES[case], ("data", "tensor"), gradients=case not in VALUES_ONLY)
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "synthesizer_dense", "fixed", "sparse"])
+def test_one_packed_row_of_whole_chunks_on_an_axis_of_one_device(name):
+    """Axes of size 1 on a mesh axis of one device, whose name JAX's types would lose on the way."""
+    subject = next(subject for subject in SUBJECTS if subject.name == name)
+    form = next(form for form in subject.kinds if "chunk_size" in form)
+    inputs = {name: (array, P("data", None, "tensor")) for name, array in subject.inputs(length=T, batch=1).items()}
+    inputs["segment_ids"] = np.array([[0] * CUT + [1] * (T - CUT)], np.int32), ROWS
+    inputs["mask"] = np.arange(T)[None, None, None] != 2, ROWS
+
+    def whole(mask, segment_ids, **arrays):
+        return subject.call(arrays, mask=mask, segment_ids=segment_ids, **form)
+
+    checks.assert_sharding_changes_nothing(whole, inputs, ("data", "tensor"), shape=(1, 2))
 
 
 def test_one_row_on_an_axis_of_one_device():

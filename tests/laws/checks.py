@@ -129,8 +129,10 @@ def oracle(reference, tree):
         return jax.tree.map(np.asarray, value_and_grads(reference, jax.tree.map(jnp.asarray, widened(tree))))
 
 
-def assert_sharding_changes_nothing(function, inputs: dict, axes: tuple[str, str], gradients: bool = True) -> None:
-    """On an Explicit mesh of 4 x 2 devices the values, and gradients, of function(**arrays) are those of one; inputs: (array, its spec) by name."""
+def assert_sharding_changes_nothing(
+    function, inputs: dict, axes: tuple[str, str], gradients: bool = True, shape: tuple[int, int] = (4, 2)
+) -> None:
+    """On an Explicit mesh of that shape the values, and gradients, of function(**arrays) are those of one device; inputs: (array, its spec) by name."""
 
     def run(arrays):
         if not gradients:
@@ -138,7 +140,8 @@ def assert_sharding_changes_nothing(function, inputs: dict, axes: tuple[str, str
         return value_and_grads(lambda arrays: function(**arrays), arrays)
 
     expected = jax.tree.map(np.asarray, run({name: array for name, (array, _) in inputs.items()}))
-    mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Explicit,) * 2)
+    devices = jax.devices()[: shape[0] * shape[1]]
+    mesh = jax.make_mesh(shape, axes, axis_types=(AxisType.Explicit,) * 2, devices=devices)
     with jax.set_mesh(mesh):
         placed = {name: jax.device_put(array, NamedSharding(mesh, spec)) for name, (array, spec) in inputs.items()}
         actual = jax.tree.map(np.asarray, run(placed))

@@ -285,10 +285,10 @@ def pmap(subject, form):
         checks.assert_same((output[index], [gradient[index] for gradient in gradients]), expected)
 
 
-def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None) -> dict:
-    """Partition specs: the batch is axis 0 of everything, heads (or channels that do not meet) are axis 2 of the sequences."""
+def specs(subject: Subject, inputs: dict, batch: str | None, heads: str | None, time: str | None = None) -> dict:
+    """Partition specs: the batch is axis 0 of everything, time axis 1 and heads (or channels that do not meet) axis 2 of the sequences."""
     heads = heads if subject.independent_channels else None
-    return {name: P(batch) if name in PATTERNS else P(batch, None, heads) for name in inputs}
+    return {name: P(batch) if name in PATTERNS else P(batch, time, heads) for name in inputs}
 
 
 def weights_by_head(subject: Subject, inputs: dict, heads: str | None) -> tuple[dict, dict]:
@@ -343,15 +343,15 @@ def shard_heads(subject, form):
 
 @check("Explicit mesh", by_form=True)
 def explicit_mesh(subject, form):
-    """batch and heads sharded in the types (`AxisType.Explicit`), in values and gradients; the output keeps the sharding"""
-    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2)
+    """batch and heads sharded in the types (`AxisType.Explicit`), time on an axis of one device, in values and gradients; the output keeps the sharding"""
+    mesh = jax.make_mesh((4, 2, 1), ("data", "heads", "time"), axis_types=(AxisType.Explicit,) * 3)
     inputs, call = sample(subject), call_of(subject, form)
     expected = expected_of(subject, form)
     with jax.set_mesh(mesh):
-        spec = specs(subject, inputs, "data", "heads")
+        spec = specs(subject, inputs, "data", "heads", "time")
         placed = {name: jax.device_put(array, NamedSharding(mesh, spec[name])) for name, array in inputs.items()}
         actual = checks.value_and_grads(call, placed)
-        assert jax.typeof(actual[0]).sharding.spec[0] == "data"
+        assert jax.typeof(actual[0]).sharding.spec[:2] == ("data", "time")
         actual = jax.tree.map(np.asarray, actual)
     checks.assert_same(actual, expected)
 
