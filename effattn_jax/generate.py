@@ -100,6 +100,8 @@ def sample(
     use_compile_cache(config.train.compile_cache)
     with user_errors():
         codec = codecs.from_spec(dataset["codec"])
+        with user_errors("--prompt"):
+            codec.encode(prompt)
         settings = dict(settings or {})
         context = settings.pop("context", dataset["context"])
         if not isinstance(context, int) or context < 1:

@@ -152,6 +152,8 @@ def test_codec_errors():
         Characters("abab").encode("xayyz")
     with pytest.raises(ValueError, match="text: '7' given, must be among the symbols _ a"):
         Symbols(["_", "a"]).encode("a 7")
+    with pytest.raises(ValueError, match=r"text: '\\udcff' given, must be characters that UTF-8 has"):
+        Bytes().encode("a\udcff")
     with pytest.raises(ValueError, match="codec: 'bpe' given, must be one of bytes"):
         from_spec({"codec": "bpe"})
 
@@ -173,6 +175,20 @@ def test_prepare_round_trip(file, tmp_path, tokenizer, with_tokenizer):
     assert {path.name for path in (tmp_path / "new").iterdir()} == names
     if with_tokenizer:
         assert from_spec(dataset.codec.spec()).decode(dataset.training) == training
+
+
+def test_a_tokenizer_that_truncates_and_pads_loses_and_adds_nothing(file, tmp_path, tokenizer):
+    tokenizers = pytest.importorskip("tokenizers")
+    whole = prepare(str(file), str(tmp_path / "whole"), tokenizer=str(tokenizer))
+    cutting = tokenizers.Tokenizer.from_file(str(tokenizer))
+    for limits in ({"max_length": 8, "pad": 1}, {"max_length": 10**6, "pad": 10**6}):
+        cutting.enable_truncation(limits["max_length"])
+        cutting.enable_padding(length=limits["pad"])
+        cutting.save(str(tmp_path / "cutting.json"))
+        given = {"tokenizer": str(tmp_path / "cutting.json"), "overwrite": True}
+        assert prepare(str(file), str(tmp_path / "out"), **given)["sha256"] == whole["sha256"]
+    dataset = load(DataConfig(task="tokens", path=str(tmp_path / "out"), context=16))
+    assert len(dataset.codec.encode(TEXT)) == whole["tokens"]
 
 
 def test_bytes_of_any_file(tmp_path):
@@ -264,6 +280,24 @@ def test_prepare_keeps_what_exists(file, tmp_path):
     assert prepare(str(file), str(tmp_path / "out"), overwrite=True)["tokens"] == 2 * first["tokens"]
 
 
+def test_prepare_keeps_a_tokenizer_that_exists(file, tmp_path, tokenizer):
+    (tmp_path / "out.tokenizer.json").write_text("a person's own")
+    with pytest.raises(ValueError, match="out.tokenizer.json exists already: choose another or pass --overwrite"):
+        prepare(str(file), str(tmp_path / "out"), tokenizer=str(tokenizer))
+    assert (tmp_path / "out.tokenizer.json").read_text() == "a person's own"
+    assert not (tmp_path / "out.bin").exists()
+    prepare(str(file), str(tmp_path / "out"))  # of bytes, which needs no such file
+    assert (tmp_path / "out.tokenizer.json").read_text() == "a person's own"
+
+
+@pytest.mark.parametrize("output", ["", ".", "..", "/", "folder/.."])
+def test_output_without_a_name(file, output):
+    with pytest.raises(ValueError, match=f"output: {output!r} given, must end in the name of a file"):
+        prepare(str(file), output)
+    with pytest.raises(ValueError, match="data.path: '/' given, must end in the name of a file"):
+        load(DataConfig(task="tokens", path="/"))
+
+
 @pytest.mark.parametrize("output", ["out", "sub/../out"])
 def test_prepare_into_the_folder_it_reads(file, tmp_path, tokenizer, output):
     tokenizer = tokenizer.rename(tmp_path / ".tokenizer.json")
@@ -297,7 +331,35 @@ def test_command(file, tmp_path, capsys):
     assert str(stop.value.code).startswith("error: output:") and "\n" not in stop.value.code
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["a.txt"], "error: Missing from python -m effattn_jax.data.prepare: STR OUTPUT, where to write: "),
+        (["a.txt", "b", "--tokeniser", "c"], "error: Unrecognized options: --tokeniser, c"),
+        (["a.txt", "b", "--validation-fraction", "x"], "error: Error parsing --validation-fraction: could not convert"),
+    ],
+)
+def test_mistakes_in_the_arguments_are_one_line(capsys, arguments, line):
+    pytest.importorskip("tyro")
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code.startswith(line) and "\n" not in stop.value.code and "--- " not in stop.value.code
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_of_the_command(capsys):
+    pytest.importorskip("tyro")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert not stop.value.code and "Turn a text file or folder into a token file" in capsys.readouterr().out
+
+
 def test_broken_tokenizer_file():
     pytest.importorskip("tokenizers")
     with pytest.raises(ValueError, match="tokenizer: not a Hugging Face tokenizers file"):
         Tokenizer("{}")
+
+
+def test_a_tokenizer_of_text_that_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match=r"text: '\\udcff' given, must be characters that UTF-8 has"):
+        Tokenizer(tokenizer.read_text()).encode("a\udcff")

@@ -33,8 +33,12 @@ class Bytes:
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """The bytes of the text, int32."""
-        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+        """The bytes of the text, int32.
+
+        Raises:
+          ValueError: a text that UTF-8 cannot write.
+        """
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         """Text of the bytes."""
@@ -124,6 +128,9 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"tokenizer: not a Hugging Face tokenizers file ({error})") from error
+        # What a file says of batches of sentences would cut a corpus short, or pad it.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._json_text = json_text
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have holes
@@ -131,7 +138,12 @@ class Tokenizer:
             raise ValueError("tokenizer: the vocabulary is empty, must have at least one token")
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (int32), no special tokens added."""
+        """Ids (int32) of the whole text, no special tokens added.
+
+        Raises:
+          ValueError: a text that UTF-8 cannot write.
+        """
+        utf8(text)  # the package's own error is a TypeError that says something else
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
@@ -141,6 +153,21 @@ class Tokenizer:
     def spec(self) -> dict[str, Any]:
         """The whole tokenizer file."""
         return {"codec": "tokenizer", "json": self._json_text}
+
+
+def utf8(text: str) -> bytes:
+    """The bytes of a text.
+
+    Raises:
+      ValueError: a lone surrogate, which is what bytes of a command line that are no UTF-8 become.
+
+    >>> utf8("é")
+    b'\xc3\xa9'
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text: {text[error.start]!r} given, must be characters that UTF-8 has") from error
 
 
 def code_points(text: str) -> np.ndarray:

@@ -6,6 +6,7 @@ Train on it with `python train.py PRESET --data.task tokens --data.path OUTPUT`.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from effattn_jax._command_line import mistakes_on_one_line
 from effattn_jax.data import codecs
 from effattn_jax.data.config import invalid
 from effattn_jax.data.text import text_files
@@ -119,7 +121,7 @@ def prepare(
     """
     if not 0 < validation_fraction < 1:
         raise invalid("validation_fraction", validation_fraction, "must lie strictly between 0 and 1")
-    ids, meta_path = token_paths(output)
+    ids, meta_path = token_paths(output, "output")
     copy = ids.with_name(ids.stem + ".tokenizer.json")
     own = {path.resolve() for path in (ids, meta_path, copy)}
     files = [file for file in text_files(source) if file.resolve() not in own]
@@ -128,8 +130,10 @@ def prepare(
     total = sum(file.stat().st_size for file in files) + len(files) - 1
     if total <= len(files) - 1:
         raise invalid("path", source, "must hold text, and is empty")
-    if (ids.exists() or meta_path.exists()) and not overwrite:
-        raise ValueError(f"output: {output!r} given, exists already: choose another or pass --overwrite")
+    written = (ids, meta_path) if tokenizer is None else (ids, meta_path, copy)
+    existing = next((path for path in written if path.exists()), None)
+    if existing is not None and not overwrite:
+        raise ValueError(f"output: {output!r} given, {existing} exists already: choose another or pass --overwrite")
     codec = _codec(tokenizer)
     ids.parent.mkdir(parents=True, exist_ok=True)
     small = "uint8" if codec.vocab_size <= 1 << 8 else "uint16" if codec.vocab_size <= 1 << 16 else "uint32"
@@ -231,12 +235,20 @@ def command(
     )
 
 
+@functools.wraps(command)
+def _bound(*arguments: Any, **options: Any) -> Callable[[], None]:
+    """`command` with its arguments, not called yet."""
+    return functools.partial(command, *arguments, **options)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line; bad input ends it with one line on stderr and exit code 1."""
     import tyro
 
     try:
-        tyro.cli(command, args=argv, prog="python -m effattn_jax.data.prepare")
+        with mistakes_on_one_line():
+            run = tyro.cli(_bound, args=argv, prog="python -m effattn_jax.data.prepare")
+        run()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

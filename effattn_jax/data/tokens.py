@@ -23,13 +23,18 @@ META_FIELDS = {
 }
 
 
-def token_paths(path: str) -> tuple[Path, Path]:
-    """The ids' and the meta file of `corpus`, `corpus.bin` or `corpus.json`.
+def token_paths(path: str, argument: str = "data.path") -> tuple[Path, Path]:
+    """The ids' and the meta file of `corpus`, `corpus.bin` or `corpus.json`; errors name the argument.
+
+    Raises:
+      ValueError: a path that names a folder only, such as "." or "/".
 
     >>> [str(part) for part in token_paths("a/corpus.bin")]
     ['a/corpus.bin', 'a/corpus.json']
     """
     stem = Path(path).expanduser()
+    if stem.name in ("", ".."):
+        raise ValueError(f"{argument}: {path!r} given, must end in the name of a file, such as corpus")
     if stem.suffix in (".bin", ".json"):
         stem = stem.with_suffix("")
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".json")

@@ -1,13 +1,11 @@
 """The command line: a preset by name, overrides by dotted field names, one line for every mistake."""
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import io
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -140,10 +138,7 @@ def load_preset(folder: Path, name: str):
     spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
-    if config.train.run_dir is None:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=f"runs/{name}"))
-    return config
+    return _with_run_dir(module.get_config(), name)
 
 
 def parse(config, name: str, arguments: Sequence[str]):
@@ -154,31 +149,25 @@ def parse(config, name: str, arguments: Sequence[str]):
     """
     import tyro
 
+    from effattn_jax._command_line import mistakes_on_one_line
     from effattn_jax.training.config import flat
-    from effattn_jax.training.errors import UserError
+    from effattn_jax.training.errors import user_errors
 
     _check_names([field for field, _ in flat(config)], arguments)
-    errors = io.StringIO()
     options = {
         "prog": f"train.py {name}",
         "default": config,
         "args": list(arguments),
         "config": (tyro.conf.FlagConversionOff,),
     }
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(type(config), **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_inside_box(errors.getvalue())) from None
+    with user_errors(), mistakes_on_one_line():
+        return _with_run_dir(tyro.cli(type(config), **options), name)
 
 
-def _inside_box(text: str) -> str:
-    """The first paragraph inside the box that tyro draws around an error, on one line."""
-    lines = text.splitlines()[1:]
-    end = next((i for i, line in enumerate(lines) if re.search("──|Argument helptext", line)), len(lines))
-    return " ".join(" ".join(re.sub("[│╭╮╰╯]", " ", line) for line in lines[:end]).split())
+def _with_run_dir(config, name: str):
+    """The config with the folder that None stands for."""
+    run_dir = f"runs/{name}" if config.train.run_dir is None else config.train.run_dir
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
 
 
 def _check_names(fields: list[str], arguments: Sequence[str]) -> None:

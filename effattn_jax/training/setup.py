@@ -100,8 +100,11 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
 def _check_prompt(config: Config, dataset: Dataset) -> None:
     """Check the prompt of the samples, which would otherwise be found wrong at the first evaluation."""
     prompt = config.train.sample_prompt
-    if prompt and dataset.bytes_per_token and not len(dataset.codec.encode(prompt)):
-        raise ValueError(f"train.sample_prompt must hold at least one token of the data, got {prompt!r}.")
+    if prompt and dataset.bytes_per_token:
+        with user_errors("train.sample_prompt"):
+            tokens = dataset.codec.encode(prompt)
+        if not len(tokens):
+            raise ValueError(f"train.sample_prompt must hold at least one token of the data, got {prompt!r}.")
 
 
 def _varied(setup: Setup, text: str) -> Setup:

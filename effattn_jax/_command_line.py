@@ -1,0 +1,44 @@
+"""What tyro has to say about a command line, for commands that answer every mistake with one line."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+
+__all__ = ["mistakes_on_one_line"]
+
+
+@contextlib.contextmanager
+def mistakes_on_one_line() -> Iterator[None]:
+    """Around a call of `tyro.cli`: a mistake in the arguments is a ValueError of one line; `--help` exits as ever.
+
+    Example:
+      >>> import tyro
+      >>> with mistakes_on_one_line():
+      ...     tyro.cli(int, args=["3", "stray"])
+      Traceback (most recent call last):
+      ValueError: Unrecognized options: stray
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_first_paragraph(errors.getvalue())) from None
+
+
+def _first_paragraph(text: str) -> str:
+    """The first paragraph below the title of an error of tyro, on one line.
+
+    It stands in a box, or below a row of dashes where the terminal has no characters for boxes.
+    """
+    lines = [re.sub("[│╭╮╰╯]", " ", line).strip() for line in text.splitlines()[1:]]
+    parts = [[]]
+    for line in lines:
+        if re.fullmatch("[─-]{4,}", line) or line.startswith("Argument helptext"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    return next((joined for part in parts if (joined := " ".join(" ".join(part).split()))), "")
