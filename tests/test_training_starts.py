@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +38,28 @@ def test_fewer_steps_than_the_folder_has_done(tmp_path):
     with pytest.raises(UserError, match="train.steps must be at least the 8 steps that run folder .* has done, got 4"):
         train(shorter)
     assert not (tmp_path / "run" / "finished.json").exists()
+
+
+@pytest.mark.parametrize("contents", ["", "{", "null", "[]", "\0" * 9])
+@pytest.mark.parametrize("name", ["config.json", "dataset.json"])
+def test_a_damaged_record_of_the_run_is_refused(tmp_path, name, contents):
+    """Taken for missing, it would let another config or other data go on with the checkpoints that lie there."""
+    config, data = tiny(tmp_path), SimpleNamespace(fingerprint="of the data")
+    folder = RunFolder(tmp_path)
+    folder.write_json("config.json", dataclasses.asdict(config))
+    folder.write_json("dataset.json", {"fingerprint": "of the data"})
+    folder.open(config, data)
+    folder.close()
+    (tmp_path / name).write_text(contents)
+    with pytest.raises(UserError, match=f"run folder .*: {name} is damaged .*: put the old file back"):
+        folder.open(config, data)
+    assert folder._lock is None and (tmp_path / name).read_text() == contents
+
+
+@pytest.mark.parametrize("contents", ["{", "null"])
+def test_a_damaged_record_of_the_end_is_not_an_end(tmp_path, contents):
+    (tmp_path / "finished.json").write_text(contents)
+    assert RunFolder(tmp_path).finished(4) is None
 
 
 def test_a_run_without_a_checkpoint_is_not_finished(tmp_path):

@@ -71,7 +71,7 @@ class RunFolder:
         """The configuration of the run that the folder holds, None where it holds none.
 
         Raises:
-          UserError: it was written by another version, with other fields.
+          UserError: it is damaged, or was written by another version, with other fields.
         """
         held = self.read_json("config.json")
         try:
@@ -106,12 +106,22 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def read_json(self, name: str) -> Any:
-        """Contents of a JSON file, None where there is none or it is damaged."""
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The record in a JSON file, None where there is no file.
+
+        Raises:
+          UserError: a file that holds no record, so that nobody can tell which run this is.
+        """
         try:
-            return json.loads((self / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            record = json.loads((self / name).read_text(encoding="utf-8"))
+            if not isinstance(record, dict):
+                raise ValueError("it holds no record")
+            return record
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except ValueError as error:
+            way_out = "put the old file back, or give another run folder."
+            raise UserError(f"run folder {self.path}: {name} is damaged ({one_line(error)}): {way_out}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file in one piece: a kill in between leaves the old one."""
@@ -137,7 +147,10 @@ class RunFolder:
 
     def finished(self, steps: int) -> str | None:
         """The summary of a finished run of `steps` steps whose final checkpoint has all its bytes, else None."""
-        record = self.read_json("finished.json")
+        try:
+            record = self.read_json("finished.json")
+        except UserError:  # the run goes on from its newest checkpoint, and writes the file again
+            return None
         if not record or record["step"] < steps or not record["files"]:
             return None
         return record["summary"] if record["files"] == self._sizes(record["step"]) else None
