@@ -114,6 +114,8 @@ def test_the_table_is_printed_with_what_matched():
         ({"": {"weight_decy": 0.1}}, {}, "option 'weight_decy' of rule '' is unknown; did you mean 'weight_decay'"),
         ({"": {"weight_decay": -0.1}}, {}, "weight_decay of rule '' must be at least 0"),
         ({"": {"lazy": "yes"}}, {}, "lazy of rule '' must be None, 'frozen' or 'decay'"),
+        ({"": {"state_dtype": "int8"}}, {}, "state_dtype of rule '' must be a floating dtype or None, got 'int8'"),
+        ({"": {"state_dtype": bool}}, {}, "state_dtype of rule '' must be a floating dtype or None"),
         ({"": {"clip_norm": 0.0}}, {}, "clip_norm of rule '' must be positive"),
         ({"": {"clip_group": "a"}}, {}, "clip_group 'a' needs a clip_norm"),
         (

@@ -1,5 +1,7 @@
 """The optimizer of a run from its configuration: every rule by name, Lookahead, soft clipping, parameter groups."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,9 @@ import pytest
 
 from effattn_jax import nn
 from effattn_jax.optim import LookaheadState
-from effattn_jax.training import OptimConfig, UserError, train
+from effattn_jax.training import OptimConfig, UserError, loop, train
 from effattn_jax.training.optimizer import OPTIMIZERS, decayed, make_optimizer, parse_rule
+from effattn_jax.training.step import init_state, make_train_step
 from tests.training_runs import rows, tiny
 
 PARAMS = {"embed": {"embedding": jnp.full((4, 3), 0.5)}, "out": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}}
@@ -63,6 +66,28 @@ def test_a_run_with_groups_prints_them_and_logs_norms(tmp_path, capsys):
         train(tiny(tmp_path / "idle", optim={"groups": ("bias:", ".*:")}))
 
 
+@pytest.mark.parametrize(("dtype", "rate"), [("float32", np.inf), ("float16", 1e6)])
+def test_a_step_that_leaves_parameters_infinite_is_not_taken(tmp_path, dtype, rate):
+    """In float16 the update itself is finite. Loss and gradient are, so nothing else would notice it in the last step."""
+    task = SimpleNamespace(
+        init=lambda key, batch: {"w": jnp.ones(3, dtype)},
+        loss=lambda params, batch, key: (jnp.sum(params["w"].astype(jnp.float32) ** 2), jnp.ones(())),
+    )
+    optimizer = optax.adam(rate)
+    before = init_state(task, optimizer, np.uint32(0), None)
+    step = jax.jit(make_train_step(task, optimizer, optax.constant_schedule(rate)))
+    after, numbers = step(before, {"tokens": np.zeros((1, 1), np.int32)}, np.int32(0))
+    assert not numbers["good"] and np.isfinite(numbers["loss"]) and np.isfinite(numbers["grad_norm"])
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+    saved = []
+    kept = SimpleNamespace(save=lambda *a: saved.append(a), wait=lambda: None, folder=SimpleNamespace(path=tmp_path))
+    words = f"step 1: an update of norm .* parameters that are not finite, .* is kept as step 0 of {tmp_path}"
+    with pytest.raises(UserError, match=words):
+        loop._check(None, kept, after, 1, numbers, last=True)
+    assert saved == [(0, after)]
+
+
 @pytest.mark.parametrize(
     ("mixer", "options", "left"),
     [
@@ -97,7 +122,7 @@ def test_rules_as_text():
         ("a: lr_multiplier=abc", "optim.groups, rule 'a': lr_multiplier must be a number, got 'abc'"),
         ("a: trust_ratio=5", "trust_ratio must be True or False, got '5'"),
         ("a: scale=abc", "scale must be a number or None, got 'abc'"),
-        ("a: state_dtype=abc", "state_dtype of rule 'a' must be a dtype or None, got 'abc'"),
+        ("a: state_dtype=abc", "state_dtype of rule 'a' must be a floating dtype or None, got 'abc'"),
         ("[: lr_multiplier=1", "rule '\\[' must be a regular expression"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -211,12 +211,10 @@ def _options(pattern: str, given: Mapping[str, Any] | GroupOptions) -> GroupOpti
             if name not in known:
                 raise ValueError(f"option {name!r} of rule {pattern!r} is unknown; {nearest(name, known)}.")
         given = GroupOptions(**given)
-    try:
-        jnp.dtype("float32" if given.state_dtype is None else given.state_dtype)
-    except TypeError as error:
+    if not _is_floating("float32" if given.state_dtype is None else given.state_dtype):
         raise ValueError(
-            f"state_dtype of rule {pattern!r} must be a dtype or None, got {given.state_dtype!r}."
-        ) from error
+            f"state_dtype of rule {pattern!r} must be a floating dtype or None, got {given.state_dtype!r}."
+        )
     if given.lazy not in (None, "frozen", "decay"):
         raise ValueError(f"lazy of rule {pattern!r} must be None, 'frozen' or 'decay', got {given.lazy!r}.")
     if given.clip_norm is not None and not given.clip_norm > 0:
@@ -226,6 +224,14 @@ def _options(pattern: str, given: Mapping[str, Any] | GroupOptions) -> GroupOpti
         if not callable(value) and not value >= 0:
             raise ValueError(f"{name} of rule {pattern!r} must be at least 0 or a function of the path, got {value}.")
     return given
+
+
+def _is_floating(dtype: Any) -> bool:
+    """Whether it names a dtype that holds moments, which integers round to 0."""
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _some(names: list[str], most: int = 5) -> str:

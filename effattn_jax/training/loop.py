@@ -132,8 +132,11 @@ def _check(
         return
     checkpoints.save(step - 1, state)
     checkpoints.wait()
+    if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+        found = f"an update of norm {values['update_norm']} would leave parameters that are not finite"
+    else:
+        found = f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
     raise UserError(
-        f"step {step}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}, so the run stops; the "
-        f"state before it is kept as step {step - 1} of {checkpoints.folder.path}. A lower --optim.learning-rate or "
-        "more --optim.warmup-steps may help."
+        f"step {step}: {found}, so the run stops; the state before it is kept as step {step - 1} of "
+        f"{checkpoints.folder.path}. A lower --optim.learning-rate or more --optim.warmup-steps may help."
     )

@@ -2,8 +2,9 @@ r"""One update, as a pure function of (state, batch, number of the step).
 
     key = fold_in(seed, step);  g = grad of the weighted mean loss;  state <- optimizer(clip(g))
 
-The update is taken only if loss and gradient are finite and the state is the one that the step was made for. So after
-a bad step the state stands still at the last good one, though later steps may already be on their way to the device.
+The update is taken only if the loss, the gradient and the new parameters are finite and the state is the one that the
+step was made for. So after a bad step the state stands still at the last good one, though later steps may already be on
+their way to the device.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from effattn_jax.optim import accumulate_gradients, global_norm
+from effattn_jax.optim.clipping import norms_of
 
 
 class TrainState(NamedTuple):
@@ -58,13 +60,11 @@ def make_train_step(
         params = jax.tree.map(_wide, state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         new = TrainState(state.step + 1, state.seed, optax.apply_updates(state.params, updates), opt_state)
-        numbers = {
-            "loss": loss,
-            "grad_norm": norm,
-            "update_norm": global_norm(updates),
-            "param_norm": global_norm(params),
-        }
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.step == step)
+        trees = (updates, params, new.params)
+        update_norm, param_norm, new_norm = norms_of([jax.tree.leaves(tree) for tree in trees])
+        numbers = {"loss": loss, "grad_norm": norm, "update_norm": update_norm, "param_norm": param_norm}
+        # The new parameters tell of the update too, and a finite one may lead beyond float16's largest number.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(new_norm) & (state.step == step)
         state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state)
         return state, numbers | {"learning_rate": jnp.asarray(schedule(step)), "good": good}
 
