@@ -24,6 +24,8 @@ def test_mesh_takes_what_is_left():
     [
         ({"data": 3, "tensor": 4}, "needs 12 devices, and there are 8"),
         ({"fsdp": 0}, "mesh axis fsdp must be positive, got 0"),
+        ({"data": 0}, "mesh axis data must be positive or -1, got 0"),
+        ({"data": -2}, "mesh axis data must be positive or -1, got -2"),
         ({"data": 4, "batch_size": 6}, "a batch of 6 rows does not divide over data x fsdp = 4 x 1"),
     ],
 )

@@ -384,6 +384,7 @@ def test_published_parts():
         ({"rerope_window": 4, "positions": "learned"}, "rerope_window must be None without rotary"),
         ({"sinks": 2}, "sinks must be 0 without a window"),
         ({"full_layers": 1}, "full_layers must be None without a window"),
+        ({"full_layers": 5, "window": 4}, r"full_layers must be in 0 \.\.\. layers=4; got 5"),
         ({"hierarchical_alpha": 0.5, "positions": "learned"}, "hierarchical_alpha must be"),
         ({"random_positions": 9, "positions": "alibi"}, "random_positions must be 0 where kernels count"),
     ],
@@ -394,7 +395,7 @@ def test_settings_that_do_not_go_together(options, message):
 
 
 def test_settings_at_inference():
-    with pytest.raises(ValueError, match="a setting of inference is 'windoww'. Perhaps you meant 'window'"):
+    with pytest.raises(ValueError, match="the setting to change at inference is 'windoww'. Perhaps you meant 'window'"):
         ModelConfig().at_inference(windoww=3)
     given = _settings(["rotary_scaling=ntk_mixed", "rotary-factor=8", "window=None"])
     assert given == {"rotary_scaling": "ntk_mixed", "rotary_factor": 8, "window": None}

@@ -26,7 +26,7 @@ def fails(capsys, *arguments) -> str:
     """The one line with which train.py refuses its arguments."""
     code, _, err = run(capsys, *arguments)
     assert code == 2
-    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err and "---" not in err, err
     return err
 
 
@@ -87,6 +87,8 @@ def test_overrides():
         True,
     )
     assert differences(quickstart, changed) != []
+    assert cli.parse(quickstart, "quickstart", ["--train.run-dir", "None"]).train.run_dir == "runs/quickstart"
+    config.OptimConfig(clip_norm=float("inf")).validate()  # clips nothing
 
 
 def test_config_round_trips_through_json():
@@ -150,6 +152,15 @@ def test_unknown_preset(capsys):
             ["--model.mlp-ratio", "1e300"],
             "model.mlp_ratio times model.width must be less than 2**31, got 1e+300 and 128",
         ),
+        (["--model.random-positions", "8"], "model.random_positions must be 0 or at least data.context, got 8 and 128"),
+        (["--train.run-dir", ""], "train.run_dir must be a folder or None, got ''"),
+        (["--train.sample-prompt", "\udcff"], r"train.sample_prompt: text: '\udcff' given, must be characters that"),
+        (["--train.eval-also", "model.width=4"], "train.eval_also 'model.width=4': the setting to change at inference"),
+        (["--optim.learning-rate", "inf"], "optim.learning_rate must be finite, got inf"),
+        (["--optim.final-learning-rate", "nan"], "optim.final_learning_rate must be finite, got nan"),
+        (["--optim.weight-decay", "inf"], "optim.weight_decay must be finite, got inf"),
+        (["--optim.clip-norm", "inf", "--optim.clip", "soft"], "optim.clip_norm must be finite, got inf"),
+        (["--mesh.data", "0"], "mesh axis data must be positive or -1, got 0"),
         (["--mesh.fsdp", "64"], "needs 64 devices, and there are 8"),
         (["--mesh.process-id", "0"], "must be given together"),
         (["--data.path", "no/such/file"], "must be an existing file or folder"),
@@ -157,6 +168,7 @@ def test_unknown_preset(capsys):
 )
 def test_mistakes_in_the_command(capsys, tmp_path, arguments, message):
     assert message in fails(capsys, "quickstart", "--train.run-dir", str(tmp_path / "run"), *arguments)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

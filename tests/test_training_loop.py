@@ -127,7 +127,7 @@ def test_regression_and_further_evaluations(tmp_path, monkeypatch):
         ("data.context", 'an evaluation must be a text "NAME=value, ..."'),
         ("optim.name=sgd", "an evaluation must name data.FIELD or model.FIELD"),
         ("data.contxt=4", "an evaluation must name data.FIELD"),
-        ("model.width=4", "a setting of inference is 'width'"),
+        ("model.width=4", "train.eval_also 'model.width=4': the setting to change at inference is 'width'"),
         ("data.batch-size=0", "data.batch_size: 0 given"),
         ("data.vocab-size=99", "changes what the model reads or says"),
         ("data.context=32", "sequences must be at most max_length=16 long with learned positions; got 32"),

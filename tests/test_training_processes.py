@@ -167,7 +167,7 @@ def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
     [
         (["no/such/run"], "is no run folder"),
         (["RUN", "model.window"], 'must be a text "NAME=value, ..."'),
-        (["RUN", "model.width=4"], "a setting of inference is 'width'"),
+        (["RUN", "model.width=4"], "the setting to change at inference is 'width'"),
         (["RUN", "model.rotary_factor=4"], "rotary_factor must be 1 without rotary_scaling; got 4"),
         (["RUN", "model.rate=abc"], "model.rate must be a number, got 'abc'"),
         (["RUN", "data.context=1.5"], "data.context must be a whole number, got '1.5'"),
@@ -189,7 +189,7 @@ def test_evaluate_mistakes(alone, capsys, arguments, message):
         (["no/such/run"], "is no run folder"),
         (["RUN", "--contexts", "no/such/file"], "--contexts: No such file or directory: no/such/file"),
         (["RUN", "--contexts", __file__], "each context must fit the"),
-        (["RUN", "--set", "random_positions=9"], "a setting of inference is 'random_positions'"),
+        (["RUN", "--set", "random_positions=9"], "the setting to change at inference is 'random_positions'"),
         (["RUN", "--step", "77"], "must be best, last or a step that"),
         (["RUN", "--prompt", ""], "the prompt is empty"),
         (["RUN", "--set", "context=1.9"], "context must be a whole number of at least 1; got 1.9"),
@@ -213,6 +213,14 @@ def test_generate_refuses_a_classifier(tmp_path, capsys):
     (tmp_path / "dataset.json").write_text(json.dumps({"kind": "classification"}))
     assert generate([str(tmp_path)]) == 2
     assert "writes no text" in capsys.readouterr().err
+
+
+def test_generate_refuses_a_prompt_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "dataset.json").write_text(json.dumps({"kind": "language", "context": 8, "codec": {"codec": "bytes"}}))
+    assert generate([str(tmp_path), "--prompt", "\udcff\udcfe"]) == 2
+    line = "error: --prompt: text: '\\udcff' given, must be characters that UTF-8 has\n"
+    assert capsys.readouterr().err == line
 
 
 def test_kills_leave_no_trace(tmp_path, monkeypatch):

@@ -154,7 +154,7 @@ class ModelConfig:
         8.0
         """
         for name in changes:
-            check_name("a setting of inference", name, INFERENCE_FIELDS)
+            check_name("the setting to change at inference", name, INFERENCE_FIELDS)
         return dataclasses.replace(self, **{"random_positions": 0, **changes}).validate()
 
     def _mixer_options(self, causal: bool) -> dict:
@@ -263,12 +263,8 @@ class ModelConfig:
             self.sinks >= 0 and (not self.sinks or self.window is not None), "sinks", self.sinks, "0 without a window"
         )
         full = self.full_layers
-        _require(
-            full is None or (0 <= full <= self.layers and self.window is not None),
-            "full_layers",
-            full,
-            "None without a window",
-        )
+        _require(full is None or self.window is not None, "full_layers", full, "None without a window")
+        _require(full is None or 0 <= full <= self.layers, "full_layers", full, f"in 0 ... layers={self.layers}")
         _require(full in (None, 0, self.layers) or not self.scan_layers, "scan_layers", True, "False with full_layers")
         alpha = self.hierarchical_alpha
         stretched = self.positions == "learned" and 0 < alpha < 1 and alpha != 0.5

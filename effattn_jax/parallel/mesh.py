@@ -35,7 +35,7 @@ def make_mesh(
       covers all of them.
 
     Raises:
-      ValueError: if an axis is not positive, the sizes do not fit the devices, or the rows do not divide over
+      ValueError: if an axis is not positive (or -1, for data), the sizes do not fit the devices, or the rows do not divide over
         data x fsdp.
 
     Example:
@@ -43,6 +43,8 @@ def make_mesh(
       ('data', 'fsdp', 'tensor', 'sequence')
     """
     devices = list(jax.devices() if devices is None else devices)
+    if data < 1 and data != -1:
+        raise ValueError(f"mesh axis data must be positive or -1, got {data}.")
     for name, size in (("fsdp", fsdp), ("tensor", tensor), ("sequence", sequence)):
         if size < 1:
             raise ValueError(f"mesh axis {name} must be positive, got {size}.")
@@ -52,7 +54,7 @@ def make_mesh(
     shape = (data, fsdp, tensor, sequence)
     if jax.process_count() == 1:
         devices = devices[: math.prod(shape)]
-    if data < 1 or math.prod(shape) != len(devices):
+    if math.prod(shape) != len(devices):
         sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, shape))
         raise ValueError(f"the mesh {sizes} needs {math.prod(shape)} devices, and there are {len(devices)}.")
     if batch_size is not None and batch_size % (data * fsdp):

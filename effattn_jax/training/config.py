@@ -64,6 +64,10 @@ class OptimConfig:
           Traceback (most recent call last):
           ValueError: optim.beta1 must be in [0, 1), got 2.
         """
+        for name, value in flat(self):
+            may_be_inf = name == "clip_norm" and self.clip == "hard"  # it then only reads the norm
+            if isinstance(value, float) and not math.isfinite(value) and not may_be_inf:
+                raise ValueError(f"optim.{name} must be finite, got {value}.")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"optim.clip_norm must be positive or None, got {self.clip_norm}.")
         if not self.learning_rate > 0:
@@ -182,6 +186,11 @@ class Config:
         if self.data.batch_size % self.train.microbatches:
             given = f"{self.train.microbatches} and {self.data.batch_size}"
             raise ValueError(f"train.microbatches must divide data.batch_size, got {given}.")
+        if 0 < self.model.random_positions < self.data.context:
+            given = f"{self.model.random_positions} and {self.data.context}"
+            raise ValueError(f"model.random_positions must be 0 or at least data.context, got {given}.")
+        if self.train.run_dir == "":
+            raise ValueError("train.run_dir must be a folder or None, got ''.")
         self._check_sampling()
         self.optim.validate()
         window = profile_window(self.train.profile_steps)
@@ -190,7 +199,10 @@ class Config:
                 f"train.profile_steps must begin before step {self.train.steps}, got {self.train.profile_steps!r}."
             )
         for text in self.train.eval_also:
-            changed(self, text).data.validate()
+            try:
+                changed(self, text).data.validate()
+            except ValueError as error:
+                raise ValueError(f"train.eval_also {text!r}: {error}") from error
 
     def _check_sampling(self) -> None:
         """What evaluations and samples on the way need, which would otherwise be found wrong at the first of them."""
