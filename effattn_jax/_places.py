@@ -86,6 +86,8 @@ def with_sight(
     """
     (batch, length), keys = call.query.shape[:2], call.key.shape[1]
     unaligned = call.query_segments is not call.key_segments
+    if keys == 0 and not stateful:
+        return call._replace(query=jnp.zeros_like(call.query))
     if keys == 0 or (not unaligned and mask is None and (length <= keys or not is_causal)):
         return call
     place = jnp.arange(keys)[None]
@@ -130,9 +132,19 @@ def by_runs(call: Call) -> Call:
     ids = call.key_segments
     if ids is None or call.query_segments is not ids:
         return call
-    changes = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)])
-    ids = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+    ids = number_runs(ids)
     return call._replace(query_segments=ids, key_segments=ids)
+
+
+def number_runs(ids: jax.Array) -> jax.Array:
+    """Numbers of the stretches of equal ids (B, T), from 0 on: an id that comes again is another document.
+
+    >>> import jax.numpy as jnp
+    >>> number_runs(jnp.array([[7, 7, 2, 7]])).tolist()
+    [[0, 0, 1, 2]]
+    """
+    changes = jnp.concatenate([jnp.zeros_like(ids[:, :1], bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
 
 
 def rows_of_table(table: jax.Array, places: jax.Array, plain: bool = False) -> jax.Array:

@@ -1,5 +1,6 @@
 """Products of rows and of matrices, written so that XLA computes them well on every backend."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def scaled_axis(weights: jax.Array, x: jax.Array, axis: int = -1) -> jax.Array:
 
 @jax.custom_jvp
 def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights, and log-sum-exp, along the last axis; a row of nothing but -inf has weights 0.
+    """Weights, and log-sum-exp, along the last axis; a score of -inf has weight 0, in a row with NaN and in one of nothing else too.
 
     dw = w (ds - w.ds) and dlse = w.ds: left to itself JAX goes back through the quotient, which reads the row twice as often.
     """
@@ -60,7 +61,7 @@ def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = p.sum(-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    return p / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return jnp.where(scores == -jnp.inf, 0, p / total), jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
 @softmax.defjvp
@@ -91,6 +92,38 @@ def grouped_product(equation: str, a: jax.Array, b: jax.Array, operands: Any = N
     to = {"preferred_element_type": a.dtype, "out_sharding": _sum_sharding(equation, a, b)}
     out = jnp.einsum(equation, a.astype(narrow), b.astype(narrow), **to)
     return out.reshape([sizes[c] for c in axes])
+
+
+def finite(x: jax.Array) -> jax.Array:
+    """x with 0 in place of NaN and inf."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def quiet(bilinear: Callable) -> Callable:
+    """A bilinear function of two arrays, in whose derivative what is not finite counts as 0: there it may stand beside a cotangent of 0, and 0 * NaN is NaN.
+
+    So what is NaN in one document stays out of the gradients of the others.
+
+    >>> import jax, jax.numpy as jnp
+    >>> slope = jax.grad(lambda x: jnp.where(jnp.array([True, False]), quiet(jnp.multiply)(x, jnp.array([2.0, jnp.nan])), 0).sum())
+    >>> slope(jnp.ones(2)).tolist()
+    [2.0, 0.0]
+    """
+
+    @jax.custom_jvp
+    def product(a, b):
+        return bilinear(a, b)
+
+    def jvp(primals, tangents):
+        (a, b), (da, db) = primals, tangents
+        none = jax.custom_derivatives.SymbolicZero
+        parts = [] if isinstance(da, none) else [product(da, finite(b))]
+        parts += [] if isinstance(db, none) else [product(finite(a), db)]
+        out = product(a, b)
+        return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
+
+    product.defjvp(jvp, symbolic_zeros=True)
+    return product
 
 
 def _sum_sharding(equation: str, a: jax.Array, b: jax.Array) -> PartitionSpec | None:

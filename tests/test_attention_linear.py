@@ -430,6 +430,26 @@ def test_weights_times_values_are_the_output(subject, is_causal):
         np.testing.assert_allclose(weights.sum(-1), np.broadcast_to(seen, weights.shape[:3]), atol=1e-6)
 
 
+@pytest.mark.parametrize("length, keys", [(3, 0), (0, 3)], ids=["no keys", "no queries"])
+@pytest.mark.parametrize("form", [{}, {"implementation": "dense"}, {"segment_ids": "a pair"}], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [
+        linear_attention,
+        functools.partial(linear_attention, feature_map="exp"),
+        functools.partial(attention.performer_attention, projection=np.ones((8, 4), np.float32)),
+    ],
+    ids=["elu", "exp", "performer"],
+)
+def test_nothing_to_see_is_zero_whatever_the_query_holds(call, form, length, keys):
+    query, key = np.full((1, length, 2, 4), np.nan, np.float32), np.ones((1, keys, 2, 4), np.float32)
+    if "segment_ids" in form:
+        form = {"segment_ids": tuple(np.zeros((1, size), np.int32) for size in (length, keys))}
+    out, slope = jax.value_and_grad(lambda q: call(q, key, key, **form).sum())(query)
+    assert out == 0 and slope.shape == query.shape and not np.any(slope)
+    assert call(query, key, key, **form).shape == query.shape
+
+
 def test_weights_refuse_states():
     query, key, _ = rows()
     for options in ({"return_state": True}, {"initial_state": ()}):

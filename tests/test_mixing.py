@@ -161,6 +161,18 @@ def test_an_id_that_comes_again_is_another_document_for_all_of_amlp():
         np.testing.assert_allclose(split, whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["centred", "causal"])
+def test_an_id_that_comes_again_is_another_document_for_convolutions(is_causal):
+    """Of three documents of one step each none enters another, in one call and from a state."""
+    x, ids = np.array([[1.0], [10.0], [100.0]]), np.array([7, 2, 7])
+    run = functools.partial(mixing.lightweight_convolution, kernel=np.zeros((1, 3)), is_causal=is_causal)
+    alone = x / 3  # a third is the weight of each tap
+    np.testing.assert_allclose(run(x, segment_ids=ids), alone, rtol=1e-6)
+    if is_causal:
+        _, state = run(x[:2], segment_ids=ids[:2], return_state=True)
+        np.testing.assert_allclose(run(x[2:], segment_ids=ids[2:], initial_state=state), alone[2:], rtol=1e-6)
+
+
 def test_a_new_document_takes_the_places_of_the_last_one(x64):
     """A state with room for six tokens serves any number of documents of at most six."""
     kernel, bias = random(6, 6), random(6)

@@ -148,13 +148,13 @@ def _backward(spec: Spec, arrays: Arrays, marks: Marks, results: Any, cotangents
         def here(x):
             return rows_of(x, row, spec.rows, kv_heads, spec.dtype)
 
-        do, lse_rows = jnp.where(fresh[:, None], here(d_out), 0), here(lse)
+        do, lse_rows, out_rows = jnp.where(fresh[:, None], here(d_out), 0), here(lse), here(out)
         d_lse_rows = jnp.where(fresh, here(d_lse), 0)
-        # Queries that see nothing, or that nobody asks for, give no gradient, whatever they hold: 0 * NaN is NaN.
-        quiet = (lse_rows == -jnp.inf) | (jnp.all(do == 0, axis=-1) & (d_lse_rows == 0))
+        # Queries that see nothing, that nobody asks for or whose output is NaN give no gradient, whatever they hold: 0 * NaN is NaN.
+        quiet = ~jnp.isfinite(lse_rows) | jnp.isnan(out_rows).any(-1) | (jnp.all(do == 0, axis=-1) & (d_lse_rows == 0))
         q = jnp.where(quiet[..., None], 0, here(query) * spec.scale)
         lse_rows = jnp.where(quiet, jnp.inf, lse_rows)[:, :, None]
-        delta = jnp.where(quiet, 0, d_lse_rows - row_products(do, here(out)))
+        delta = jnp.where(quiet, 0, d_lse_rows - row_products(do, out_rows))
 
         def block(state, column, begin, masked):
             dq, dk, dv, db = state

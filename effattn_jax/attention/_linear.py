@@ -5,6 +5,7 @@
 Causal calls are one run of the outer-product recurrence, calls in both directions two, calls without order one product.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax import lax
 
 from effattn_jax._contract import Call, accumulator, flags
 from effattn_jax._places import by_runs, split_heads, split_like
+from effattn_jax._products import quiet
 from effattn_jax.attention import _exponential, _frame
 from effattn_jax.attention.features import Maps, hedgehog, resolve
 from effattn_jax.recurrence._outer_chunks import Options, chunk, masked, normalized, repeat_heads
@@ -104,6 +106,8 @@ def all_pairs(
     `features` are those of queries (B, T, K, G, M) and keys (B, S, K, M), and the values; exp(level), (B, S, K), is a factor on a key's.
     """
     call, length, keys = by_runs(call), call.query.shape[1], call.key.shape[1]
+    if min(length, keys) == 0:
+        return jnp.zeros((*call.query.shape[:3], call.value.shape[-1]), call.value.dtype)
     query, key, value = features
     finite = jnp.isfinite(value)
 
@@ -113,10 +117,12 @@ def all_pairs(
         allowed = jnp.broadcast_to(allowed, (key.shape[0], *allowed.shape))
         if call.key_segments is not None:
             allowed = allowed & (ids[:, :, None] == call.key_segments[:, None, :])
-        scores = jnp.einsum("bikgm,bjkm->bkgij", query, key)
+        scores = quiet(partial(jnp.einsum, "bikgm,bjkm->bkgij"))(query, key)
         if level is not None:
-            seen = jnp.where(allowed[:, None], jnp.moveaxis(level, 2, 1)[:, :, None], jnp.finfo(level.dtype).min)
-            scores = scores * jnp.exp(seen - jnp.max(seen, axis=-1, keepdims=True))[:, :, None]
+            level_of_key = jnp.moveaxis(level, 2, 1)[:, :, None]
+            seen = jnp.where(allowed[:, None], level_of_key, jnp.finfo(level.dtype).min)
+            below = jnp.where(allowed[:, None], level_of_key - jnp.max(seen, axis=-1, keepdims=True), -jnp.inf)
+            scores = scores * jnp.exp(below)[:, :, None]
         scores = jnp.where(allowed[:, None, None], scores, 0)
         out = jnp.einsum("bkgij,bjkv->bikgv", scores, jnp.where(finite, value, 0))
         if normalize:

@@ -298,8 +298,8 @@ def whole_rows(
         extra = more.scores(row, rows).astype(spec.dtype)
         extra = pairs_of(extra, 0, rows, 0, keys, kv_heads)
         bias = extra if bias is None else bias + extra
-    # A row that sees nothing gives no gradient, whatever it holds: 0 * NaN is NaN.
-    q = jnp.where(see.any(-1, keepdims=True), q, 0)
+    # A row that sees nothing gives no gradient, whatever it holds, and one that is not finite none to what it does not see: 0 * NaN is NaN.
+    q, bad_row = finite_or_zero(jnp.where(see.any(-1, keepdims=True), q, 0))
     s = jnp.where(see, logits(spec, flat(q), k, bias, rows)[0], -jnp.inf)
     if spec.top is not None and spec.top < keys:
         s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)
@@ -308,7 +308,8 @@ def whole_rows(
     if more is not None and more.values is not None:
         by_head = weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2], *weights.shape[3:])
         out = out + more.values(row, rows, by_head).astype(spec.dtype).reshape(out.shape)
-    out = jnp.where(poisoned(see, bad)[..., None], jnp.nan, out)
+    out = jnp.where((bad_row | poisoned(see, bad))[..., None], jnp.nan, out)
+    lse, weights = (jnp.where(b, jnp.nan, x) for b, x in ((bad_row, lse), (bad_row[..., None] & see, weights)))
     return unrows(out).astype(value.dtype), unrows(lse), weights
 
 

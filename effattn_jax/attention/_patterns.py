@@ -147,8 +147,11 @@ def merge(parts: list[Part]) -> jax.Array:
     top = lax.stop_gradient(jax.tree.reduce(jnp.maximum, [lse for _, lse in parts]))
     weights = [jnp.exp(lse - jnp.where(top == -jnp.inf, 0, top)) for _, lse in parts]
     total = sum(weights)
-    total = jnp.where(total == 0, 1, total)
-    return sum(scaled_rows(weight / total, out) for weight, (out, _) in zip(weights, parts, strict=True))
+    spoiled = jnp.isnan(total)  # a row of NaN, which passes nothing back
+    total = jnp.where((total == 0) | spoiled, 1, total)
+    shares = [jnp.where(spoiled, 0, weight / total) for weight in weights]
+    out = sum(scaled_rows(share, out) for share, (out, _) in zip(shares, parts, strict=True))
+    return jnp.where(spoiled[..., None], jnp.nan, out)
 
 
 def select(x: jax.Array, here: jax.Array, axis: int) -> jax.Array:

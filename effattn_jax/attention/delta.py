@@ -23,6 +23,7 @@ from effattn_jax._contract import ArrayLike, Call, accumulator, floating
 from effattn_jax._derivatives import Fixed
 from effattn_jax.attention import _frame
 from effattn_jax.recurrence._outer_chunks import (
+    FLOOR,
     Options,
     allowed_pairs,
     chunk,
@@ -130,8 +131,11 @@ def _kernel(query, key, value, extras, carry, *, size, strict=False, split=False
         z = jnp.zeros_like(key[:, 0], dtype)
         carry = (jnp.zeros_like(z[..., None] * value[:, 0, :, None].astype(dtype)),)
     body = Fixed(_chunk, Options(strict=strict, split=split), value.dtype)
+    beta, log_decay = extras
+    if log_decay is not None:
+        log_decay = jnp.maximum(log_decay, FLOOR)  # the backward pass of a chunk takes -inf for what is not finite
     out, (state, _) = over_chunks(
-        body, (carry[0], None), (query, key, value, *extras), size=min(size or 64, key.shape[1]), **marks
+        body, (carry[0], None), (query, key, value, beta, log_decay), size=min(size or 64, key.shape[1]), **marks
     )
     return out, (state, None, None)
 

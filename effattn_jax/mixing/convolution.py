@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
+from effattn_jax._places import number_runs
 from effattn_jax._products import scaled_axis, scaled_rows, softmax
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, check_weight, require, wide
 
@@ -52,17 +53,18 @@ def convolve(
     if mask is not None:
         order, back = _padding_first(mask, width - 1)
         all_x, all_ids = _reordered(all_x, order), jnp.take_along_axis(all_ids, order, axis=1)
-        ids = all_ids[:, width - 1 :]
         own = None if own is None else _reordered(own, jnp.maximum(order[:, width - 1 :] - (width - 1), 0))
     after = ConvolutionState(all_x[:, length:], all_ids[:, length:])
     ahead = 0 if is_causal else width // 2
-    all_x, all_ids = (jnp.pad(a, [(0, 0), (0, ahead)] + [(0, 0)] * (a.ndim - 2)) for a in (all_x, all_ids))
+    run = number_runs(all_ids)
+    own_run = run[:, width - 1 :]
+    all_x, run = (jnp.pad(a, [(0, 0), (0, ahead)] + [(0, 0)] * (a.ndim - 2)) for a in (all_x, run))
     y = 0
     for lag in range(width):
         start = width - 1 + ahead - lag
         shifted = all_x[:, start : start + length]
         if segment_ids is not None or state is not None:
-            shifted = jnp.where((all_ids[:, start : start + length] == ids)[..., None], shifted, 0)
+            shifted = jnp.where((run[:, start : start + length] == own_run)[..., None], shifted, 0)
         y += taps(lag, shifted, own)
     return (y if mask is None else _reordered(y, back)), after
 

@@ -9,6 +9,7 @@ Source: Sun et al., arXiv:2212.10554.
 
 import math
 import numbers
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jax.typing import DTypeLike
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
+from effattn_jax._products import quiet
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks, finite_or_zero
 from effattn_jax.attention.kv_cache import Cache
@@ -177,7 +179,7 @@ def xpos_attention(
             first = places[:, :1]  # later keys are masked, but for those of the block's own rows
             back = jnp.minimum(marks.key_positions - first, count - 1)
             rows = lax.dynamic_slice_in_dim(query, row, count, 1) * _power(decay, places - first)
-            return jnp.einsum("brnh,bsnh->bnrs", rows, key * _power(decay, -back))
+            return quiet(partial(jnp.einsum, "brnh,bsnh->bnrs"))(rows, key * _power(decay, -back))
 
         none = jnp.zeros_like(call.query[..., :1], dtype)
         marked = jnp.where(bad, jnp.nan, jnp.zeros((), dtype))[..., None]  # rows that see such a key become NaN

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._derivatives import Fixed, with_backward
+from effattn_jax._products import finite
 
 __all__: list[str] = []
 
@@ -70,9 +71,14 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def pull_by_vjp(
-    body: Callable, carry: Any, inputs: Any, aux: Any, _: Any, d_carry: Any, d_out: Any, *weights: Any
+    body: Callable, carry: Any, inputs: Any, aux: Any, outputs: Any, d_carry: Any, d_out: Any, *weights: Any
 ) -> tuple[Any, ...]:
-    """The backward pass of one chunk by differentiating `body`."""
+    """The backward pass of one chunk by differentiating `body`.
+
+    What is not finite is 0 here, and an output that is not passes nothing back: beside the cotangent of 0 of another document it would make NaN.
+    """
+    carry, inputs = jax.tree.map(finite, (carry, inputs))
+    d_out = jax.tree.map(lambda d, out: jnp.where(jnp.isfinite(out), d, 0), d_out, outputs)
     return jax.vjp(lambda c, x, *w: body(c, x, aux, *w), carry, inputs, *weights)[1]((d_carry, d_out))
 
 
@@ -200,10 +206,24 @@ def scan_chunks(
     handed to every call of `body` and `pull` as a last argument, and get a last cotangent. Returns the last carry and the outputs over all of time.
     """
     count = jax.tree.leaves(inputs)[0].shape[1] // size
-    shared = () if weights is None else (weights,)
+    arrays, pull = (carry, inputs, *(() if weights is None else (weights,))), pull or Fixed(pull_by_vjp, body)
     if count == 1:
-        return body(carry, inputs, aux, *shared)
-
+        return at_once(body, pull, arrays, aux)
     forms = Fixed(_forward, body, size, count), Fixed(_plain, body, size)
-    pull = pull or Fixed(pull_by_vjp, body)
-    return with_backward(*forms, Fixed(_backward, body, pull, size, count))((carry, inputs, *shared), aux)
+    return with_backward(*forms, Fixed(_backward, body, pull, size, count))(arrays, aux)
+
+
+def at_once(body: Callable, pull: Callable, arrays: tuple, aux: Any) -> tuple[Any, Any]:
+    """One call of `body` over all of time, with `pull` as its backward pass; arrays (carry, inputs[, weights])."""
+    form = Fixed(_whole, body)
+    return with_backward(form, form, Fixed(_pull_whole, pull))(arrays, aux)
+
+
+def _whole(body: Callable, arrays: tuple, aux: Any) -> tuple[Any, Any]:
+    carry, inputs, *shared = arrays
+    return body(carry, inputs, aux, *shared)
+
+
+def _pull_whole(pull: Callable, arrays: tuple, aux: Any, results: Any, cotangents: Any) -> tuple[Any, ...]:
+    carry, inputs, *shared = arrays
+    return pull(carry, inputs, aux, results[1], *cotangents, *shared)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._places import split_like
-from effattn_jax._products import grouped_product, scaled_rows
+from effattn_jax._products import finite, grouped_product, scaled_rows
 from effattn_jax.recurrence._feature_pairs import decay_factors, feature_pairs
 
 __all__: list[str] = []
 
-_FLOOR = -1000.0  # exp of it is 0 in float32 and float64, and sums of it stay finite where -inf - -inf would not
+FLOOR = -1000.0  # exp of it is 0 in float32 and float64, and sums of it stay finite where -inf - -inf would not
 
 
 class Options(NamedTuple):
@@ -100,7 +100,7 @@ class _Decay(NamedTuple):
 
 def decays_of(decay: jax.Array) -> _Decay:
     """What log decays (B, K, C[, H]) of a chunk come to; -inf counts as the floor, and what is no number marks its step bad."""
-    decay = jnp.maximum(decay, _FLOOR)
+    decay = jnp.maximum(decay, FLOOR)
     known = jnp.isfinite(decay)
     decay = jnp.where(known, decay, 0)
     if decay.ndim == 4:
@@ -249,12 +249,16 @@ def chunk(options: Options, out_dtype: Any, carry: Any, inputs: Any, marks: Mark
 
 
 def normalized(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """numerator / denominator, and 0 with zero gradient where there was nothing to normalise.
+    """numerator / denominator, and 0 with zero gradient where there was nothing to normalise; a row that is not finite passes nothing back.
 
     The rule of the quotient has the square of the denominator, which leaves the range of floats long before the quotient does: what is
     differentiated is the quotient by a constant, times a reciprocal of 1.
     """
-    empty = denominator == 0
-    constant = lax.stop_gradient(jnp.where(empty | ~jnp.isfinite(denominator), 1, denominator))
-    one = jnp.where(empty, 1, denominator / constant)
-    return jnp.where(empty[..., None], 0, scaled_rows(1 / one, numerator / constant[..., None]))
+    empty, known = denominator == 0, jnp.isfinite(denominator)
+    constant = lax.stop_gradient(jnp.where(empty | ~known, 1, denominator))
+    one = jnp.where(empty | ~known, 1, denominator / constant)
+    quotient = scaled_rows(1 / one, finite(numerator) / constant[..., None])
+    known = known[..., None] & jnp.isfinite(numerator)
+    return jnp.where(
+        empty[..., None], 0, jnp.where(known, quotient, lax.stop_gradient(numerator / denominator[..., None]))
+    )

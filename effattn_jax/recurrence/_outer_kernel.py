@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import accumulator
-from effattn_jax._derivatives import Fixed, tie, with_backward
-from effattn_jax.recurrence._chunks import scan_chunks
+from effattn_jax._derivatives import Fixed, tie
+from effattn_jax.recurrence._chunks import at_once, scan_chunks
 from effattn_jax.recurrence._outer_chunks import Marks, Options, chunk, decays_of, heads_first, keep_steps, masked
 from effattn_jax.recurrence._outer_pull import pull_chunk
 from effattn_jax.recurrence.diagonal import forget
@@ -183,14 +183,6 @@ def section_of(length: int, size: int) -> int:
     return -(-chunks // -(-chunks // max(1, _SECTION // size))) * size
 
 
-def _whole(forward: Callable, arrays: Any, marks: Marks) -> tuple[Any, Any]:
-    return forward(*arrays, marks)
-
-
-def _pull_whole(pull: Callable, arrays: Any, marks: Marks, results: Any, cotangents: Any) -> tuple[Any, Any]:
-    return pull(*arrays, marks, results[1], *cotangents)
-
-
 def side_by_side(
     body: Callable, pull: Callable, kept: Callable, state: Any, inputs: Any, marks: Marks, size: int
 ) -> Any:
@@ -204,5 +196,4 @@ def side_by_side(
     length, section = inputs[1].shape[1], section_of(inputs[1].shape[1], size)
     if section < length:
         return scan_chunks(forward, state, inputs, marks, size=section, pull=backward)
-    whole = Fixed(_whole, forward)
-    return with_backward(whole, whole, Fixed(_pull_whole, backward))((state, inputs), marks)
+    return at_once(forward, backward, (state, inputs), marks)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effattn_jax._products import grouped_product, row_products
+from effattn_jax._products import finite, grouped_product, row_products
 from effattn_jax.recurrence._feature_pairs import feature_pairs
 from effattn_jax.recurrence._outer_chunks import (
     Chunk,
@@ -56,11 +56,12 @@ def pull_chunk(
     options: Options, carry: Any, inputs: Any, marks: Marks, outputs: Any, d_carry: Any, d_out: Any
 ) -> tuple[Any, Any]:
     """Cotangents of (carry, inputs) of one chunk from those of its outputs and of the state after it."""
-    (state, total), (d_state, d_total) = carry, d_carry
+    (state, total), (d_state, d_total) = jax.tree.map(finite, carry), d_carry
     dtype, groups = state.dtype, inputs[0].shape[2] // inputs[1].shape[2]
 
+    # What is not finite is 0 here: beside the cotangent of 0 of another document it would make NaN.
     (q, k, v, decay, rows), pull_inputs = jax.vjp(partial(prepared, options, marks, dtype), inputs)
-    v = jnp.where(jnp.isfinite(v), v, 0)
+    q, k, v, rows = jax.tree.map(finite, (q, k, v, rows))
     g, e = _cotangents(options, outputs, d_out, groups, dtype)
     pairs = interacting(options, marks, q.shape[3])
     from_start, into_end = (None, None) if marks.run is None else last_segment(marks)

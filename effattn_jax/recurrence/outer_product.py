@@ -18,6 +18,7 @@ from jax import lax
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, check_call, choose, flags, floating, positive
+from effattn_jax._products import quiet
 from effattn_jax.recurrence._outer_chunks import Options, normalized, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
 
@@ -36,10 +37,12 @@ def _step_by_step(query, key, value, log_decay, state, *, segments=None, options
     def step(carry, x):
         q, k, v, a, begin = x
         state, total = carry
-        state = jnp.where(begin[:, None, None, None], 0, state * a[..., None]) + k[..., None] * v[..., None, :]
+        fresh = begin[:, None, None]
+        old = jnp.where(fresh[..., None], 0, quiet(jnp.multiply)(state, a[..., None]))
+        state = old + k[..., None] * v[..., None, :]
         out = jnp.einsum("bkh,bkhv->bkv", q, state)
         if total is not None:
-            total = jnp.where(begin[:, None, None], 0, total * a) + k
+            total = jnp.where(fresh, 0, quiet(jnp.multiply)(total, a)) + k
             out = normalized(out, jnp.einsum("bkh,bkh->bk", q, total))
         return (state, total), out
 

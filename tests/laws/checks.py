@@ -99,16 +99,18 @@ def probe(tree, seed: int = 1):
     return total
 
 
-def value_and_grads(function, tree):
-    """(function(tree), gradients of its probe by the real and complex leaves of tree), in one compiled program."""
-    floats, rebuild = split_floats(tree)
+def value_and_grads(function, tree, *others):
+    """(function(tree), gradients of its probe by the real and complex leaves of tree), in one compiled program; of further trees alike, all in a list."""
+    _, rebuild = split_floats(tree)
 
     def loss(floats):
         output = function(rebuild(floats))
         return probe(output), output
 
-    (_, output), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
-    return output, grads
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    results = [program(split_floats(each)[0]) for each in (tree, *others)]
+    results = [(output, grads) for (_, output), grads in results]
+    return results if others else results[0]
 
 
 def widened(tree):
