@@ -185,11 +185,20 @@ def scaled(query: jax.Array, scale: Any) -> jax.Array:
     return query.astype(dtype) * jnp.asarray(scale, dtype)
 
 
+def is_whole(x: Any, least: int) -> bool:
+    """Whether x is an integer of at least `least`, of Python or of NumPy; True and False are none.
+
+    >>> import numpy as np
+    >>> is_whole(np.int64(3), 1), is_whole(True, 0)
+    (True, False)
+    """
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool) and int(x) >= least
+
+
 def positive(**sizes: int | None) -> None:
     """Raises a ValueError for a size that is given and is not a positive integer."""
     for name, size in sizes.items():
-        ok = size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0)
-        _require(ok, f"{name} must be a positive int; got {size!r}")
+        _require(size is None or is_whole(size, 1), f"{name} must be a positive int; got {size!r}")
 
 
 def _pair_shape(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, scale_or, scaled
+from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, is_whole, scale_or, scaled
 from effattn_jax._places import with_sight
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, allowed
@@ -22,7 +22,7 @@ DENSE_PAIRS = 256 * 512  # up to so many (query, key) pairs a head all scores ar
 def window_bounds(window: Any, is_causal: bool) -> tuple[int | None, int | None]:
     """(left, right) counts of neighbours, None without bound, from an int, a pair or None."""
     pair = window if isinstance(window, tuple | list) else (window, window)
-    ok = len(pair) == 2 and all(w is None or (isinstance(w, int) and not isinstance(w, bool) and w >= 0) for w in pair)
+    ok = len(pair) == 2 and all(w is None or is_whole(w, 0) for w in pair)
     if not ok:
         raise ValueError(
             f"window must be an int >= 0 or a pair (left, right) of them, neighbours on each side; got {window!r}"

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from effattn_jax._contract import check_call, scale_or
+from effattn_jax._contract import check_call, is_whole, scale_or
 
 __all__: list[str] = []
 
@@ -23,7 +23,7 @@ def by_cudnn(
     given = [name for name, setting in refused.items() if setting is not None and setting is not False]
     half = query.dtype == key.dtype == value.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
     aligned = query.shape[1] == key.shape[1] or not is_causal
-    windowed = window is None or (is_causal and isinstance(window, int))
+    windowed = window is None or (is_causal and is_whole(window, 0))
     if given or not (half and aligned and windowed):
         got = f"{', '.join(given)} given" if given else f"{query.dtype}{query.shape}, keys {key.shape}, window {window}"
         raise ValueError(

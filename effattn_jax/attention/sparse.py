@@ -9,7 +9,7 @@ arXiv:1904.10509; Beltagy et al., arXiv:2004.05150 (global tokens).
 from typing import Any
 
 from effattn_jax._compiled import compiled
-from effattn_jax._contract import ArrayLike, positive
+from effattn_jax._contract import ArrayLike, is_whole, positive
 from effattn_jax.attention._calls import FAR, window_bounds
 from effattn_jax.attention._patterns import run
 from effattn_jax.attention._unions import Fixed, Union
@@ -176,7 +176,7 @@ def sparse_attention(
     if window is None or (isinstance(window, tuple | list) and None in window):
         raise ValueError(f"window must be an int >= 0 or a pair (left, right) of them; got {window!r}")
     left, right = (FAR if w is None else w for w in bounds)
-    if not isinstance(num_global, int) or isinstance(num_global, bool) or num_global < 0:
+    if not is_whole(num_global, 0):
         raise ValueError(f"num_global must be an int >= 0; got {num_global!r}")
     return run(
         Union((left, right), dilation, num_global),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effattn_jax._contract import is_whole
 from effattn_jax.optim._arrays import all_finite_everywhere, psum, scaled, vary
 from effattn_jax.optim._trees import Axes, is_float, number, wide
 
@@ -141,7 +142,7 @@ def accumulate_updates(
       >>> print(first, second, state.count)
       0.0 -2.0 1
     """
-    if not callable(every) and not (isinstance(every, int) and every >= 1):
+    if not callable(every) and not is_whole(every, 1):
         raise ValueError(f"every must be a positive integer or a function of the number of updates, got {every!r}.")
     by_window = _is_by_window(drop_nonfinite)
     inner = optax.with_extra_args_support(inner)
@@ -226,7 +227,7 @@ def accumulate_in_momentum(
       >>> print(optimizer.update(jnp.array(3.0), state)[0])
       -1.0
     """
-    if not (isinstance(every, int) and every >= 1):
+    if not is_whole(every, 1):
         raise ValueError(f"every must be a positive integer, got {every!r}.")
     if not 0 <= number(decay) < 1:
         raise ValueError(f"decay must be in [0, 1), got {decay}.")

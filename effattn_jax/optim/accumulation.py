@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._contract import is_whole
 from effattn_jax.optim._arrays import psum, scaled, vary, wide_sum
 from effattn_jax.optim._trees import Axes
 
@@ -52,7 +53,7 @@ def accumulate_gradients(
       >>> print(f"{loss:.4f} {gradient:.4f}")
       4.6667 -4.0000
     """
-    if not isinstance(num_microbatches, int) or num_microbatches < 1:
+    if not is_whole(num_microbatches, 1):
         raise ValueError(f"num_microbatches must be a positive integer, got {num_microbatches!r}.")
     value_and_grad = jax.value_and_grad(lambda *args: _sums(loss_fn(*args)), has_aux=True)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from effattn_jax._contract import is_whole
 from effattn_jax.optim._selection import Select, choose, is_parameters, value_and_gradients
 from effattn_jax.optim._trees import Axes, is_float, number, wide
 from effattn_jax.optim.clipping import global_norm
@@ -104,7 +105,7 @@ def pgd(
       2.2500
     """
     _check(epsilon, norm)
-    if norm == "none" or not step_size >= 0 or not (isinstance(num_steps, int) and num_steps >= 1):
+    if norm == "none" or not step_size >= 0 or not is_whole(num_steps, 1):
         raise ValueError(
             "pgd needs norm 'l2' or 'inf', step_size >= 0 and a positive integer num_steps, "
             f"got norm={norm!r}, step_size={step_size}, num_steps={num_steps!r}."
@@ -177,12 +178,12 @@ def virtual_adversarial(
       >>> print(f"{divergence(jnp.zeros((1, 2)), jax.random.key(0)):.3f}")
       0.259
     """
-    if not number(epsilon) >= 0 or not (isinstance(num_iterations, int) and num_iterations >= 0):
+    if not number(epsilon) >= 0 or not is_whole(num_iterations, 0):
         raise ValueError(
             f"epsilon and num_iterations must not be negative, got {epsilon} and {num_iterations!r} (an integer)."
         )
 
-    if not (isinstance(batch_axes, int) and batch_axes >= 0):
+    if not is_whole(batch_axes, 0):
         raise ValueError(f"batch_axes must be a number of leading axes, 0 or more, got {batch_axes!r}.")
 
     def divergence(x: jax.Array, key: jax.Array) -> jax.Array:

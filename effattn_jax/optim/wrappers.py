@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from effattn_jax._contract import is_whole
 from effattn_jax.optim._arrays import all_finite
 from effattn_jax.optim._trees import Axes, Path, axis_names, is_float, map_leaves, matches, number, path_of, wide
 
@@ -70,7 +71,7 @@ def lookahead(
       >>> print(params, state.slow)
       1.0 1.0
     """
-    if not isinstance(period, int) or period < 1:
+    if not is_whole(period, 1):
         raise ValueError(f"period must be a positive integer, got {period!r}.")
     if not 0 < number(slow_step) <= 1:
         raise ValueError(f"slow_step must be in (0, 1], got {slow_step}.")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._compiled import compiled
-from effattn_jax._contract import ArrayLike, positive
+from effattn_jax._contract import ArrayLike, is_whole, positive
 from effattn_jax.attention._pairs import whole_rows
 from effattn_jax.attention._patterns import Part, View, documents, merge, part, run
 from effattn_jax.attention.kv_cache import Cache
@@ -150,7 +150,7 @@ def rerope_attention(
         raise ValueError(
             f"leak must be a finite number, at least 0: how fast distances grow beyond the window; got {leak!r}"
         )
-    if sinks is not None and not (isinstance(sinks, int) and not isinstance(sinks, bool) and sinks >= 1):
+    if sinks is not None and not is_whole(sinks, 1):
         raise ValueError(f"sinks must be an int >= 1, or None for all keys; got {sinks!r}")
     if dim not in (None, 0):
         raise ValueError(f"dim must be 0, which turns nothing, or None; got {dim}")

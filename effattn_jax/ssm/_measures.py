@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from effattn_jax._contract import choose
+from effattn_jax._contract import choose, is_whole
 from effattn_jax.ssm import _bases as bases
 from effattn_jax.ssm._calls import number
 
@@ -237,7 +237,7 @@ def find(measure: str, size: int, options: Mapping[str, Any]) -> tuple[Measure, 
         if name not in found.defaults:
             takes = ", ".join(sorted(found.defaults)) or "none"
             raise ValueError(f"{name} is no option of measure={measure!r}; its options: {takes}")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not is_whole(size, 1):
         raise ValueError(f"size must be a positive int; got {size!r}")
     if (found.even and size % 2) or (found.even is None and size % 2 == 0):
         raise ValueError(f"size must be {'even' if found.even else 'odd'} for measure={measure!r}; got {size}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._compiled import compiled
-from effattn_jax._contract import ArrayLike, choose
+from effattn_jax._contract import ArrayLike, choose, is_whole
 from effattn_jax._derivatives import Fixed
 from effattn_jax.ssm import _toeplitz
 from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, passing, require
@@ -39,7 +39,7 @@ def _system(shape: tuple[int | str, ...], Lambda: ArrayLike, **weights: ArrayLik
 
 def _kernel_system(Lambda: ArrayLike, step: ArrayLike, length: int, **weights: ArrayLike) -> list[jax.Array]:
     """Poles, their weights and the step of a kernel of that length, of one system or one a channel."""
-    require(isinstance(length, int) and length >= 0, f"length must be a non-negative int; got {length!r}")
+    require(is_whole(length, 0), f"length must be a non-negative int; got {length!r}")
     system = _system(("P",) if np.ndim(Lambda) == 1 else ("D", "P"), Lambda, **weights)
     shape = system[0].shape[:-1]
     step = inexact("step", step, () if np.ndim(step) == 0 else shape, beside=f" beside Lambda {system[0].shape}")

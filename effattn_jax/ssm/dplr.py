@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._compiled import compiled
-from effattn_jax._contract import ArrayLike, choose, floating
+from effattn_jax._contract import ArrayLike, choose, floating, is_whole
 from effattn_jax._derivatives import tie
 from effattn_jax.recurrence.fft import fft_convolution
 from effattn_jax.ssm._calls import open_row, open_state, passing
@@ -88,7 +88,7 @@ def dplr_kernel(Lambda: ArrayLike, P: ArrayLike, B: ArrayLike, C: ArrayLike, ste
     >>> print([round(k, 4) for k in kernel(Lambda, P, B, C, 0.5, length=3).tolist()])
     [0.4, 0.24, 0.144]
     """
-    if not isinstance(length, int) or length < 1:
+    if not is_whole(length, 1):
         raise ValueError(f"length must be a positive int; got {length!r}")
     system = _check(Lambda, P, B, C, step)
     drive = (system.step[:, None] * system.B)[:, None]

@@ -8,7 +8,7 @@ Source: Gu et al., arXiv:2206.11893.
 
 import numpy as np
 
-from effattn_jax._contract import choose
+from effattn_jax._contract import choose, is_whole
 
 __all__ = ["diagonal_init"]
 
@@ -51,6 +51,6 @@ def diagonal_init(kind: str, size: int) -> np.ndarray:
     [17.8254, 4.2441, 1.5279, 0.3638]
     """
     choose("kind", kind, _KINDS)
-    if not isinstance(size, int) or size < 2 or size % 2:
+    if not is_whole(size, 2) or size % 2:
         raise ValueError(f"size must be an even positive int, two states to a conjugate pair; got {size!r}")
     return _KINDS[kind](size)
