@@ -46,9 +46,8 @@ SHORT = [
 
 def start(folder, *arguments, devices=1):
     command = [sys.executable, "train.py", "quickstart", *SMALL, *SHORT, "--train.run-dir", str(folder), *arguments]
-    # The last of two flags holds, and the cheap passes of conftest.py stay.
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command += ["--mesh.cpu-devices", str(devices)]  # not the eight of conftest.py
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -76,8 +75,18 @@ def test_two_processes_train_as_one(tmp_path, alone, mesh):
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "in 2 processes" in outputs[0][0] and "step" not in outputs[1][0]
+    assert_same_losses(tmp_path / "run", alone[0])
+
+
+def test_two_devices_of_a_cpu_train_as_one(tmp_path, alone):
+    out, err = (process := start(tmp_path / "run", devices=2)).communicate(timeout=300)
+    assert process.returncode == 0 and "2 x cpu" in out, (out, err)
+    assert_same_losses(tmp_path / "run", alone[0])
+
+
+def assert_same_losses(*folders):
     for name in ("train/loss", "val/loss"):
-        here, there = ([float(row[name]) for row in rows(f) if row[name]] for f in (tmp_path / "run", alone[0]))
+        here, there = ([float(row[name]) for row in rows(folder) if row[name]] for folder in folders)
         np.testing.assert_allclose(here, there, rtol=1e-5)
 
 

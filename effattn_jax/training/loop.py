@@ -18,7 +18,7 @@ from effattn_jax.training.profiler import Profiler
 from effattn_jax.training.progress import Screen
 from effattn_jax.training.reports import Reporter
 from effattn_jax.training.setup import Setup, prepare
-from effattn_jax.training.startup import join_processes, keep_freed_memory, use_compile_cache
+from effattn_jax.training.startup import join_processes, keep_freed_memory, split_cpu, use_compile_cache
 
 
 def train(config: Config, name: str = "run") -> dict[str, float]:
@@ -32,6 +32,7 @@ def train(config: Config, name: str = "run") -> dict[str, float]:
         dataset = load(config.data)
     keep_freed_memory()
     use_compile_cache(config.train.compile_cache)
+    split_cpu(config.mesh.cpu_devices)
     join_processes(config.mesh)
     first_process = jax.process_index() == 0
     setup = prepare(config, dataset)

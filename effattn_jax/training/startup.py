@@ -27,6 +27,24 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
+def split_cpu(devices: int | None) -> None:
+    """Make so many devices of the CPU, each with a thread of its own; None leaves what there is.
+
+    XLA runs most operations of a small model on one core, so two programs on half the rows are quicker than one on all.
+
+    Raises:
+      UserError: not a positive number, or jax has already started.
+    """
+    if devices is None:
+        return
+    if devices < 1:
+        raise UserError(f"mesh.cpu-devices must be positive or None, got {devices}.")
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError as error:
+        raise UserError(f"mesh.cpu-devices must be set before jax starts: {one_line(error)}") from error
+
+
 def join_processes(config: MeshConfig) -> None:
     """Join the other processes of the run, where there are any.
 
