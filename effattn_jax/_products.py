@@ -51,7 +51,7 @@ def scaled_axis(weights: jax.Array, x: jax.Array, axis: int = -1) -> jax.Array:
 
 @jax.custom_jvp
 def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights, and log-sum-exp, along the last axis; a score of -inf has weight 0, in a row with NaN and in one of nothing else too.
+    """Weights, and log-sum-exp, along the last axis; a row of nothing but -inf has weights 0.
 
     dw = w (ds - w.ds) and dlse = w.ds: left to itself JAX goes back through the quotient, which reads the row twice as often.
     """
@@ -61,7 +61,7 @@ def softmax(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     total = p.sum(-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    return jnp.where(scores == -jnp.inf, 0, p / total), jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return p / total, jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
 
 
 @softmax.defjvp

@@ -173,6 +173,21 @@ def test_an_id_that_comes_again_is_another_document_for_convolutions(is_causal):
         np.testing.assert_allclose(run(x[2:], segment_ids=ids[2:], initial_state=state), alone[2:], rtol=1e-6)
 
 
+@pytest.mark.parametrize("padding", [7, 0], ids=["its document's id", "another id"])
+def test_the_id_of_padding_does_not_matter(padding):
+    """Neither behind a row that goes on in another call, nor in a call of padding alone, nor between two tokens."""
+    x, weight = random(4, 3).astype(np.float32), random(8, 8, seed=1).astype(np.float32)
+    run = functools.partial(mixing.token_mixing, kernel=weight, is_causal=True)
+    whole = run(x, segment_ids=np.full(4, 7))
+    padded, mask = np.insert(x[:3], 2, 9.0, axis=0), np.array([True, True, False, True])
+    ids = np.where(mask, 7, padding)
+    np.testing.assert_allclose(run(padded, segment_ids=ids, mask=mask)[mask], whole[:3], atol=1e-5)
+    behind = {"segment_ids": np.array([7, 7, 7, padding]), "mask": np.arange(4) < 3}
+    _, state = run(np.insert(x[:3], 3, 9.0, axis=0), **behind, return_state=True)
+    _, state = run(padded[2:3], segment_ids=ids[2:3], mask=mask[2:3], initial_state=state, return_state=True)
+    np.testing.assert_allclose(run(x[3:], segment_ids=np.array([7]), initial_state=state), whole[3:], atol=1e-5)
+
+
 def test_a_new_document_takes_the_places_of_the_last_one(x64):
     """A state with room for six tokens serves any number of documents of at most six."""
     kernel, bias = random(6, 6), random(6)

@@ -304,6 +304,8 @@ def whole_rows(
     if spec.top is not None and spec.top < keys:
         s = jnp.where(largest(lax.stop_gradient(s), spec.top), s, -jnp.inf)
     weights, lse = softmax(s)
+    bad_row = bad_row | jnp.isnan(lse)
+    weights = jnp.where(bad_row[..., None], 0, weights)
     out = jnp.einsum("bkgij,bkjv->bkgiv", weights, v)
     if more is not None and more.values is not None:
         by_head = weights.reshape(weights.shape[0], weights.shape[1] * weights.shape[2], *weights.shape[3:])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, floating, scale_or
 from effattn_jax._derivatives import tie
-from effattn_jax._products import softmax
+from effattn_jax._products import finite, softmax
 from effattn_jax.recurrence.diagonal import by_chunks, by_platform, solve
 
 __all__ = ["ExternalState", "external_attention"]
@@ -148,7 +148,7 @@ def _log_sums_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array
 
     def share(part):
         none = part == -jnp.inf
-        return jnp.where(none, 0, jnp.exp(jnp.where(none, 0, part) - jnp.where(none, 0, total)))
+        return finite(jnp.where(none, 0, jnp.exp(jnp.where(none, 0, part) - jnp.where(none, 0, total))))
 
     return total, solve(share(before), share(x) * tangents[0], False, by_platform)
 

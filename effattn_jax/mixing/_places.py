@@ -58,15 +58,16 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
         f"inputs must have at most T_max = {length} tokens, the places that the weights have; got T = {count}",
     )
     first, last = (None, None) if past is None else (past.count, past.segment)
-    position = count_positions((tokens.inputs.shape[0], count), tokens.mask, tokens.segments, first, last)
+    segments = _segments(tokens, past)
+    position = count_positions((tokens.inputs.shape[0], count), tokens.mask, segments, first, last)
     if past is not None:
         when_known(partial(_require_room, length), jnp.max(position, initial=-1) + 1)
     sees = jnp.tri(count, dtype=bool)[None] if is_causal else None
     document = None
-    if tokens.segments is not None:
-        before = tokens.segments[:, :1] if past is None else past.segment[:, None]
-        before = jnp.concatenate([before, tokens.segments[:, :-1]], axis=1)[:, :count]
-        document = jnp.cumsum(tokens.segments != before, axis=1)
+    if segments is not None:
+        before = segments[:, :1] if past is None else past.segment[:, None]
+        before = jnp.concatenate([before, segments[:, :-1]], axis=1)[:, :count]
+        document = jnp.cumsum(segments != before, axis=1)
         same = document[:, :, None] == document[:, None, :]
         sees = same if sees is None else sees & same
     if tokens.mask is not None:
@@ -77,8 +78,15 @@ def places_of(tokens: Tokens, past: PastTokens | None, length: int, is_causal: b
         sees_past = (jnp.arange(length)[None] < past.count[:, None])[:, None]
         sees_past = jnp.broadcast_to(sees_past, (sees_past.shape[0], count, length))
         sees_past = sees_past if document is None else sees_past & (document == 0)[:, :, None]
-    fixed = tokens.mask is None and tokens.segments is None and past is None
+    fixed = tokens.mask is None and segments is None and past is None
     return Places(position, document, sees, sees_past, fixed)
+
+
+def _segments(tokens: Tokens, past: PastTokens | None) -> jax.Array | None:
+    """Segment ids (B, T); a row of padding alone stays in the document of the state."""
+    if past is None or tokens.mask is None or tokens.segments is None:
+        return tokens.segments
+    return jnp.where(jnp.any(tokens.mask, axis=1, keepdims=True), tokens.segments, past.segment[:, None])
 
 
 def _require_room(length: int, count: np.ndarray) -> None:
@@ -182,7 +190,8 @@ def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, pl
         return _write(old, slot, new.astype(old.dtype))
 
     written = tuple(write(old, new) for old, new in zip(past.values, values, strict=True))
-    segment = past.segment if tokens.segments is None else tokens.segments[:, -1]
+    segments = _segments(tokens, past)
+    segment = past.segment if segments is None else segments[:, -1]
     return PastTokens(written, (position[:, -1] + real[:, -1]).astype(jnp.int32), segment)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, accumulator, flags, floating
+from effattn_jax._places import ids_without_padding
 from effattn_jax._products import row_products, scaled_axis, scaled_rows
 
 __all__: list[str] = []
@@ -17,7 +18,7 @@ class Tokens(NamedTuple):
 
     inputs: jax.Array  # (B, T, D)
     mask: jax.Array | None  # (B, T)
-    segments: jax.Array | None  # (B, T)
+    segments: jax.Array | None  # (B, T), of padding those of the token before it
     batch: tuple[int, ...]
 
     def finish(self, out: jax.Array) -> jax.Array:
@@ -63,6 +64,7 @@ def check_tokens(
         rule = f"segment_ids must be integers of shape (*B, T) = {(*batch, length)}"
         require(ok, f"{rule}; got {ids.dtype} {ids.shape}")
         segment_ids = ids.astype(jnp.int32).reshape(flat)
+        segment_ids = segment_ids if mask is None else ids_without_padding(segment_ids, mask)
     tokens = Tokens(inputs.reshape(*flat, width), mask, segment_ids, tuple(batch))
     return tokens._replace(inputs=tokens.real(tokens.inputs))
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax._places import number_runs
-from effattn_jax._products import scaled_axis, scaled_rows, softmax
+from effattn_jax._products import quiet, scaled_axis, scaled_rows, softmax
 from effattn_jax.mixing._tokens import Tokens, adopt, check_tokens, check_weight, require, wide
 
 __all__ = ["ConvolutionState", "dynamic_convolution", "lightweight_convolution"]
@@ -116,7 +116,7 @@ def _by_heads(weight: jax.Array, x: jax.Array) -> jax.Array:
     """Channels of x (B, T, D) times the weight (B, T, N), or (N,), of their head."""
     heads = weight.shape[-1]
     x = x.astype(weight.dtype).reshape(*x.shape[:2], heads, x.shape[2] // heads)
-    y = scaled_rows(weight, x) if weight.ndim == 3 else scaled_axis(weight, x, 2)
+    y = quiet(scaled_rows)(weight, x) if weight.ndim == 3 else scaled_axis(weight, x, 2)
     return y.reshape(*x.shape[:2], heads * x.shape[3])
 
 

@@ -114,6 +114,8 @@ class S4D(TimeInvariant):
 class S4(TimeInvariant):
     """Diagonal plus low-rank state-space layer (S4-LegS), (B, T, D) -> (B, T, D): one system a channel, bilinear.
 
+    Rows without segments or a state are a convolution by FFT, which is causal but for rounding: a later NaN spoils all of its row.
+
     Attributes:
       state_size: N, 64 real states a channel when None.
       The others: see `SequenceMixer`.
@@ -136,8 +138,9 @@ class S4(TimeInvariant):
         step = self.rate * jnp.exp(self._weight(prefix + "log_step", log_uniform(*STEPS), self.width))
         Lambda = jax.lax.complex(-jnp.exp(log_real), imag)
         stateful = initial is not None  # a returned state costs the recurrence, step by step
+        mode = "recurrence" if stateful or segment_ids is not None or u.shape[1] == 1 else "convolution"
         out = ssm.dplr_ssm(
-            u, Lambda, P, B, C, D, step, initial_state=initial, segment_ids=segment_ids, return_state=stateful
+            u, Lambda, P, B, C, D, step, mode=mode, initial_state=initial, segment_ids=segment_ids, return_state=stateful
         )  # fmt: skip
         return out if stateful else (out, None)
 

@@ -19,14 +19,22 @@ from jax import lax
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, accumulator, choose
 from effattn_jax._derivatives import tie, traced_once
+from effattn_jax._products import finite, quiet
 from effattn_jax.recurrence._diagonal_kernel import by_kernel
 
 __all__ = ["diagonal_recurrence"]
 
 
+@jax.custom_jvp
 def forget(decay: jax.Array, state: jax.Array) -> jax.Array:
-    """decay * state, where a decay of exactly 0 forgets NaN and Inf as well."""
+    """decay * state, where a decay of exactly 0 forgets NaN and Inf as well; in the derivative by the decay they count as 0."""
     return jnp.where(decay == 0, 0, decay * state)
+
+
+@forget.defjvp
+def _forget_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (decay, state), (d_decay, d_state) = primals, tangents
+    return forget(decay, state), forget(decay, d_state) + d_decay * finite(state)
 
 
 def _scan(decay: jax.Array, inputs: jax.Array, reverse: bool) -> jax.Array:
@@ -113,13 +121,13 @@ def solve(decay: jax.Array, inputs: jax.Array, reverse: bool, form: Callable) ->
     """h with h - a shift(h) = x; the transposed system runs the other way with decays one step further."""
 
     def residual(h):
-        return h - decay * _shift(h, reverse)
+        return h - quiet(jnp.multiply)(decay, _shift(h, reverse))
 
     def forwards(_, x):
         return form(decay, x, reverse)
 
     def backwards(_, x):
-        return form(_shift(decay, not reverse), x, not reverse)
+        return form(finite(_shift(decay, not reverse)), x, not reverse)
 
     return lax.custom_linear_solve(residual, inputs, forwards, backwards)
 

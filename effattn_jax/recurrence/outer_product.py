@@ -40,10 +40,10 @@ def _step_by_step(query, key, value, log_decay, state, *, segments=None, options
         fresh = begin[:, None, None]
         old = jnp.where(fresh[..., None], 0, quiet(jnp.multiply)(state, a[..., None]))
         state = old + k[..., None] * v[..., None, :]
-        out = jnp.einsum("bkh,bkhv->bkv", q, state)
+        out = quiet(partial(jnp.einsum, "bkh,bkhv->bkv"))(q, state)
         if total is not None:
             total = jnp.where(fresh, 0, quiet(jnp.multiply)(total, a)) + k
-            out = normalized(out, jnp.einsum("bkh,bkh->bk", q, total))
+            out = normalized(out, quiet(partial(jnp.einsum, "bkh,bkh->bk"))(q, total))
         return (state, total), out
 
     if state is None:

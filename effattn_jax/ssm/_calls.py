@@ -2,6 +2,7 @@
 
 import numbers
 from collections.abc import Callable
+from functools import partial
 from math import nan, prod
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from effattn_jax._contract import ArrayLike, accumulator, choose, floating, positive
-from effattn_jax._products import scaled_axis
+from effattn_jax._products import quiet, scaled_axis
 from effattn_jax.recurrence.diagonal import _FORMS
 
 __all__: list[str] = []
@@ -118,7 +119,7 @@ def passing(D: ArrayLike | None, u: jax.Array) -> Callable[[jax.Array], jax.Arra
     """The map y -> y + D u of an output, D (N,) for u (B, T, N, ...): checked here, before the recurrence runs. y itself where D is None."""
     if D is None:
         return lambda out: out
-    direct = scaled_axis(as_wide(inexact("D", D, u.shape[2:3]), u), u, 2)
+    direct = quiet(partial(scaled_axis, axis=2))(as_wide(inexact("D", D, u.shape[2:3]), u), u)
     return lambda out: out + direct
 
 

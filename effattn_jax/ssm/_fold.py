@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from effattn_jax._derivatives import Fixed, tie
 from effattn_jax.recurrence import diagonal_recurrence
-from effattn_jax.recurrence._chunks import scan_chunks
+from effattn_jax.recurrence._chunks import at_once, pull_by_vjp, scan_chunks
 
 __all__: list[str] = []
 
@@ -26,8 +26,9 @@ def fold(
     """`scan_chunks` for any length: a last chunk that is not full is a call of its own, so that nothing is padded."""
     length = jax.tree.leaves(inputs)[0].shape[1]
     whole = length - length % size
+    pull = pull or Fixed(pull_by_vjp, body)
     if whole == 0:
-        return body(carry, inputs, aux, weights)
+        return at_once(body, pull, (carry, inputs, weights), aux)
 
     def part(tree, start, stop):
         return jax.tree.map(lambda x: x[:, start:stop], tree)
@@ -36,7 +37,7 @@ def fold(
     carry, out = scan_chunks(body, carry, *rows, size=size, pull=pull, weights=weights)
     if whole == length:
         return carry, out
-    carry, last = body(carry, part(inputs, whole, length), part(aux, whole, length), weights)
+    carry, last = at_once(body, pull, (carry, part(inputs, whole, length), weights), part(aux, whole, length))
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), out, last)
 
 

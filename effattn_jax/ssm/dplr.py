@@ -187,8 +187,8 @@ def dplr_ssm(
       P: (D, P), or (R, D, P) with R <= 2.
       D: (D,) or None.
       step: dt > 0, scalar or (D,).
-      mode: "convolution" (kernel and FFT) or "recurrence" (step by step, O(P) a step); None is the recurrence where segments, a returned state or a
-        single step ask for it, the convolution elsewhere.
+      mode: "recurrence" (step by step, O(P) a step) or "convolution" (kernel and FFT: parallel in time, and not causal to the bit, so a later NaN spoils
+        all); None is "recurrence".
       initial_state: (*B, D, P) complex, the state before the first step (after the last one when `reverse`); zeros when None.
       return_state: also return the state after the last step (before the first one when `reverse`).
       segment_ids: (*B, T) integers; the state restarts wherever the id changes. The initial state belongs to the first segment. Not for convolutions.
@@ -211,14 +211,13 @@ def dplr_ssm(
     [0.4, 0.64, 0.784] (1, 1, 2)
     """
     choose("mode", mode, (None, "convolution", "recurrence"))
+    mode = mode or "recurrence"
     if jnp.ndim(Lambda) != 2:
         raise ValueError(f"Lambda must have shape (D, P); got {jnp.shape(Lambda)}")
     width, size = jnp.shape(Lambda)
     system = _check(Lambda, P, B, C, step, jnp.asarray(u))
     row = open_row({"u": (u, (width,))}, segment_ids, reverse, wide=(system.B,))
     rows = row.arrays["u"]
-    if mode is None:
-        mode = "recurrence" if segment_ids is not None or return_state or rows.shape[1] == 1 else "convolution"
     if mode == "convolution" and segment_ids is not None:
         raise ValueError("segment_ids need mode='recurrence': one kernel cannot restart; got mode='convolution'")
     x = open_state(initial_state, row, (width, size), rows.sum(1)[..., None] * system.B[None])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, positive
-from effattn_jax._products import row_products, scaled_rows
+from effattn_jax._products import quiet, row_products, scaled_rows
 from effattn_jax.recurrence._outer_chunks import Options, repeat_heads
 from effattn_jax.recurrence._outer_kernel import outer_product
 from effattn_jax.ssm._calls import as_wide, inexact, open_row, open_state, passing, require
@@ -169,7 +169,7 @@ def mamba3_trapezoid(
     first = state.state + other[:, 0, :, None, None] * state.key[..., None] * state.value[:, :, None]
     counted = own + jnp.concatenate([other[:, 1:], jnp.zeros_like(other[:, :1])], axis=1)
     past, (last, _) = outer_product(
-        query, key, scaled_rows(counted, x), decay, (first, None), segments=row.segments, size=chunk_size,
+        query, key, quiet(scaled_rows)(counted, x), decay, (first, None), segments=row.segments, size=chunk_size,
         options=Options(strict=True), implementation=implementation,
     )  # fmt: skip
     present = row_products(query, key) * own

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike
 from effattn_jax._derivatives import Fixed, tie
+from effattn_jax._products import finite
 from effattn_jax.recurrence import diagonal_recurrence
 from effattn_jax.recurrence.diagonal import forget
 from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, passing
@@ -117,6 +118,9 @@ def _chunk(implementation, state, inputs, begin, A):
 
 def _pull(implementation, state, inputs, begin, out, d_state, d_out, A):
     """The backward pass of a chunk: g_t = C_t y'_t + a_{t+1} g_{t+1} is the cotangent of x_t, and all others follow from it."""
+    # What is not finite is 0 here, and an output that is not passes nothing back: beside a cotangent of 0 it would make NaN.
+    state, inputs = jax.tree.map(finite, (state, inputs))
+    d_out = jnp.where(jnp.isfinite(out), d_out, 0)
     u, delta, B, C = inputs
     decay, x, _ = _states(implementation, state, inputs, begin, A)
     factor = 2 if jnp.iscomplexobj(A) else 1
