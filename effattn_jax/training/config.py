@@ -143,7 +143,7 @@ class MeshConfig:
     sequence: int = 1
     """Devices that share the time axis of a row."""
     cpu_devices: int | None = None
-    """Devices that jax makes of a CPU: programs run beside each other, on rows of their own, use its cores better than one does; None leaves it one device."""
+    """Devices that jax makes of a CPU, to try a mesh without accelerators; None leaves it as jax has it."""
     coordinator: str | None = None
     """host:port of process 0, where several processes train together (TPU pods need none of these three)."""
     num_processes: int | None = None

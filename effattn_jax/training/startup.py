@@ -28,9 +28,7 @@ def keep_freed_memory() -> None:
 
 
 def split_cpu(devices: int | None) -> None:
-    """Make so many devices of the CPU, each with a thread of its own; None leaves what there is.
-
-    XLA runs most operations of a small model on one core, so two programs on half the rows are quicker than one on all.
+    """Make so many devices of the CPU; None leaves what there is.
 
     Raises:
       UserError: not a positive number, or jax has already started.
