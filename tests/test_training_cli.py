@@ -162,7 +162,7 @@ def test_unknown_preset(capsys):
         (["--optim.clip-norm", "inf", "--optim.clip", "soft"], "optim.clip_norm must be finite, got inf"),
         (["--mesh.data", "0"], "mesh axis data must be positive or -1, got 0"),
         (["--mesh.fsdp", "64"], "needs 64 devices, and there are 8"),
-        (["--mesh.cpu-devices", "0"], "mesh.cpu-devices must be positive or None, got 0"),
+        (["--mesh.cpu-devices", "0"], "mesh.cpu_devices must be positive or None, got 0"),
         (["--mesh.process-id", "0"], "must be given together"),
         (["--data.path", "no/such/file"], "must be an existing file or folder"),
     ],

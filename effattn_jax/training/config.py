@@ -191,6 +191,8 @@ class Config:
         if 0 < self.model.random_positions < self.data.context:
             given = f"{self.model.random_positions} and {self.data.context}"
             raise ValueError(f"model.random_positions must be 0 or at least data.context, got {given}.")
+        if self.mesh.cpu_devices is not None and self.mesh.cpu_devices < 1:
+            raise ValueError(f"mesh.cpu_devices must be positive or None, got {self.mesh.cpu_devices}.")
         if self.train.run_dir == "":
             raise ValueError("train.run_dir must be a folder or None, got ''.")
         self._check_sampling()

@@ -31,12 +31,10 @@ def split_cpu(devices: int | None) -> None:
     """Make so many devices of the CPU; None leaves what there is.
 
     Raises:
-      UserError: not a positive number, or jax has already started.
+      UserError: jax has already started.
     """
     if devices is None:
         return
-    if devices < 1:
-        raise UserError(f"mesh.cpu-devices must be positive or None, got {devices}.")
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError as error:
