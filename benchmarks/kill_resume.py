@@ -6,7 +6,6 @@ Each point is a fresh run folder: the command is started, gets SIGKILL or SIGTER
 fraction of a second (a save may be under way), and is started again until it ends. Exit code 1 if any state differs.
 """
 
-import argparse
 import contextlib
 import csv
 import os
@@ -23,6 +22,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tyro
 
 ROOT = Path(__file__).parents[1]
 STEPS = 120
@@ -128,25 +128,26 @@ def measure(folder: Path, points: int, seed: int = 0, steps: int = STEPS, device
     return [kill_once(folder / f"point{i}", steps, devices, chance, folder / "reference") for i in range(points)]
 
 
-def main() -> int:
-    """Print a table of all points; 0 if every final state is the reference's."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--points", type=int, default=20, help="number of kills (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a run (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices (default: %(default)s)")
-    options = parser.parse_args()
+def main(points: int = 20, seed: int = 0, steps: int = STEPS, devices: int = 1) -> int:
+    """Print a table of all points; 0 if every final state is the reference's.
+
+    Args:
+      points: number of kills.
+      seed: of the random moments.
+      steps: of a run.
+      devices: simulated on the CPU.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        points = measure(Path(folder), options.points, options.seed, options.steps, options.devices)
+        measured = measure(Path(folder), points, seed, steps, devices)
     print(f"{'':>3}  {'signal':<8} {'killed at':>9} {'exit code':>9} {'resumed after':>13}  state      losses")
-    for i, point in enumerate(points):
+    for i, point in enumerate(measured):
         state, loss = ("identical" if same else "DIFFERENT" for same in (point.same_state, point.same_losses))
         numbers = f"{point.killed_at:>9} {point.exit_code:>9} {point.resumed_after:>13}"
         print(f"{i:>3}  {point.signal:<8} {numbers}  {state:<10} {loss}")
-    good = sum(point.same_state and point.same_losses for point in points)
-    print(f"{good} of {len(points)} runs end bit by bit as the uninterrupted run of {options.steps} steps.")
-    return int(good < len(points))
+    good = sum(point.same_state and point.same_losses for point in measured)
+    print(f"{good} of {len(measured)} runs end bit by bit as the uninterrupted run of {steps} steps.")
+    return int(good < len(measured))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(tyro.cli(main, description=__doc__.partition("\n")[0]))

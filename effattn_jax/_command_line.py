@@ -1,11 +1,35 @@
 """What tyro has to say about a command line, for commands that answer every mistake with one line."""
 
 import contextlib
+import functools
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-__all__ = ["mistakes_on_one_line"]
+__all__ = ["bound", "mistakes_on_one_line"]
+
+
+def bound(command: Callable, prog: str, arguments: Sequence[str] | None = None) -> Callable[[], Any]:
+    """`command` with what a command line (None: this process's) gives for its parameters, not called yet.
+
+    Raises:
+      ValueError: a mistake in the arguments, in one line.
+
+    Example:
+      >>> def add(a: int, /, b: int = 1) -> int:
+      ...     return a + b
+      >>> bound(add, "add", ["2", "--b", "3"])()
+      5
+    """
+    import tyro
+
+    @functools.wraps(command)
+    def bind(*positional: Any, **options: Any) -> Callable[[], Any]:
+        return functools.partial(command, *positional, **options)
+
+    with mistakes_on_one_line():
+        return tyro.cli(bind, args=arguments, prog=prog)
 
 
 @contextlib.contextmanager

@@ -4,14 +4,16 @@ The parameters are those of a checkpoint. Each text names data, or settings of t
 of a training; the run as it was trained comes first. Nothing is written.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
 
 from effattn_jax.data import load
 from effattn_jax.training.checkpoints import restore_named
-from effattn_jax.training.cli import quiet
+from effattn_jax.training.cli import run_command
 from effattn_jax.training.config import MeshConfig
 from effattn_jax.training.errors import UserError, user_errors
 from effattn_jax.training.folder import RunFolder
@@ -20,18 +22,33 @@ from effattn_jax.training.setup import prepare
 from effattn_jax.training.startup import use_compile_cache
 
 
+def command(
+    run: Annotated[str, tyro.conf.arg(metavar="RUN")],
+    conditions: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="CONDITION ...", help_behavior_hint="(default: none)")
+    ] = (),
+    /,
+    *,
+    step: str = "best",
+    batches: int | None = None,
+    data_path: str | None = None,
+) -> None:
+    """Print the validation metrics of a run's model, as it was trained and under other conditions.
+
+    Args:
+      run: The run folder, such as runs/quickstart.
+      conditions: Data fields and settings of inference, each text an evaluation: "data.context=512, model.window=63".
+      step: best, last or a number.
+      batches: Validation batches in each evaluation; None: as in training.
+      data_path: Where the run's text is now, if it was moved.
+    """
+    for text, values in evaluate(run, conditions, step=step, batches=batches, data_path=data_path).items():
+        print(f"{text or 'as trained'}: {describe(values)}")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code, 2 for a mistake."""
-    options = _parser().parse_args(arguments)
-    quiet()
-    given = {"step": options.step, "batches": options.batches, "data_path": options.data_path}
-    try:
-        for text, values in evaluate(options.run, options.conditions, **given).items():
-            print(f"{text or 'as trained'}: {describe(values)}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command line; returns the exit code, 2 for a mistake."""
+    return run_command(command, "python -m effattn_jax.evaluate", arguments)
 
 
 def evaluate(
@@ -72,17 +89,6 @@ def evaluate(
     with user_errors():
         params = restore_named(folder, setup.abstract_state, step).params
     return {"": setup.evaluate(params), **{text: other.evaluate(params) for text, other in setup.also.items()}}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m effattn_jax.evaluate", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", help="run folder, such as runs/quickstart")
-    note = 'data fields and settings of inference, each text an evaluation: "data.context=512, model.window=63"'
-    parser.add_argument("conditions", nargs="*", help=note)
-    parser.add_argument("--step", default="best", help="best, last or a number (default: %(default)s)")
-    parser.add_argument("--batches", type=int, help="validation batches in each (default: as in training)")
-    parser.add_argument("--data-path", help="where the run's text is now, if it was moved")
-    return parser
 
 
 if __name__ == "__main__":

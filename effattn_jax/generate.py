@@ -3,22 +3,23 @@
 The run folder is all that is needed: its config, its codec and one of its checkpoints; the data are not.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
+import tyro
 
 from effattn_jax.data import codecs
 from effattn_jax.decoding.naive_bayes import POOLING
 from effattn_jax.models import ModelConfig
 from effattn_jax.parallel import make_mesh, shard_tree
 from effattn_jax.training.checkpoints import restore_named
-from effattn_jax.training.cli import quiet
+from effattn_jax.training.cli import run_command
 from effattn_jax.training.config import Config, at_inference
 from effattn_jax.training.errors import UserError, user_errors
 from effattn_jax.training.folder import RunFolder
@@ -29,32 +30,68 @@ from effattn_jax.training.startup import use_compile_cache
 from effattn_jax.training.step import TrainState, init_state
 from effattn_jax.training.tasks import LanguageTask, make_task
 
-NAIVE_BAYES = ("pooling", "beta", "context_top_p", "transition_penalty")
+
+def command(
+    run: Annotated[str, tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    prompt: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a line break)")] = "\n",
+    tokens: int = 300,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    step: str = "best",
+    contexts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE ...", help_behavior_hint="(default: none)")] = (),
+    pooling: Literal[POOLING] | None = None,
+    beta: float | None = None,
+    context_top_p: float | None = None,
+    transition_penalty: float | None = None,
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")] = (),
+) -> None:
+    """Print a prompt and the text that a trained language model writes after it.
+
+    Args:
+      run: The run folder, such as runs/quickstart.
+      prompt: Text to continue, of which the last half context is read.
+      tokens: Number of tokens to add.
+      temperature: 0 is greedy.
+      top_k: Sample among the k most probable tokens.
+      top_p: Sample among the most probable tokens that hold this probability.
+      seed: Equal seeds give equal texts.
+      step: best, last or a number.
+      contexts: Texts that are each read apart before the prompt (naive-Bayes context extension).
+      pooling: Of contexts: the one of least entropy (None), or token by token.
+      beta: Weight of what the model says without a context; None is 0.25.
+      context_top_p: Nucleus of each context, cut before entropies; None is 0.95.
+      transition_penalty: What leaving the last context costs; None is 0.1.
+      set: A setting of the model at inference, such as rotary_scaling=ntk_mixed, rotary_factor=8 or context=1024.
+    """
+    naive_bayes = {
+        "pooling": pooling,
+        "beta": beta,
+        "context_top_p": context_top_p,
+        "transition_penalty": transition_penalty,
+    }
+    text = sample(
+        run,
+        prompt,
+        tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        step=step,
+        settings=_settings(set),
+        contexts=_texts(contexts),
+        naive_bayes={name: value for name, value in naive_bayes.items() if value is not None},
+    )
+    print(prompt + text)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns the exit code, 2 for a mistake."""
-    options = _parser().parse_args(arguments)
-    quiet()
-    try:
-        text = sample(
-            options.run,
-            options.prompt,
-            options.tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            step=options.step,
-            settings=_settings(options.set),
-            contexts=_texts(options.contexts),
-            naive_bayes={name: getattr(options, name) for name in NAIVE_BAYES if getattr(options, name) is not None},
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(options.prompt + text)
-    return 0
+    """The command line; returns the exit code, 2 for a mistake."""
+    return run_command(command, "python -m effattn_jax.generate", arguments)
 
 
 def sample(
@@ -134,41 +171,12 @@ def _restore(folder: RunFolder, config: Config, task: LanguageTask, step: str) -
     return restore_named(folder, abstract, step)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m effattn_jax.generate", description=__doc__.partition("\n")[0])
-    parser.add_argument("run", help="run folder, such as runs/quickstart")
-    parser.add_argument(
-        "--prompt",
-        default="\n",
-        help="text to continue, of which the last half context is read (default: a line break)",
-    )
-    parser.add_argument("--tokens", type=int, default=300, help="number of tokens to add (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-k", type=int, help="sample among the k most probable tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the most probable tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (default: %(default)s)")
-    parser.add_argument("--step", default="best", help="best, last or a number (default: %(default)s)")
-    note = "a setting of the model at inference, such as rotary_scaling=ntk_mixed, rotary_factor=8 or context=1024; repeatable"
-    files = "texts that are each read apart before the prompt (naive-Bayes context extension), so that together they may be longer than the model reads"
-    parser.add_argument("--contexts", nargs="+", default=[], metavar="FILE", help=files)
-    parser.add_argument(
-        "--pooling", choices=POOLING, help="of contexts: the one of least entropy (default), or token by token"
-    )
-    parser.add_argument("--beta", type=float, help="weight of what the model says without a context (default: 0.25)")
-    parser.add_argument(
-        "--context-top-p", type=float, help="nucleus of each context, cut before entropies (default: 0.95)"
-    )
-    parser.add_argument("--transition-penalty", type=float, help="what leaving the last context costs (default: 0.1)")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=note)
-    return parser
-
-
-def _texts(files: list[str]) -> list[str]:
+def _texts(files: Sequence[str]) -> list[str]:
     with user_errors("--contexts"):
         return [Path(file).read_text(encoding="utf-8") for file in files]
 
 
-def _settings(given: list[str]) -> dict[str, object]:
+def _settings(given: Sequence[str]) -> dict[str, object]:
     """NAME=VALUE by the types of the model's fields."""
     texts = {}
     for text in given:

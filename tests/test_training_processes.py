@@ -184,6 +184,7 @@ def test_lengths_and_contexts_at_inference(alone, tmp_path, capsys):
         (["RUN", "--data-path", "no.txt"], "no.txt"),
         (["RUN", "--data-path", __file__], "give what it was trained with"),
         (["RUN", "--batches", "0"], "batches must be positive; got 0"),
+        (["RUN", "--batches", "x"], "error: Error parsing --batches"),
     ],
 )
 def test_evaluate_mistakes(alone, capsys, arguments, message):
@@ -209,6 +210,8 @@ def test_evaluate_mistakes(alone, capsys, arguments, message):
         (["RUN", "--pooling", "mean"], "pooling given without contexts"),
         (["RUN", "--temperature", "-1"], "temperature must be at least 0"),
         (["RUN", "--tokens", "-1"], "must not be negative, got -1"),
+        ([], "error: Missing from python -m effattn_jax.generate: RUN"),
+        (["RUN", "--nosuch", "1"], "error: Unrecognized options: --nosuch"),
     ],
 )
 def test_generate_mistakes(alone, capsys, arguments, message):

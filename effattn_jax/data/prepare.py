@@ -6,7 +6,6 @@ Train on it with `python train.py PRESET --data.task tokens --data.path OUTPUT`.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from effattn_jax._command_line import mistakes_on_one_line
+from effattn_jax._command_line import bound
 from effattn_jax.data import codecs
 from effattn_jax.data.config import invalid
 from effattn_jax.data.text import text_files
@@ -235,20 +234,10 @@ def command(
     )
 
 
-@functools.wraps(command)
-def _bound(*arguments: Any, **options: Any) -> Callable[[], None]:
-    """`command` with its arguments, not called yet."""
-    return functools.partial(command, *arguments, **options)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line; bad input ends it with one line on stderr and exit code 1."""
-    import tyro
-
     try:
-        with mistakes_on_one_line():
-            run = tyro.cli(_bound, args=argv, prog="python -m effattn_jax.data.prepare")
-        run()
+        bound(command, "python -m effattn_jax.data.prepare", argv)()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -10,7 +10,7 @@ import shlex
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEFAULT_PRESET = "quickstart"
@@ -87,6 +87,22 @@ def _also(config, summary: str) -> str:
         return ""
     command = ["python", "-m", "effattn_jax.evaluate", config.train.run_dir, *texts, "--step", "last"]
     return f"; not evaluated: {', '.join(texts)}, which is done by {shlex.join(command)}"
+
+
+def run_command(command: Callable[..., None], prog: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `command` with what the command line gives for its parameters; the exit code, 2 after the one line of a mistake."""
+    from effattn_jax._command_line import bound
+    from effattn_jax.training.errors import UserError, user_errors
+
+    quiet()
+    try:
+        with user_errors():
+            run = bound(command, prog, arguments)
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def presets(folder: Path) -> dict[str, str]:
