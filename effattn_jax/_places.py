@@ -52,6 +52,20 @@ def count_positions(
     return before - jax.lax.cummax(jnp.where(boundary, before, start), axis=1)
 
 
+def at_own_keys(numbers: jax.Array, offset: jax.Array, length: int, front: jax.Array | int = 0) -> jax.Array:
+    """Of the numbers of keys (B | 1, S) those that `length` queries stand at, the first of them at key `offset`: (B | 1, T).
+
+    Queries in front of the first key, at most all of them, stand at `front`, the last T of which (B | 1, T | 1) come before key 0.
+
+    >>> import jax.numpy as jnp
+    >>> at_own_keys(jnp.array([[5, 6, 7]]), jnp.int32(-2), 4, front=9).tolist()
+    [[9, 9, 5, 6]]
+    """
+    # Empty slots of a cache may lie behind its keys, so that an offset below 0 says nothing of T and S.
+    front = jnp.broadcast_to(jnp.zeros_like(numbers[:, :1]) + front, (numbers.shape[0], length))
+    return jax.lax.dynamic_slice_in_dim(jnp.concatenate([front, numbers], axis=1), offset + length, length, axis=1)
+
+
 def ids_without_padding(segment_ids: jax.Array, mask: jax.Array, last_segment: jax.Array | None = None) -> jax.Array:
     """Segment ids (B, T) in which padding has that of the last real token before it, so that its own makes no boundary.
 

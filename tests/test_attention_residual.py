@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from effattn_jax.attention import cache, dot_product_attention, residual_attention
+from effattn_jax.position import Alibi
 
 B, T, N, K, H, LAYERS = 2, 6, 4, 2, 4, 3
 
@@ -65,6 +66,12 @@ def test_masks_and_biases_act_after_the_addition_and_are_not_handed_on():
     for a, b in zip(plain[1], masked[1], strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_allclose(masked[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_tokens_with_a_bias_by_distance():
+    x = jnp.zeros((1, 0, 2, H))
+    out, scores = residual_attention(x, x, x, is_causal=True, bias=Alibi.initial(2))
+    assert out.shape == x.shape and scores.shape == (1, 2, 0, 0)
 
 
 def test_prefill_and_steps_with_a_cache_a_layer():

@@ -112,10 +112,20 @@ def test_the_table_is_printed_with_what_matched():
         ({"": {}, "bias": {}}, {}, "rule 'bias' is idle: it is the first match of no leaf; leaves: block_0/bias"),
         ({"": {}, "norm": {}}, {}, "rule 'norm' is idle"),
         ({"": {"weight_decy": 0.1}}, {}, "option 'weight_decy' of rule '' is unknown; did you mean 'weight_decay'"),
-        ({"": {"weight_decay": -0.1}}, {}, "weight_decay of rule '' must be at least 0"),
+        ({"": {"weight_decay": -0.1}}, {}, "weight_decay of rule '' must be a finite number of at least 0"),
         ({"": {"lazy": "yes"}}, {}, "lazy of rule '' must be None, 'frozen' or 'decay'"),
-        ({"": {"state_dtype": "int8"}}, {}, "state_dtype of rule '' must be a floating dtype or None, got 'int8'"),
-        ({"": {"state_dtype": bool}}, {}, "state_dtype of rule '' must be a floating dtype or None"),
+        ({"": {"state_dtype": "int8"}}, {}, "state_dtype of rule '' must be bfloat16, a wider .* or None, got 'int8'"),
+        ({"": {"state_dtype": bool}}, {}, "state_dtype of rule '' must be bfloat16"),
+        # A second moment below 6e-8 would be 0.
+        ({"": {"state_dtype": "float16"}}, {}, "state_dtype of rule '' must be bfloat16"),
+        ({"": {"state_dtype": "float8_e4m3fn"}}, {}, "state_dtype of rule '' must be bfloat16"),
+        ({"": {"lr_multiplier": float("inf")}}, {}, "lr_multiplier of rule '' must be a finite number"),
+        ({"": {"soft_clip": True}}, {}, "soft_clip of rule '' needs a clip_norm"),
+        (
+            {"": {"scale": -1.0}},
+            {"inner": functools.partial(amos, 0.1)},
+            "scale_fn must give a positive, finite scale of",
+        ),
         ({"": {"clip_norm": 0.0}}, {}, "clip_norm of rule '' must be positive"),
         ({"": {"clip_group": "a"}}, {}, "clip_group 'a' needs a clip_norm"),
         (

@@ -266,6 +266,15 @@ def test_no_buffer_of_all_pairs(name):
     assert used.temp_size_in_bytes < 0.1 * length**2, used
 
 
+def test_rerope_rounds_its_result_alone():
+    """Large scores of bfloat16: queries and keys stay wide once they are turned."""
+    query, key, value = 4 * jax.random.normal(jax.random.key(0), (3, 1, 32, 2, 64), jnp.bfloat16)
+    run = jax.jit(functools.partial(rerope_attention, window=8, is_causal=True))
+    out, wide = run(query, key, value), run(*(x.astype(jnp.float32) for x in (query, key, value)))
+    assert out.dtype == jnp.bfloat16
+    assert jnp.max(jnp.abs(out - wide)) < 2**-8 * jnp.max(jnp.abs(wide))
+
+
 def test_published_distances_of_rerope():
     """r = 0 .. 9, w = 4: what the scores of one pair say about the distance used."""
     keys = np.eye(2)[None, [0] * 10, None].astype(np.float32)  # one pair of features, turned by t

@@ -155,7 +155,7 @@ def test_unknown_preset(capsys):
         (["--model.random-positions", "8"], "model.random_positions must be 0 or at least data.context, got 8 and 128"),
         (["--train.run-dir", ""], "train.run_dir must be a folder or None, got ''"),
         (["--train.sample-prompt", "\udcff"], r"train.sample_prompt: text: '\udcff' given, must be characters that"),
-        (["--train.eval-also", "model.width=4"], "train.eval_also 'model.width=4': the setting to change at inference"),
+        (["--train.eval-also", "model.width=4"], "evaluation 'model.width=4': the setting to change at inference"),
         (["--optim.learning-rate", "inf"], "optim.learning_rate must be finite, got inf"),
         (["--optim.final-learning-rate", "nan"], "optim.final_learning_rate must be finite, got nan"),
         (["--optim.weight-decay", "inf"], "optim.weight_decay must be finite, got inf"),

@@ -115,14 +115,16 @@ def test_rules_as_text():
         "(?:bias|scale)$",
         {"clip_norm": 1.5, "trust_ratio": True, "lazy": "decay"},
     )
-    for text in ("no colon", "a: weight_decay", "a: =1", "a: weight_decay="):
+    assert parse_rule("a: slot_shape=(1, 32), scale=2")[1] == {"slot_shape": (1, 32), "scale": 2}
+    for text in ("no colon", "a: weight_decay", "a: =1", "a: weight_decay=", "a: weight_decay=1, weight_decay=2"):
         with pytest.raises(ValueError, match="optim.groups must hold rules"):
             make_optimizer(OptimConfig(groups=(text,)), 10)
     for text, words in (
         ("a: lr_multiplier=abc", "optim.groups, rule 'a': lr_multiplier must be a number, got 'abc'"),
         ("a: trust_ratio=5", "trust_ratio must be True or False, got '5'"),
         ("a: scale=abc", "scale must be a number or None, got 'abc'"),
-        ("a: state_dtype=abc", "state_dtype of rule 'a' must be a floating dtype or None, got 'abc'"),
+        ("a: state_dtype=abc", "state_dtype of rule 'a' must be bfloat16, a wider floating dtype or None, got 'abc'"),
+        ("a: scale=1", "optim.groups, rule 'a': adamw has no scale"),
         ("[: lr_multiplier=1", "rule '\\[' must be a regular expression"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -131,3 +133,16 @@ def test_rules_as_text():
         ValueError, match="optim.groups needs optim.name to be one of adamw, amos, lamb, lion, sgd, got 'lars'"
     ):
         make_optimizer(OptimConfig(name="lars", groups=(":",)), 10)
+    with pytest.raises(ValueError, match="optim.groups must hold each regular expression once, got 'a' twice"):
+        make_optimizer(OptimConfig(groups=("a: lazy=frozen", ":", "a: lazy=decay")), 10)
+    with pytest.raises(ValueError, match="optim.groups, rule '': amos has no weight_decay"):
+        make_optimizer(OptimConfig(name="amos", groups=(": weight_decay=0.1",)), 10)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"amos"}))
+def test_every_rule_decays_the_same_parameters(name):
+    """Those of `decayed`: not the state matrices of a mixer, whatever their rank. Amos has a decay of its own."""
+    params = {"in_kernel": jnp.ones((2, 3)), "A_log": jnp.ones((2, 3)), "key_table": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    optimizer, _ = make_optimizer(OptimConfig(name=name, schedule="constant", warmup_steps=0), 10)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    assert {path for path, update in updates.items() if jnp.any(update != 0)} == {"in_kernel"}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from effattn_jax._contract import ArrayLike, Call, accumulator, check_call, is_whole, scale_or, scaled
-from effattn_jax._places import with_sight
+from effattn_jax._places import at_own_keys, with_sight
 from effattn_jax.attention import kv_cache as caches
 from effattn_jax.attention._pairs import Arrays, Marks, Spec, allowed
 
@@ -106,11 +106,7 @@ def with_positions(marks: Marks, length: int, keys: int) -> Marks:
     if marks.key_mask is not None:
         real = marks.key_mask.astype(jnp.int32)
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real
-    missing = max(length - keys, 0)
-    front = jnp.broadcast_to(jnp.arange(-missing, 0)[None], (count.shape[0], missing))
-    query = jax.lax.dynamic_slice_in_dim(
-        jnp.concatenate([front, count], axis=1) if missing else count, marks.offset + missing, length, axis=1
-    )
+    query = at_own_keys(count, marks.offset, length, jnp.arange(length)[None] - length)
     return marks._replace(query_positions=query, key_positions=count)
 
 

@@ -104,6 +104,8 @@ def _by_count(bias: Any, first: Any, rows: int, column: Any, columns: int) -> ja
     if not hasattr(bias, "at_distance"):
         return bias(first + jnp.arange(rows), column + jnp.arange(columns))
     size = rows + columns
+    if size == 0:
+        return bias(first + jnp.arange(rows), column + jnp.arange(columns))
     step = jnp.arange(size)
     values = bias.at_distance(column - first + jnp.where(step < columns, step, step - size))
     copies = jnp.broadcast_to(values[:, None], (values.shape[0], rows, size)).reshape(values.shape[0], rows * size)

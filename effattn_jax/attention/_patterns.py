@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from effattn_jax._contract import choose, flags, positive
-from effattn_jax._places import split_like
+from effattn_jax._places import at_own_keys, split_like
 from effattn_jax._products import scaled_rows
 from effattn_jax.attention._blocks import by_blocks
 from effattn_jax.attention._calls import DENSE_PAIRS, FORMS, block_sizes, prepare, with_positions
@@ -270,13 +270,11 @@ class Documents(NamedTuple):
 
 def documents(view: View) -> Documents:
     """A document is a run of equal ids, without ids everything; it starts with its first key that is not masked, as padding is."""
-    (length, keys), index = view.lengths, jnp.arange(view.lengths[1])[None]
+    length, index = view.lengths[0], jnp.arange(view.lengths[1])[None]
     ids, real = view.marks.key_segments, view.marks.key_mask
 
     def at_queries(x):
-        missing = max(length - keys, 0)
-        x = jnp.concatenate([jnp.broadcast_to(x[:, :1], (x.shape[0], missing)), x], axis=1) if missing else x
-        return lax.dynamic_slice_in_dim(x, view.marks.offset + missing, length, 1)
+        return at_own_keys(x, view.marks.offset, length, x[:, :1])
 
     if ids is None and real is None:
         return Documents(index, view.positions()[None], at_queries)

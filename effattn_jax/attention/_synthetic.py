@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from effattn_jax._compiled import when_known
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
-from effattn_jax._places import count_positions
+from effattn_jax._places import at_own_keys, count_positions
 from effattn_jax.attention._calls import asked_for
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache, cache
@@ -52,10 +51,7 @@ def _places(call: Call, marks: Marks, is_causal: bool, limit: int, name: str) ->
         when_known(partial(_require_places, rule, limit), jnp.max(key, initial=-1) + 1)
     if not is_causal and not (length == keys and marks.query_segments is marks.key_segments):
         return _Places(count_positions((call.query.shape[0], length), None, marks.query_segments), key, plain)
-    missing = max(length - keys, 0)
-    front = jnp.pad(key, [(0, 0), (missing, 0)])
-    start = marks.offset + missing if is_causal else 0
-    return _Places(key if plain else lax.dynamic_slice_in_dim(front, start, length, axis=1), key, plain)
+    return _Places(at_own_keys(key, marks.offset, length) if is_causal and not plain else key, key, plain)
 
 
 def _require_places(rule: str, limit: int, reach: np.ndarray) -> None:

@@ -11,7 +11,22 @@ from effattn_jax.nn.mixer import SequenceMixer
 __all__: list[str] = []
 
 _MIXER = re.compile(r"\s*([\w-]*)\s*(?:\((.*)\)\s*)?", re.DOTALL)
-_BETWEEN = re.compile(r",(?![^()]*\))")  # commas outside parentheses
+
+
+def between_commas(text: str) -> list[str]:
+    """The parts of a text between its commas, but for those inside parentheses.
+
+    >>> between_commas("a=1, b=(2, 3)")
+    ['a=1', 'b=(2, 3)']
+    """
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]
 
 
 def split_mixers(text: str) -> tuple[str, ...]:
@@ -20,7 +35,7 @@ def split_mixers(text: str) -> tuple[str, ...]:
     >>> split_mixers("softmax, sparse(window=8, dilation=4)")
     ('softmax', 'sparse(window=8, dilation=4)')
     """
-    return tuple(part.strip() for part in _BETWEEN.split(text))
+    return tuple(between_commas(text))
 
 
 def parse_mixer(text: str) -> tuple[str, dict[str, Any]]:
@@ -34,11 +49,11 @@ def parse_mixer(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"mixer must be NAME or NAME(OPTION=VALUE, ...); got {text!r}")
     name, inside = found.groups()
     options: dict[str, Any] = {}
-    for part in (inside or "").split(",") if (inside or "").strip() else []:
+    for part in between_commas(inside) if (inside or "").strip() else []:
         option, equals, value = (piece.strip() for piece in part.partition("="))
         if not (equals and option and value) or option in options:
             raise ValueError(
-                f"mixer must be NAME or NAME(OPTION=VALUE, ...), each option once; got {part.strip()!r} in {text!r}"
+                f"mixer must be NAME or NAME(OPTION=VALUE, ...), each option once; got {part!r} in {text!r}"
             )
         options[option] = _value(value)
     return name, options

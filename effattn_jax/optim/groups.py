@@ -36,7 +36,8 @@ class GroupOptions:
       clip_group: leaves that share one norm; None is the leaves of this rule.
       soft_clip: the soft form of it.
       lazy: None, or "frozen" or "decay" as in `lazy_updates`.
-      state_dtype: in which slots shaped as the leaf are kept; None is float32. Arithmetic is float32 all the same.
+      state_dtype: in which slots shaped as the leaf are kept: bfloat16, or None for float32. Arithmetic is float32 all the same, but a
+        bfloat16 has eight bits: an average whose decay is above .995 (Adam's b2 = .999, Amos' b) moves too slowly in it, or not at all.
       scale, slot_shape: Amos' expected scale and slots: a value, or a function of the shape.
     """
 
@@ -211,9 +212,9 @@ def _options(pattern: str, given: Mapping[str, Any] | GroupOptions) -> GroupOpti
             if name not in known:
                 raise ValueError(f"option {name!r} of rule {pattern!r} is unknown; {nearest(name, known)}.")
         given = GroupOptions(**given)
-    if not _is_floating("float32" if given.state_dtype is None else given.state_dtype):
+    if not _holds_moments("float32" if given.state_dtype is None else given.state_dtype):
         raise ValueError(
-            f"state_dtype of rule {pattern!r} must be a floating dtype or None, got {given.state_dtype!r}."
+            f"state_dtype of rule {pattern!r} must be bfloat16, a wider floating dtype or None, got {given.state_dtype!r}."
         )
     if given.lazy not in (None, "frozen", "decay"):
         raise ValueError(f"lazy of rule {pattern!r} must be None, 'frozen' or 'decay', got {given.lazy!r}.")
@@ -221,17 +222,22 @@ def _options(pattern: str, given: Mapping[str, Any] | GroupOptions) -> GroupOpti
         raise ValueError(f"clip_norm of rule {pattern!r} must be positive, got {given.clip_norm}.")
     for name in ("lr_multiplier", "weight_decay"):
         value = getattr(given, name)
-        if not callable(value) and not value >= 0:
-            raise ValueError(f"{name} of rule {pattern!r} must be at least 0 or a function of the path, got {value}.")
+        if not callable(value) and not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name} of rule {pattern!r} must be a finite number of at least 0 or a function of the path, got {value}."
+            )
+    if given.soft_clip and given.clip_norm is None:
+        raise ValueError(f"soft_clip of rule {pattern!r} needs a clip_norm.")
     return given
 
 
-def _is_floating(dtype: Any) -> bool:
-    """Whether it names a dtype that holds moments, which integers round to 0."""
+def _holds_moments(dtype: Any) -> bool:
+    """Whether it names a dtype with float32's range: others round a small second moment to 0, which divides the first."""
     try:
-        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        dtype = jnp.dtype(dtype)
     except TypeError:
         return False
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).tiny <= jnp.finfo(jnp.float32).tiny
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -130,6 +130,8 @@ def plan(tree: Any, scale_fn: Rule, shape_fn: Rule, whole: Callable[[Path, Shape
     for (path, shape), default in zip(leaves, scales):
         scale = _by_rule(scale_fn, "scale_fn", path, shape)
         scale = default if scale is None else scale
+        if isinstance(scale, int | float) and not 0 < scale < math.inf:
+            raise ValueError(f"scale_fn must give a positive, finite scale of {'/'.join(path)}, got {scale}.")
         slot = _by_rule(shape_fn, "shape_fn", path, shape)
         slot = default_slot(path, shape) if slot is None else tuple(slot)
         fits = not slot or (len(slot) == len(shape) and all(a in (1, b) for a, b in zip(slot, shape)))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, varying
+from effattn_jax.optim._trees import Axes, Path, is_float, map_leaves, number, resolve_mask, varying
 from effattn_jax.optim.scales import is_stacked, kind_of
 
 
@@ -28,6 +28,7 @@ def tiger(
     beta: float = 0.965,
     weight_decay: float = 0.01,
     *,
+    weight_decay_mask: Any = None,
     shrink_nonfinite: float | None = None,
     axis_name: Axes = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -40,6 +41,7 @@ def tiger(
       learning_rate: the largest relative change of a kernel in one update, 1e-3 to 2e-3; or a schedule of the number of updates done.
       beta: of the momentum, 0.965 for language, 0.945 for images.
       weight_decay: lambda.
+      weight_decay_mask: a tree of booleans, or a function of the parameters that gives one (`exclude`): which leaves decay; never biases and scales.
       shrink_nonfinite: what a leaf is shrunk by, towards 1 for a scale and towards 0 else, where its gradient is not finite,
         its momentum standing still (0.99 in the source); None lets the non-finite numbers through.
       axis_name: mapped axis or axes over which kernels, and the rows of embeddings, are split.
@@ -74,7 +76,7 @@ def tiger(
             raise ValueError("tiger needs the parameters: call update(updates, state, params).")
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
-        def one(path: Path, g: jax.Array, p: jax.Array, m: jax.Array | None) -> tuple:
+        def one(path: Path, g: jax.Array, p: jax.Array, m: jax.Array | None, decays: Any) -> tuple:
             if not is_float(g):
                 return g, None
             dtype, kind = g.dtype, kind_of(path, jnp.shape(p)[1:] if is_stacked(path) else jnp.shape(p))
@@ -87,7 +89,7 @@ def tiger(
                 m = new if good is True else jnp.where(good, new, m)
             sign = jnp.sign(m if averages else g)
             step = -jnp.asarray(rate, p.dtype) * _size(kind, path, p, names)
-            decay = 0.0 if kind in ("bias", "scale", "relative") else weight_decay
+            decay = 0.0 if kind in ("bias", "scale", "relative") else decays * weight_decay
             step = step * (sign + decay * p)
             if good is not True:
                 centre = 1.0 if kind == "scale" else 0.0
@@ -95,7 +97,8 @@ def tiger(
             return step.astype(dtype), m if averages else None
 
         momentum = state.momentum if averages else jax.tree.map(lambda p: None, params)
-        updates, momentum = map_leaves(one, 2, updates, params, momentum)
+        decays = resolve_mask(weight_decay_mask, params)
+        updates, momentum = map_leaves(one, 2, updates, params, momentum, decays)
         return updates, TigerState(optax.safe_increment(state.count), momentum if averages else state.momentum)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -70,7 +70,7 @@ class _ReRope(NamedTuple):
         return [attend(view.marked(key_mask=documents(view).keys < self.sinks), **bound)]
 
     def _turned(self, view: View, rate: float, jump: float) -> View:
-        """Queries turned by rate t + jump, keys by rate t."""
+        """Queries turned by rate t + jump, keys by rate t, not rounded back to their dtype, which would cost more than its last bit."""
         if self.frequencies is None:
             return view
         query, key = view.arrays[:2]
@@ -79,7 +79,7 @@ class _ReRope(NamedTuple):
         places = (view.positions()[None], jnp.arange(view.lengths[1], dtype=jnp.int32)[None])
         for_query, for_key = (angles(wide_positions(x, wide), self.frequencies * rate) for x in places)
         query, key = (
-            turn(x.astype(wide), angle[..., None, :], self.interleaved).astype(x.dtype)
+            turn(x.astype(wide), angle[..., None, :], self.interleaved)
             for x, angle in ((query, for_query + further), (key, for_key))
         )
         return view._replace(arrays=view.arrays._replace(query=query, key=key))

@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from effattn_jax._compiled import compiled
 from effattn_jax._contract import ArrayLike, Call, accumulator, floating, scale_or
-from effattn_jax._places import count_positions, rows_of_table, split_like
+from effattn_jax._places import at_own_keys, count_positions, rows_of_table, split_like
 from effattn_jax.attention._calls import with_positions
 from effattn_jax.attention._pairs import Marks
 from effattn_jax.attention.kv_cache import Cache
@@ -207,9 +206,7 @@ def _places(call: Call, marks: Marks, limit: int) -> tuple[jax.Array, jax.Array]
         # Hidden keys have no place. Queries there have that of the next token, which may be one beyond the table.
         rows = jnp.where(marks.key_mask, columns, jnp.minimum(columns, limit - 1))
         columns = jnp.where(marks.key_mask, columns, 0)
-    missing = max(length - keys, 0)
-    front = jnp.pad(rows, [(0, 0), (missing, 0)])
-    return lax.dynamic_slice_in_dim(front, marks.offset + missing, length, axis=1), columns
+    return at_own_keys(rows, marks.offset, length), columns
 
 
 def _untie(rows, columns, at_rows, at_columns, scores):

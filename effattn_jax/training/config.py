@@ -206,7 +206,7 @@ class Config:
             try:
                 changed(self, text).data.validate()
             except ValueError as error:
-                raise ValueError(f"train.eval_also {text!r}: {error}") from error
+                raise ValueError(f"evaluation {text!r}: {error}") from error
 
     def _check_sampling(self) -> None:
         """What evaluations and samples on the way need, which would otherwise be found wrong at the first of them."""
@@ -248,7 +248,8 @@ def changed(config: Config, text: str) -> Config:
       text: "NAME=value, NAME=value", the names dotted, data.FIELD or model.FIELD.
 
     Raises:
-      ValueError: text that is not of this form, an unknown field, a value of another type, or a model field that is fixed by training.
+      ValueError: text that is not of this form, an unknown field, a value of another type, a model field that is fixed by training, or another
+        share of the run's own data for validation.
 
     Example:
       >>> changed(Config(), "data.context=4096, model.rate=0.5").data.context
@@ -263,8 +264,12 @@ def changed(config: Config, text: str) -> Config:
             raise ValueError(f"an evaluation must name data.FIELD or model.FIELD, got {name!r}.")
         rooms[room][field] = value
     if not options:
-        raise ValueError(f'an evaluation must be a text "NAME=value, ...", got {text!r}.')
+        raise ValueError(f'an evaluation must be a text "NAME=value, ...", each name once, got {text!r}.')
     data = dataclasses.replace(config.data, **read_fields(DataConfig, rooms["data"], "data."))
+    if "validation_fraction" in rooms["data"] and "path" not in rooms["data"]:
+        raise ValueError(
+            "data.validation_fraction may change with data.path only: it says what the run was trained on."
+        )
     model = at_inference(config, read_fields(ModelConfig, rooms["model"], "model."))
     return dataclasses.replace(config, data=data, model=model)
 

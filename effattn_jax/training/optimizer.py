@@ -70,7 +70,7 @@ def _sgd(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransfo
 
 
 def _tiger(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    return tiger(schedule, config.beta1, config.weight_decay)
+    return tiger(schedule, config.beta1, config.weight_decay, weight_decay_mask=decayed)
 
 
 OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
@@ -127,8 +127,21 @@ def make_optimizer(config: OptimConfig, steps: int) -> tuple[optax.GradientTrans
     return rule, (lambda step: schedule(step + 1)) if config.name == "amos" else schedule
 
 
+def _table(config: OptimConfig) -> dict[str, dict[str, Any]]:
+    """The rules of `optim.groups`, checked against the optimizer that they are for."""
+    table, amos_alone, not_amos = {}, ("scale", "slot_shape"), ("weight_decay", "trust_ratio")
+    for pattern, options in map(parse_rule, config.groups):
+        if pattern in table:
+            raise ValueError(f"optim.groups must hold each regular expression once, got {pattern!r} twice.")
+        for name in not_amos if config.name == "amos" else amos_alone:
+            if name in options:
+                raise ValueError(f"optim.groups, rule {pattern!r}: {config.name} has no {name}.")
+        table[pattern] = options
+    return table
+
+
 def _grouped(config: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    table = dict(parse_rule(text) for text in config.groups)
+    table = _table(config)
     if config.name == "amos":
         return parameter_groups(table, learning_rate=None, inner=partial(_amos, config, schedule))
     if config.name not in DIRECTIONS:
@@ -144,14 +157,14 @@ def describe_groups(config: OptimConfig, params: Any) -> str:
       >>> describe_groups(OptimConfig(), {})
       ''
     """
-    return group_table(dict(parse_rule(text) for text in config.groups), params) if config.groups else ""
+    return group_table(_table(config), params) if config.groups else ""
 
 
 def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
     """A rule of `optim.groups` as (regular expression, options); values are numbers, True, False, None or words.
 
     Raises:
-      ValueError: text without a colon, an option without a value, or a value of another type.
+      ValueError: text without a colon, an option without a value or given twice, or a value of another type.
 
     Example:
       >>> parse_rule("embedding$: weight_decay=0.1, lazy=frozen")
@@ -160,7 +173,7 @@ def parse_rule(text: str) -> tuple[str, dict[str, Any]]:
     pattern, colon, rest = text.rpartition(":")
     options = split_options(rest)
     if not colon or options is None:
-        raise ValueError(f'optim.groups must hold rules "REGEX: option=value, ...", got {text!r}.')
+        raise ValueError(f'optim.groups must hold rules "REGEX: option=value, ...", each option once, got {text!r}.')
     pattern = pattern.strip()
     return pattern, read_fields(GroupOptions, options, f"optim.groups, rule {pattern!r}: ")
 

@@ -6,20 +6,22 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
+from effattn_jax.nn.named import between_commas
+
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", tuple: "a tuple", NoneType: "None"}
 
 
 def split_options(text: str) -> dict[str, str] | None:
-    """Options "NAME=value, NAME=value" as texts; None for another form.
+    """Options "NAME=value, NAME=value" as texts; None for another form, or a name that comes twice.
 
     Example:
-      >>> split_options("weight_decay=0.1, lazy=frozen"), split_options("lazy")
-      ({'weight_decay': '0.1', 'lazy': 'frozen'}, None)
+      >>> split_options("scale=0.1, slot_shape=(1, 8)"), split_options("lazy"), split_options("scale=1, scale=2")
+      ({'scale': '0.1', 'slot_shape': '(1, 8)'}, None, None)
     """
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    if not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
-        return None
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    pairs = [part.partition("=") for part in between_commas(text) if part]
+    options = {name.strip(): value.strip() for name, _, value in pairs}
+    whole = all(name.strip() and sign and value.strip() for name, sign, value in pairs)
+    return options if whole and len(options) == len(pairs) else None
 
 
 def read_fields(kind: type, texts: Mapping[str, str], prefix: str = "") -> dict[str, Any]:

@@ -93,8 +93,7 @@ def prepare(config: Config, dataset: Dataset) -> Setup:
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere)),
         eval_step=jax.jit(task.evaluate, out_shardings=everywhere),
     )
-    with user_errors("train.eval_also"):
-        return setup._replace(also={text: _varied(setup, text) for text in config.train.eval_also})
+    return setup._replace(also={text: _varied(setup, text) for text in config.train.eval_also})
 
 
 def _check_prompt(config: Config, dataset: Dataset) -> None:
@@ -109,15 +108,22 @@ def _check_prompt(config: Config, dataset: Dataset) -> None:
 
 def _varied(setup: Setup, text: str) -> Setup:
     """The setup that evaluates the same parameters on other data, or by other settings of inference."""
+    with user_errors(f"evaluation {text!r}"):
+        return _under(setup, text)
+
+
+def _under(setup: Setup, text: str) -> Setup:
     config = changed(setup.config, text)
     dataset = load(config.data)
     old, new = ((d.kind, d.vocab_size, d.num_classes, d.num_outputs) for d in (setup.dataset, dataset))
     if old != new:
-        raise ValueError(f"{text!r} changes what the model reads or says, (kind, sizes) from {old} to {new}")
+        raise ValueError(f"it changes what the model reads or says, (kind, sizes) from {old} to {new}")
     check_length(config.model, dataset.context)
     groups = setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
     if dataset.batch_size % groups:
-        raise ValueError(f"data.batch_size must be a multiple of the mesh's data x fsdp = {groups}, got {text!r}.")
+        raise ValueError(
+            f"data.batch_size must be a multiple of the mesh's data x fsdp = {groups}, got {dataset.batch_size}."
+        )
     task = make_task(config.model, dataset)
     everywhere = NamedSharding(setup.mesh, PartitionSpec())
     step = jax.jit(task.evaluate, out_shardings=everywhere)

@@ -91,6 +91,18 @@ def test_other_numbers_of_keys(subject, form, length, keys):
     checks.assert_same(actual, expected_of_lengths(subject, length, keys))
 
 
+@pytest.mark.parametrize("subject", [s for s in CROSSWISE if s.causal], ids=repr)
+def test_more_queries_than_keys_before_empty_slots(subject):
+    """Queries in front of the first key stand there too where a cache has room behind its keys."""
+    inputs = subject.inputs(length=4, keys=3)
+    ways = [
+        jax.jit(functools.partial(subject.call, return_state=True, initial_state=s))
+        for s in (None, subject.empty_state(8))
+    ]
+    alone, cached = (way(inputs)[0] for way in ways)
+    checks.assert_close(cached, alone, checks.OUTPUT)
+
+
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
 def test_empty_rows_have_states_and_gradients(subject):
     """T = 0: an empty output, gradients of the inputs' shapes, and a state from which a call starts afresh."""
