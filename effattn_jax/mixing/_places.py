@@ -197,6 +197,8 @@ def remember(past: PastTokens, values: tuple[jax.Array, ...], tokens: Tokens, pl
 
 def _write(old: jax.Array, slot: jax.Array, new: jax.Array) -> jax.Array:
     """old (B, T_max, ...) with new (B, T, ...) at the slots (B, T); slots beyond the end are dropped."""
+    if slot.shape[0] == 0:  # jax 0.7 cannot transpose this
+        return old
     if not (_is_sharded(slot) or _is_sharded(old) or _is_sharded(new)):
         return jax.vmap(lambda o, s, n: o.at[s].set(n, mode="drop"))(old, slot, new)
     hit = jax.nn.one_hot(slot, old.shape[1], axis=1, dtype=old.dtype)  # (B, T_max, T)
