@@ -457,3 +457,5 @@ def test_weights_refuse_states():
             attention.attention_weights("linear", query, key, is_causal=True, **options)
     with pytest.raises(ValueError, match="kernel='liner' is unknown; did you mean 'linear'"):
         attention.attention_weights("liner", query, key)
+    with pytest.raises(ValueError, match="kernel must return the output alone; got 2 results"):
+        attention.attention_weights(attention.residual_attention, query, key)

@@ -408,3 +408,14 @@ def test_linformer_refusals(options, message):
     options = {"key_projection": first, "value_projection": second} | options
     with pytest.raises(ValueError, match=message):
         attention.linformer_attention(query, key, value, **options)
+
+
+def test_queries_before_the_keys_of_a_call_need_what_a_window_has_dropped():
+    x = np.random.default_rng(0).normal(size=(1, 8, 2, 4)).astype(np.float32)
+    run = functools.partial(attention.local_attention, is_causal=True, window=1)
+    _, state = run(*[x[:, :7]] * 3, return_state=True)
+    with pytest.raises(ValueError, match="query must have at most the S = 1 tokens of key .* the 1 keys before"):
+        run(x[:, 4:], x[:, 7:], x[:, 7:], initial_state=state)
+    _, whole = run(*[x[:, :7]] * 3, initial_state=attention.cache(1, 8, 2, 4, 4), return_state=True)
+    out = run(x[:, 4:], x[:, 7:], x[:, 7:], initial_state=whole)
+    np.testing.assert_allclose(out, run(x[:, 4:], x, x), rtol=1e-5, atol=1e-6)

@@ -208,6 +208,17 @@ def test_the_softmax_form():
     np.testing.assert_allclose(kernel, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [3, 1_000, 100_000])
+def test_the_softmax_form_of_a_long_row(length):
+    """Its sum is a power of `length`: 11,000 turns of this pole."""
+    Lambda, step, one = np.array([-0.01 + 700j], np.complex64), np.float32(1e-3), np.ones(1, np.complex64)
+    pole, each = complex(Lambda[0]), float(step)
+    z = np.exp(each * pole * np.arange(length))
+    expected = 2 * (z / pole * np.expm1(each * pole) / np.expm1(length * each * pole)).real
+    kernel = jax.jit(ssm.dss_kernel, static_argnums=3)(Lambda, one, step, length)
+    assert np.abs(kernel - expected).max() < 2e-6 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("pole", [-1.0, -1.0 + 0j], ids=["real", "complex"])
 def test_bilinear_poles_that_forget_at_once(pole, x64):
     """At step lambda = -2 a pole's a is 0: first and second derivatives by the convolution and by chunks are those of the recurrence."""

@@ -203,6 +203,12 @@ def prepare(
     if not reads_key:
         call = call._replace(key=call.key[..., :0])
     state = None if initial_state is None else caches.flat(initial_state, call)
+    length, keys = call.query.shape[1], call.key.shape[1]
+    if state is not None and last_keys is not None and state.length is None and length > keys:
+        raise ValueError(
+            f"query must have at most the S = {keys} tokens of key beside the state of a window, which holds the {last_keys} keys before "
+            f"them alone; got T = {length}. attention.cache keeps all"
+        )
     valid, pair_mask = _split_mask(call, state)
     full, marks, after = _with_state(call, state, valid, last_keys, return_state)
     if call.bias is not None and not callable(call.bias) and call.bias.shape[3] not in (1, full.key.shape[1]):

@@ -64,8 +64,9 @@ def dot_product_attention(
       scale: factor on the scores; None is 1 / sqrt(H).
       is_causal: query i sees keys up to its own, ends aligned: with T < S the last query sees every key.
       segment_ids: (*B, T) integers, or a pair for query and key; only equal ids interact.
-      initial_state: `attention.cache(...)` or the state of an earlier call (causal only). bias and mask then cover this call's keys, or with a
-        last axis of all slots the whole cache; a mask over keys alone, (*B, 1, 1, S), is remembered. Without segment_ids the last segment goes on.
+      initial_state: `attention.cache(...)` or the state of an earlier call (causal only). A mask then covers this call's keys, or with a last axis of
+        all slots the whole cache, as an array of biases does; with S = 1 a last axis of 1 is the new key, else it is all slots. A mask over keys
+        alone, (*B, 1, 1, S), is remembered. Without segment_ids the last segment goes on. With a window's own state T is at most S.
       return_state: also return the cache: the one given, filled further; else one that grows; with a causal window the last W keys.
       window: W neighbours on each side, the query's own key besides (causal: to the left), or (left, right), None for no bound.
       logits_soft_cap: c: scores s become c tanh(s / c), before masking.

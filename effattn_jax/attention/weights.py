@@ -28,7 +28,7 @@ def attention_weights(
       (*B, N, T, S), float32 at least. Rows of normalised kernels sum to 1, or 0 where there is nothing to attend.
 
     Raises:
-      ValueError: an unknown name, a state (it stands for keys that are not here), a key without its axes, and what the kernel refuses.
+      ValueError: an unknown name, a state (it stands for keys that are not here), a key without its axes, a kernel with more results than one, and what it refuses.
 
     Cost: that of the kernel with values of size S; memory O(T S) at least. It is for looking, not for training.
 
@@ -52,4 +52,9 @@ def attention_weights(
     keys = key.shape[-3]
     dtype = jnp.result_type(jnp.float32, query, key)
     value = jnp.broadcast_to(jnp.eye(keys, dtype=dtype)[:, None], (*key.shape[:-1], keys))
-    return jnp.moveaxis(kernel(query, key, value, *args, **options), -2, -3)
+    out = kernel(query, key, value, *args, **options)
+    if isinstance(out, tuple):
+        raise ValueError(
+            f"kernel must return the output alone; got {len(out)} results, of which 'residual' takes the first"
+        )
+    return jnp.moveaxis(out, -2, -3)

@@ -60,10 +60,11 @@ def exponentials(points: Any, size: int) -> Any:
 
 
 def laguerre(points: Any, size: int, *, alpha: float = 0.0, decay: float = 0.5) -> Any:
-    """a^alpha exp(-decay a) L_n^(alpha)(a) at the age a = -log s: all of the past in (0, 1], and 0, the limit, at s = 0."""
+    """a^alpha exp(-decay a) L_n^(alpha)(a) at the age a = -log s: all of the past in (0, 1], and 0, the limit, at s = 0; NaN now for alpha < 0."""
     xp = _module(points)
     past = points > 0
     age = -xp.log(xp.where(past, points, 1))
+    age = xp.where(past & (age == 0) & (alpha < 0), np.nan, age)
     weight = xp.where(past, xp.exp(-decay * age) * (age**alpha if alpha else 1), 0)
     return _three_terms(
         weight, weight * (1 + alpha - age), size,

@@ -57,6 +57,19 @@ def powers(step: jax.Array, poles: jax.Array, method: str, count: int, stride: i
     return _powers(step, poles, method, lags, stride)
 
 
+def power_minus_one(step: jax.Array, poles: jax.Array, length: int) -> jax.Array:
+    """e^(length step lambda) - 1, right for many turns and near 0."""
+    step, poles = (jnp.broadcast_to(x, jnp.broadcast_shapes(step.shape, poles.shape)) for x in (step, poles))
+    if not jnp.iscomplexobj(poles):
+        return jnp.expm1(length * step * poles)
+    near = long_table(length)[1]
+    rows, rest = (jnp.full_like(step, lag) for lag in divmod(length, near))
+    angle = _angles(step, poles.imag, rows, near) + _angles(step, poles.imag, rest, 1)
+    size = length * step * poles.real
+    real = jnp.expm1(size) * jnp.cos(angle) - 2 * jnp.square(jnp.sin(angle / 2))
+    return lax.complex(real, jnp.exp(size) * jnp.sin(angle))
+
+
 def _powers(step: jax.Array, poles: jax.Array, method: str, lags: jax.Array, stride: int) -> jax.Array:
     z = step * poles
     size = z.real if method == "zoh" else _log_magnitude(z)

@@ -18,7 +18,7 @@ from effattn_jax._derivatives import Fixed
 from effattn_jax.ssm import _toeplitz
 from effattn_jax.ssm._calls import as_wide, check_options, inexact, open_row, open_state, passing, require
 from effattn_jax.ssm._fold import begins, real_part, scan_states
-from effattn_jax.ssm._poles import check_method, transition
+from effattn_jax.ssm._poles import check_method, power_minus_one, transition
 
 __all__ = ["diagonal_kernel", "diagonal_ssm", "dss_kernel"]
 
@@ -113,7 +113,7 @@ def dss_kernel(Lambda: ArrayLike, W: ArrayLike, step: ArrayLike, length: int) ->
     (5,)
     """
     Lambda, W, step = _kernel_system(Lambda, step, length, W=W)
-    total = jnp.expm1(length * step[..., None] * Lambda)
+    total = power_minus_one(step[..., None], Lambda, length)
     return diagonal_kernel(Lambda, jnp.ones_like(W), W / total, step, length)
 
 

@@ -133,7 +133,7 @@ def hippo_reconstruct(coefficients: ArrayLike, measure: str, points: ArrayLike, 
       coefficients: (..., P), as `hippo_project` gives them.
       measure, options: as for :func:`hippo_matrices`.
       points: (Q,) in [0, 1]: s = 1 is now; s = 0 the beginning of a scaled memory, one window ago for a sliding one. The fading Laguerre
-        measures have all of the past in (0, 1], the age being -log s.
+        measures have all of the past in (0, 1], the age being -log s; for "glagt" with alpha < 0 nothing is finite now, and s = 1 gives NaN.
 
     Returns:
       (..., Q), real (of a complex basis the real part).
