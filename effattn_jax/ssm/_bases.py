@@ -63,8 +63,8 @@ def laguerre(points: Any, size: int, *, alpha: float = 0.0, decay: float = 0.5) 
     """a^alpha exp(-decay a) L_n^(alpha)(a) at the age a = -log s: all of the past in (0, 1], and 0, the limit, at s = 0; NaN now for alpha < 0."""
     xp = _module(points)
     past = points > 0
-    age = -xp.log(xp.where(past, points, 1))
-    age = xp.where(past & (age == 0) & (alpha < 0), np.nan, age)
+    age = -xp.log(xp.where(past, points, 0.5))  # of any point where the weight is 0
+    age = xp.where((age == 0) & (alpha < 0), np.nan, age)
     weight = xp.where(past, xp.exp(-decay * age) * (age**alpha if alpha else 1), 0)
     return _three_terms(
         weight, weight * (1 + alpha - age), size,
