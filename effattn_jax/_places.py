@@ -62,7 +62,8 @@ def at_own_keys(numbers: jax.Array, offset: jax.Array, length: int, front: jax.A
     [[9, 9, 5, 6]]
     """
     # Empty slots of a cache may lie behind its keys, so that an offset below 0 says nothing of T and S.
-    front = jnp.broadcast_to(jnp.zeros_like(numbers[:, :1]) + front, (numbers.shape[0], length))
+    batch = jnp.zeros_like(jnp.sum(numbers, axis=1, keepdims=True, dtype=numbers.dtype))  # of no keys too
+    front = jnp.broadcast_to(batch + front, (numbers.shape[0], length))
     return jax.lax.dynamic_slice_in_dim(jnp.concatenate([front, numbers], axis=1), offset + length, length, axis=1)
 
 

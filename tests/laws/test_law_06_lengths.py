@@ -101,6 +101,8 @@ def test_more_queries_than_keys_before_empty_slots(subject):
     ]
     alone, cached = (way(inputs)[0] for way in ways)
     checks.assert_close(cached, alone, checks.OUTPUT)
+    none = subject.inputs(length=4, keys=0)  # traced alone: what it is, every form of the others says
+    assert jax.eval_shape(ways[0], none)[0].shape == jax.eval_shape(ways[1], none)[0].shape == alone.shape
 
 
 @pytest.mark.parametrize("subject", CAUSAL, ids=repr)
