@@ -101,10 +101,8 @@ def _by_count(bias: Any, first: Any, rows: int, column: Any, columns: int) -> ja
     A bias by distance is evaluated once for each of the R + C - 1 distances. With M = R + C, entry (r, c) of a block is entry (c - r) mod M of
     its distances, and R copies of them end to end, cut into rows of M - 1, are in that order.
     """
-    if not hasattr(bias, "at_distance"):
-        return bias(first + jnp.arange(rows), column + jnp.arange(columns))
     size = rows + columns
-    if size == 0:
+    if not hasattr(bias, "at_distance") or size == 0:
         return bias(first + jnp.arange(rows), column + jnp.arange(columns))
     step = jnp.arange(size)
     values = bias.at_distance(column - first + jnp.where(step < columns, step, step - size))

@@ -54,7 +54,5 @@ def attention_weights(
     value = jnp.broadcast_to(jnp.eye(keys, dtype=dtype)[:, None], (*key.shape[:-1], keys))
     out = kernel(query, key, value, *args, **options)
     if isinstance(out, tuple):
-        raise ValueError(
-            f"kernel must return the output alone; got {len(out)} results, of which 'residual' takes the first"
-        )
+        raise ValueError(f"kernel must return the output alone; got {len(out)} results")
     return jnp.moveaxis(out, -2, -3)
